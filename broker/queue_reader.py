@@ -1,0 +1,219 @@
+"""What can be learned of a queue without changing it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import redis
+from pydantic import ValidationError
+
+from broker.connection import BLOCK_SECONDS
+from schemas.adapter import AdapterRecord
+from schemas.errors import LorryError, UnknownId
+from schemas.keys import Keys
+from schemas.result import STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
+from schemas.worker_state import WorkerState
+
+#: Jobs read in one round trip.
+READ_CHUNK = 500
+
+_JOB_FIELDS = (
+    *("state", "result", "submissions", "adapter", "worker"),
+    *("queued", "claimed", "finished", "error_code", "error_message"),
+)
+
+
+@dataclass(frozen=True)
+class SubmissionStatus:
+    """A submission's counts. ``total`` jobs were announced; their states add up to ``sent``."""
+
+    id: str
+    name: str
+    total: int
+    created: float
+    counts: dict[str, int]
+
+    @property
+    def sent(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def finished(self) -> int:
+        return sum(self.counts[state] for state in TERMINAL_STATES)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.finished >= self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Jobs of one submission in the order in which they finished."""
+
+    submission: str
+    job_ids: list[str]
+    position: str
+    """Where to read on."""
+
+
+class QueueReader:
+    """Reads one queue on one server."""
+
+    def __init__(self, client: redis.Redis, queue: str) -> None:
+        # redis-py types a reply as everything it can be under any protocol and decoding;
+        # connect() has fixed both, and each method says what comes.
+        self.client: Any = client
+        self.name = queue
+        self.keys = Keys(queue)
+
+    def is_submission(self, id_: str) -> bool:
+        """Whether ``id_`` names a submission; raises UnknownId if it names a job neither."""
+        # Other keys begin with the same name ("<id>:jobs"), but only a submission is a hash.
+        if self.client.type(self.keys.submission(id_)) == "hash":
+            return True
+        if self.client.exists(self.keys.job(id_)):
+            return False
+        raise UnknownId(
+            f"Queue '{self.name}' holds no job and no submission with the id '{id_}'."
+            " `producer status` lists the submissions; --queue names another queue."
+        )
+
+    def submissions(self, last: int) -> list[SubmissionStatus]:
+        """The ``last`` submissions, oldest first."""
+        ids: list[str] = self.client.zrange(self.keys.submissions, -last, -1)
+        return [self.submission(id_) for id_ in ids]
+
+    def num_submissions(self) -> int:
+        return int(self.client.zcard(self.keys.submissions))
+
+    def submission(self, id_: str) -> SubmissionStatus:
+        """A submission's counts by state."""
+        fields = self.client.hgetall(self.keys.submission(id_))
+        if not fields:
+            raise UnknownId(f"Queue '{self.name}' holds no submission with the id '{id_}'.")
+        return SubmissionStatus(
+            id_,
+            fields["name"],
+            int(fields["total"]),
+            int(fields["created"]) / 1000,
+            {state: int(fields.get(state, 0)) for state in STATES},
+        )
+
+    def job_ids(self, submission: str) -> Iterator[str]:
+        """A submission's job ids in input order."""
+        key = self.keys.submission_jobs(submission)
+        start = 0
+        while ids := self.client.lrange(key, start, start + READ_CHUNK - 1):
+            yield from ids
+            start += len(ids)
+
+    def finished(
+        self, positions: Mapping[str, str], *, wait: float = BLOCK_SECONDS
+    ) -> list[Finished]:
+        """What has finished in each submission after its position; "0" is before the first.
+
+        Waits up to ``wait`` seconds, at most ``BLOCK_SECONDS``, until there is something.
+        """
+        streams = {self.keys.submission_finished(id_): id_ for id_ in positions}
+        found = self.client.xread(
+            {key: positions[id_] for key, id_ in streams.items()},
+            count=READ_CHUNK,
+            block=max(1, int(min(wait, BLOCK_SECONDS) * 1000)),  # 0 would block for ever.
+        )
+        return [
+            Finished(streams[key], [fields["id"] for _, fields in entries], entries[-1][0])
+            for key, entries in found or []
+        ]
+
+    def finished_position(self, submission: str) -> str:
+        """The position after all that has finished by now."""
+        last = self.client.xrevrange(self.keys.submission_finished(submission), count=1)
+        return str(last[0][0]) if last else "0"
+
+    def results(self, job_ids: Iterable[str]) -> Iterator[Result]:
+        """The jobs' results in the order asked for; an unfinished job gives what is known of it.
+
+        Raises UnknownId for an id that the queue does not hold.
+        """
+        ids = iter(job_ids)
+        while chunk := list(islice(ids, READ_CHUNK)):
+            with self.client.pipeline(transaction=False) as pipeline:
+                for job_id in chunk:
+                    pipeline.hmget(self.keys.job(job_id), _JOB_FIELDS)
+                replies = pipeline.execute()
+            records = [dict(zip(_JOB_FIELDS, values, strict=True)) for values in replies]
+            unfinished = [
+                id_ for id_, record in zip(chunk, records, strict=True) if not record["result"]
+            ]
+            payloads = dict(zip(unfinished, self.payloads(unfinished), strict=True))
+            for job_id, record in zip(chunk, records, strict=True):
+                yield self._result(job_id, record, payloads.get(job_id))
+
+    def payloads(self, job_ids: Sequence[str]) -> list[str | None]:
+        """The jobs stored under the ids, as they were sent, in one round trip; None for an id
+        that is free."""
+        with self.client.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hget(self.keys.job(job_id), "job")
+            payloads: list[str | None] = pipeline.execute()
+        return payloads
+
+    def adapters(self) -> dict[str, AdapterRecord]:
+        """The desired state: every adapter that the queue knows, by name."""
+        records = self.client.hgetall(self.keys.adapters)
+        return {
+            name: AdapterRecord.model_validate_json(record)
+            for name, record in sorted(records.items())
+        }
+
+    def knows_adapter(self, name: str) -> bool:
+        return bool(self.client.hexists(self.keys.adapters, name))
+
+    def was_ever_joined(self) -> bool:
+        """Whether any worker has ever joined this queue."""
+        return bool(self.client.exists(self.keys.adapters_version))
+
+    def workers(self) -> list[WorkerState]:
+        """The observed state of every living worker."""
+        ids: list[str] = self.client.zrange(self.keys.workers, 0, -1)
+        states = (self.client.hget(self.keys.worker(id_), "state") for id_ in ids)
+        return [WorkerState.model_validate_json(state) for state in states if state]
+
+    def waiting_by_adapter(self) -> dict[str, int]:
+        """Waiting and running jobs of every adapter that has waiting ones, longest unserved
+        first. The base model is called ``schemas.keys.BASE``."""
+        names: list[str] = self.client.zrange(self.keys.ready, 0, -1)
+        return {name: self.client.xlen(self.keys.stream(name)) for name in names}
+
+    def _result(self, job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
+        if fields["state"] is None:
+            raise UnknownId(f"Queue '{self.name}' holds no job with the id '{job_id}'.")
+        if fields["result"]:
+            try:
+                return Result.model_validate_json(fields["result"])
+            except ValidationError as error:
+                raise LorryError(f"The result of job '{job_id}' is damaged: {error}") from error
+        code = fields["error_code"]
+        job = json.loads(payload) if payload else {}
+        return Result(
+            id=job_id,
+            submission=fields["submissions"].split()[0],
+            lora=job.get("lora"),
+            status=fields["state"],
+            error=ErrorInfo(code=code, message=fields["error_message"]) if code else None,
+            timings=Timings(
+                queued=int(fields["queued"]) / 1000,
+                started=_seconds(fields["claimed"]),
+                finished=_seconds(fields["finished"]),
+            ),
+            worker=fields["worker"],
+            metadata=job.get("metadata"),
+        )
+
+
+def _seconds(milliseconds: str | None) -> float | None:
+    return int(milliseconds) / 1000 if milliseconds else None

@@ -1,0 +1,62 @@
+"""Every error that Lorry raises on purpose.
+
+LorryError                    exit code of the command line
+|- BadInput                   2   a flag, a file or a line is wrong; says where and what to do
+|- UnknownId                  3   no such job or submission on this queue
+|- ServerUnavailable          4   the Redis server cannot be reached or used
+|- NotFinished                5   results are not complete yet
+|- NoWorker                   6   results are not complete and no worker is alive to complete them
+`- JobError                   -   one job failed; carries the code that its result records
+"""
+
+from __future__ import annotations
+
+
+class LorryError(Exception):
+    """Base of all errors whose message is meant for a person; never shown with a traceback."""
+
+    exit_code = 1
+
+
+class BadInput(LorryError):
+    """What the caller gave is wrong; nothing was sent or started."""
+
+    exit_code = 2
+
+
+class UnknownId(LorryError):
+    """The queue holds neither a job nor a submission of that id."""
+
+    exit_code = 3
+
+
+class ServerUnavailable(LorryError):
+    """The Redis server cannot be reached, refused the command, or could not be started."""
+
+    exit_code = 4
+
+
+class NotFinished(LorryError):
+    """Some of the jobs asked for have no result yet."""
+
+    exit_code = 5
+
+
+class NoWorker(LorryError):
+    """Some of the jobs asked for have no result yet, and no worker is alive."""
+
+    exit_code = 6
+
+
+class JobError(LorryError):
+    """One job cannot be run; recorded as ``error`` of its result.
+
+    Codes: ``unknown_adapter``, ``no_tokenizer``, ``no_chat_template``, ``bad_prompt``,
+    ``prompt_too_long``, ``kv_cache_too_small``, ``bad_record``, and ``attempts_exhausted``
+    (recorded by the sweep).
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message

@@ -1,0 +1,44 @@
+"""What many tests stand on: a real server, and a queue of their own on it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from broker.connection import connect
+from broker.embedded import EmbeddedServer
+from broker.job_queue import JobQueue
+from broker.queue_reader import QueueReader
+
+_numbers = count()
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A real Valkey server; one for each process that runs tests."""
+    # Not tmp_path: the path of a Unix socket must be short.
+    folder = Path(tempfile.mkdtemp(prefix="lorry-"))
+    with EmbeddedServer(folder) as server:
+        yield server.url
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def queue_name() -> str:
+    return f"q{next(_numbers)}"
+
+
+@pytest.fixture
+def queue(redis_url: str, queue_name: str) -> Iterator[JobQueue]:
+    with connect(redis_url) as client:
+        yield JobQueue(client, queue_name)
+
+
+@pytest.fixture
+def reader(queue: JobQueue) -> QueueReader:
+    return QueueReader(queue.client, queue.name)

@@ -1,0 +1,273 @@
+"""The engine against transformers and PEFT, on tiny random models with large random adapters."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import JobError
+from schemas.job import Job
+from tests.tiny_models import Oracle, make_adapter, make_llama
+from worker.config import LoraPath, WorkerConfig
+from worker.engine import Engine
+from worker.sequence import Sequence
+
+#: Rank and target modules of each adapter: odd ranks, and subsets that leave out parts of a fused
+#: projection.
+ADAPTERS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    "three": (3, ("k_proj", "down_proj")),
+    "eight": (8, ("q_proj", "v_proj", "up_proj")),
+    "sixty-four": (64, ("v_proj", "o_proj", "gate_proj")),
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: make_adapter(
+            model_folder,
+            tmp_path_factory.mktemp(name),
+            rank=rank,
+            seed=seed,
+            target_modules=modules,
+        )
+        for seed, (name, (rank, modules)) in enumerate(ADAPTERS.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def oracle(model_folder: Path, adapters: dict[str, Path]) -> Oracle:
+    return Oracle(model_folder, adapters)
+
+
+def make_engine(model_folder: Path, adapters: dict[str, Path], **flags: object) -> Engine:
+    loras = tuple(LoraPath(lora_name=n, lora_path=str(path)) for n, path in adapters.items())
+    settings = {"max_total_tokens": 4096, "chunked_prefill_size": 32, "device": "cpu"}
+    return Engine(WorkerConfig(model_path=model_folder, lora_paths=loras, **(settings | flags)))
+
+
+def random_jobs(count: int, *, max_prompt: int = 90, max_tokens: int = 40) -> list[Job]:
+    rng = random.Random(3)
+    names = [None, *ADAPTERS]
+    return [
+        Job(
+            id=f"job-{i}",
+            lora=names[i % len(names)],
+            prompt_token_ids=[rng.randrange(211) for _ in range(rng.randint(1, max_prompt))],
+            max_tokens=rng.randint(1, max_tokens),
+        )
+        for i in range(count)
+    ]
+
+
+def run(engine: Engine, jobs: list[Job], *, join_every: int = 2) -> dict[str, list[int]]:
+    """Run jobs that join a few at a time, so that prefill and decode mix; tokens by job id."""
+    joining = [engine.sequence_of(job) for job in jobs]
+    finished: list[Sequence] = []
+    while len(finished) < len(jobs):
+        for sequence in joining[:join_every]:
+            engine.add(sequence)
+        del joining[:join_every]
+        finished += engine.step()
+    return {sequence.job.id: sequence.output_ids for sequence in finished}
+
+
+def expected(oracle: Oracle, jobs: list[Job]) -> dict[str, list[int]]:
+    return {
+        job.id: oracle.generate(job.prompt_token_ids or [], job.lora, job.max_tokens)
+        for job in jobs
+    }
+
+
+def test_a_mixed_batch_gives_the_tokens_that_peft_gives_one_prompt_at_a_time(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    jobs = random_jobs(40)
+    engine = make_engine(model_folder, adapters)
+    assert run(engine, jobs) == expected(oracle, jobs)
+    assert engine.counters.max_adapters_in_batch == len(adapters)
+
+
+def test_fewer_slots_than_adapters_change_no_token(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    jobs = random_jobs(20)
+    engine = make_engine(model_folder, adapters, max_loras_per_batch=2)
+    assert run(engine, jobs) == expected(oracle, jobs)
+    assert engine.counters.max_adapters_in_batch == 2
+
+
+def test_preempted_sequences_come_to_the_same_tokens(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    jobs = random_jobs(20)
+    engine = make_engine(model_folder, adapters, max_total_tokens=192)
+    # More than fit: each sequence comes to at most 130 tokens.
+    assert run(engine, jobs, join_every=20) == expected(oracle, jobs)
+    assert engine.scheduler.pool.num_used == 0
+
+
+def test_all_adapters_answer_differently(oracle: Oracle) -> None:
+    """Else a mix-up of adapters would go unseen in the tests above."""
+    answers = {tuple(oracle.generate([5, 6, 7], name, 12)) for name in [None, *ADAPTERS]}
+    assert len(answers) == len(ADAPTERS) + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"head_dim": 16},
+        {"num_key_value_heads": 6},
+        {"num_key_value_heads": 1},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}},
+        {"rms_norm_eps": 1e-2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_model_of_another_shape_gives_the_tokens_that_transformers_gives(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folder = make_llama(tmp_path / "model", **changes)
+    adapter = make_adapter(folder, tmp_path / "adapter", rank=5, seed=9)
+    jobs = [job.model_copy(update={"lora": "it" if job.lora else None}) for job in random_jobs(6)]
+    engine = make_engine(folder, {"it": adapter})
+    assert run(engine, jobs) == expected(Oracle(folder, {"it": adapter}), jobs)
+
+
+def test_rank_stabilized_adapters_are_scaled_as_peft_scales_them(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(model_folder, tmp_path, rank=16, seed=4, use_rslora=True)
+    jobs = [Job(id="a", lora="rs", prompt_token_ids=[1, 2, 3], max_tokens=30)]
+    engine = make_engine(model_folder, {"rs": adapter})
+    assert run(engine, jobs) == expected(Oracle(model_folder, {"rs": adapter}), jobs)
+
+
+def test_sharded_weights_are_read(model_folder: Path, tmp_path: Path, oracle: Oracle) -> None:
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(tmp_path, max_shard_size="200KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    jobs = [Job(id="a", prompt_token_ids=[1, 2, 3], max_tokens=20)]
+    assert run(make_engine(tmp_path, {}), jobs) == expected(oracle, jobs)
+
+
+def test_a_seeded_job_draws_the_same_tokens_alone_and_in_a_batch(
+    model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    drawing = {"temperature": 1.5, "top_p": 0.9, "top_k": 50}
+    jobs = [
+        job.model_copy(update={"seed": 7 if i % 2 else None, **drawing})
+        for i, job in enumerate(random_jobs(12))
+    ]
+    together = run(make_engine(model_folder, adapters), jobs)
+    alone = make_engine(model_folder, adapters)
+    for job in jobs:
+        assert run(alone, [job]) == {job.id: together[job.id]}
+
+
+def test_other_seeds_draw_other_tokens(model_folder: Path) -> None:
+    engine = make_engine(model_folder, {})
+    jobs = [
+        Job(id=f"{seed}", prompt_token_ids=[1, 2], temperature=1.0, seed=seed, max_tokens=20)
+        for seed in range(4)
+    ]
+    assert len({tuple(tokens) for tokens in run(engine, jobs).values()}) == 4
+
+
+def test_eos_ends_a_job_unless_it_is_ignored(model_folder: Path, tmp_path: Path) -> None:
+    free = make_engine(model_folder, {})
+    job = Job(id="a", prompt_token_ids=[1, 2, 3], max_tokens=20)
+    tokens = run(free, [job])["a"]
+    eos = tokens[7]
+    folder = make_llama(tmp_path, eos_token_id=eos)
+    engine = make_engine(folder, {})
+    sequences = [
+        engine.sequence_of(job.model_copy(update={"id": f"{ignore}", "ignore_eos": ignore}))
+        for ignore in (False, True)
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.step() or engine.scheduler.running:
+        pass
+    stopped, went_on = sequences
+    assert stopped.output_ids == tokens[: tokens.index(eos) + 1]
+    assert stopped.finish_reason == "stop"
+    assert went_on.output_ids == tokens
+    assert went_on.finish_reason == "length"
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers(model_folder: Path) -> None:
+    engine = make_engine(model_folder, {}, context_length=100)
+    with pytest.raises(JobError, match=r"100 tokens.*a context of 100 holds 99") as error:
+        engine.sequence_of(Job(id="a", prompt_token_ids=[1] * 100))
+    assert error.value.code == "prompt_too_long"
+
+
+def test_an_answer_ends_where_the_context_ends(model_folder: Path) -> None:
+    engine = make_engine(model_folder, {}, context_length=100)
+    job = Job(id="a", prompt_token_ids=[1] * 95, max_tokens=50)
+    assert len(run(engine, [job])["a"]) == 5
+
+
+def test_a_job_larger_than_the_whole_cache_is_refused(model_folder: Path) -> None:
+    engine = make_engine(model_folder, {}, max_total_tokens=64)
+    with pytest.raises(JobError, match=r"come to 110 tokens.*holds 64") as error:
+        engine.sequence_of(Job(id="a", prompt_token_ids=[1] * 10, max_tokens=100))
+    assert error.value.code == "kv_cache_too_small"
+
+
+def test_a_job_that_fills_the_whole_cache_runs(model_folder: Path) -> None:
+    engine = make_engine(model_folder, {}, max_total_tokens=64)
+    job = Job(id="a", prompt_token_ids=[1] * 10, max_tokens=54)
+    assert len(run(engine, [job])["a"]) == 54
+
+
+def test_an_unknown_adapter_is_refused_with_the_known_ones_named(
+    model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    engine = make_engine(model_folder, adapters)
+    with pytest.raises(JobError, match="eight, one, sixty-four, three") as error:
+        engine.sequence_of(Job(id="a", lora="nine", prompt_token_ids=[1]))
+    assert error.value.code == "unknown_adapter"
+
+
+def test_a_folder_without_a_tokenizer_serves_token_ids_and_refuses_text(
+    model_folder: Path,
+) -> None:
+    engine = make_engine(model_folder, {})
+    with pytest.raises(JobError, match="send prompt_token_ids") as error:
+        engine.sequence_of(Job(id="a", prompt="hello"))
+    assert error.value.code == "no_tokenizer"
+    assert engine.tokenizer.decode([1, 2]) is None
+
+
+def test_a_token_outside_the_vocabulary_is_refused(model_folder: Path) -> None:
+    with pytest.raises(JobError, match="holds 211; the model's vocabulary has 211"):
+        make_engine(model_folder, {}).sequence_of(Job(id="a", prompt_token_ids=[1, 211]))
+
+
+def test_dummy_weights_need_nothing_but_a_config(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    engine = make_engine(tmp_path, {}, load_format="dummy")
+    job = Job(id="a", prompt_token_ids=[1, 2, 3], max_tokens=5)
+    assert len(run(engine, [job])["a"]) == 5

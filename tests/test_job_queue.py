@@ -1,0 +1,316 @@
+"""The queue's scripts against a real server."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from broker.job_queue import Claim, ClaimRequest, ConflictError, JobQueue, Lease
+from broker.queue_reader import QueueReader
+from schemas.adapter import AdapterRecord
+from schemas.job import Job
+from schemas.result import Result, Timings
+from schemas.worker_state import WorkerState
+
+ADAPTERS = ("a", "b", "c")
+
+
+def jobs(count: int, lora: str | None = None, prefix: str = "job") -> list[Job]:
+    return [Job(id=f"{prefix}-{lora}-{i}", lora=lora, prompt="x") for i in range(count)]
+
+
+def submit(queue: JobQueue, batch: list[Job], submission: str = "sub") -> None:
+    queue.submit(submission, "file", len(batch), 0, batch)
+
+
+def join(queue: JobQueue, worker: str = "w", adapters: tuple[str, ...] = ADAPTERS) -> None:
+    revisions = dict.fromkeys(adapters, "r")
+    queue.announce({name: AdapterRecord(source="s", revision="r") for name in adapters})
+    state = WorkerState(
+        id=worker, model="m", device="cpu", started=0, adapters=revisions, max_loras_per_batch=8
+    )
+    queue.heartbeat(state, alive_seconds=60)
+
+
+def claim(
+    queue: JobQueue,
+    num_jobs: int = 100,
+    free_slots: int = 8,
+    *,
+    worker: str = "w",
+    lease_seconds: float = 60,
+    in_use: tuple[str, ...] = (),
+    draining: tuple[str, ...] = (),
+) -> list[Claim]:
+    request = ClaimRequest(num_jobs, free_slots, in_use, draining)
+    return queue.claim(worker, request, lease_seconds=lease_seconds, patience=60).jobs
+
+
+def result(job: Claim, text: str = "answer") -> Result:
+    return Result(
+        id=job.lease.job_id,
+        submission=job.submission,
+        lora=job.adapter,
+        status="done",
+        text=text,
+        timings=Timings(queued=job.queued),
+    )
+
+
+def keys_left(queue: JobQueue) -> set[str]:
+    """What a queue at rest must not hold: waiting or running work."""
+    names = queue.client.scan_iter(match=queue.keys.prefix + "*")
+    kinds = {name.removeprefix(queue.keys.prefix).split(":")[0] for name in names}
+    return kinds & {"stream", "ready", "leases"}
+
+
+def test_a_run_sent_twice_is_stored_once(queue: JobQueue, reader: QueueReader) -> None:
+    submit(queue, jobs(3))
+    submit(queue, jobs(3))
+    assert reader.submission("sub").counts["waiting"] == 3
+    assert queue.client.xlen(queue.keys.stream(None)) == 3
+
+
+def test_an_id_with_other_content_is_refused_and_nothing_of_the_run_is_stored(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    submit(queue, [Job(id="taken", prompt="x")])
+    run = [Job(id="new", prompt="x"), Job(id="taken", prompt="y")]
+    with pytest.raises(ConflictError) as conflict:
+        submit(queue, run, "other")
+    assert conflict.value.indices == [1]
+    assert reader.payloads(["new"]) == [None]
+
+
+def test_two_jobs_of_one_run_that_share_an_id_conflict_unless_they_are_equal(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    with pytest.raises(ConflictError):
+        submit(queue, [Job(id="same", prompt="x"), Job(id="same", prompt="y")])
+    submit(queue, [Job(id="same", prompt="x"), Job(id="same", prompt="x")])
+    assert reader.submission("sub").counts["waiting"] == 2
+    assert queue.client.xlen(queue.keys.stream(None)) == 1
+
+
+def test_a_job_sent_by_two_submissions_runs_once_and_counts_in_both(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(1), "first")
+    submit(queue, jobs(1), "second")
+    claims = claim(queue)
+    assert len(claims) == 1
+    queue.commit("w", [(claims[0].lease, result(claims[0]))])
+    submit(queue, jobs(1), "third")
+    for submission in ("first", "second", "third"):
+        assert reader.submission(submission).counts["done"] == 1
+        (finished,) = reader.finished({submission: "0"})
+        assert finished.job_ids == ["job-None-0"]
+
+
+def test_a_run_that_does_not_follow_on_is_refused(queue: JobQueue) -> None:
+    with pytest.raises(ValueError, match="holds 0 jobs, not 5"):
+        queue.submit("sub", "file", 10, 5, jobs(5))
+
+
+def test_claims_never_name_more_new_adapters_than_slots_are_free(queue: JobQueue) -> None:
+    join(queue)
+    for name in ADAPTERS:
+        submit(queue, jobs(2, name), f"sub-{name}")
+    assert {job.adapter for job in claim(queue, free_slots=2)} == {"a", "b"}
+    assert claim(queue, free_slots=0, in_use=("a", "b")) == []
+    assert {job.adapter for job in claim(queue, free_slots=1, in_use=("a", "b"))} == {"c"}
+
+
+def test_the_base_model_needs_no_slot(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    assert [job.adapter for job in claim(queue, free_slots=0)] == [None]
+
+
+def test_a_small_claim_is_shared_among_the_adapters_in_turn(queue: JobQueue) -> None:
+    join(queue)
+    for name in ADAPTERS:
+        submit(queue, jobs(10, name), f"sub-{name}")
+    assert [job.adapter for job in claim(queue, 6)] == ["a", "a", "b", "b", "c", "c"]
+    served = [claim(queue, 1, in_use=ADAPTERS)[0].adapter for _ in range(3)]
+    assert sorted(served) == ["a", "b", "c"]
+
+
+def test_a_claim_takes_all_of_one_adapter_when_no_other_has_work(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(10, "a"))
+    submit(queue, jobs(1, "b"), "sub-b")
+    assert len(claim(queue, 11)) == 11
+
+
+def test_an_adapter_that_only_another_worker_has_is_left_to_it(queue: JobQueue) -> None:
+    join(queue, "w", ("a",))
+    join(queue, "other", ("b",))
+    submit(queue, jobs(1, "b"))
+    assert claim(queue) == []
+    assert len(claim(queue, worker="other")) == 1
+
+
+def test_an_adapter_that_the_queue_does_not_know_is_claimed_so_that_its_jobs_fail(
+    queue: JobQueue,
+) -> None:
+    join(queue, "w", ("a",))
+    submit(queue, jobs(1, "nobody-has-it"))
+    assert len(claim(queue, free_slots=0)) == 1
+
+
+def test_an_adapter_that_finds_no_slot_is_reported_once_its_patience_is_over(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(1, "b"))
+    request = ClaimRequest(10, 0, in_use=["a"])
+    assert queue.claim("w", request, lease_seconds=60, patience=60).starving is None
+    time.sleep(0.05)
+    assert queue.claim("w", request, lease_seconds=60, patience=0.02).starving == "b"
+
+
+def test_a_draining_adapter_gets_no_jobs(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1, "a"))
+    assert claim(queue, in_use=("a",), draining=("a",)) == []
+
+
+def test_a_committed_job_leaves_nothing_behind_but_its_result(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(2, "a"))
+    claims = claim(queue)
+    assert queue.commit("w", [(job.lease, result(job)) for job in claims]) == [True, True]
+    assert [r.text for r in reader.results(reader.job_ids("sub"))] == ["answer", "answer"]
+    assert claim(queue) == []
+    assert keys_left(queue) == set()
+
+
+def test_only_the_first_result_of_a_job_is_recorded(queue: JobQueue, reader: QueueReader) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    (job,) = claim(queue)
+    outcomes = [(job.lease, result(job, "first")), (job.lease, result(job, "second"))]
+    assert queue.commit("w", outcomes) == [True, False]
+    assert next(reader.results([job.lease.job_id])).text == "first"
+
+
+def test_a_commit_whose_reply_was_lost_may_be_repeated(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    (job,) = claim(queue)
+    assert queue.commit("w", [(job.lease, result(job))]) == [True]
+    assert queue.commit("w", [(job.lease, result(job))]) == [True]
+
+
+def test_a_worker_that_lost_its_lease_cannot_commit(queue: JobQueue, reader: QueueReader) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    (stalled,) = claim(queue, worker="stalled", lease_seconds=0.01)
+    time.sleep(0.02)
+    assert queue.sweep(max_attempts=3) == (1, 0)
+    assert queue.commit("stalled", [(stalled.lease, result(stalled, "late"))]) == [False]
+    (again,) = claim(queue)
+    assert again.attempts == 2
+    assert queue.commit("stalled", [(stalled.lease, result(stalled, "later"))]) == [False]
+    assert queue.commit("w", [(again.lease, result(again))]) == [True]
+    assert reader.submission("sub").counts["done"] == 1
+    assert keys_left(queue) == set()
+
+
+def test_a_worker_does_not_pass_for_its_former_self(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    (first,) = claim(queue, lease_seconds=0.01)
+    time.sleep(0.02)
+    queue.sweep(max_attempts=3)
+    (second,) = claim(queue)
+    assert first.lease != second.lease
+    assert queue.commit("w", [(first.lease, result(first))]) == [False]
+
+
+def test_a_renewed_lease_is_not_swept(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    (job,) = claim(queue, lease_seconds=0.05)
+    assert queue.renew("w", [job.lease], lease_seconds=60) == set()
+    time.sleep(0.06)
+    assert queue.sweep(max_attempts=3) == (0, 0)
+
+
+def test_renewal_names_the_jobs_that_are_no_longer_held(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(2))
+    mine, foreign = claim(queue)
+    leases = [mine.lease, Lease(foreign.lease.job_id, "0-1")]
+    assert queue.renew("w", leases, lease_seconds=60) == {foreign.lease.job_id}
+
+
+def test_a_job_handed_back_waits_again_without_having_used_an_attempt(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(1, "a"))
+    (job,) = claim(queue)
+    assert queue.release("w", [job.lease], attempt_counts=False) == 1
+    assert reader.submission("sub").counts["waiting"] == 1
+    (again,) = claim(queue)
+    assert again.attempts == 1
+
+
+def test_a_job_whose_workers_die_is_given_up_after_its_attempts(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(1, "a"))
+    for outcome in ((1, 0), (1, 0), (0, 1)):
+        claim(queue, lease_seconds=0.01)
+        time.sleep(0.02)
+        assert queue.sweep(max_attempts=3) == outcome
+    (dead,) = reader.results(reader.job_ids("sub"))
+    assert dead.status == "dead"
+    assert dead.error is not None
+    assert dead.error.code == "attempts_exhausted"
+    assert queue.client.xlen(queue.keys.dead) == 1
+    assert reader.submission("sub").is_complete
+    assert keys_left(queue) == set()
+
+
+def test_a_deleted_job_does_not_stop_the_others(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(3))
+    queue.client.delete(queue.keys.job("job-None-1"))
+    assert [job.lease.job_id for job in claim(queue)] == ["job-None-0", "job-None-2"]
+
+
+def test_a_worker_goes_on_after_flushall(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    claim(queue)
+    for name in queue.client.scan_iter(match=queue.keys.prefix + "*"):
+        queue.client.delete(name)
+    join(queue)
+    submit(queue, jobs(1), "again")
+    assert len(claim(queue)) == 1
+
+
+def test_a_silent_worker_drops_off_the_list(queue: JobQueue, reader: QueueReader) -> None:
+    state = WorkerState(
+        id="silent", model="m", device="cpu", started=0, adapters={}, max_loras_per_batch=8
+    )
+    queue.heartbeat(state, alive_seconds=0.02)
+    assert [worker.id for worker in reader.workers()] == ["silent"]
+    time.sleep(0.03)
+    assert reader.workers() == []
+
+
+def test_the_version_of_the_desired_state_rises_only_with_a_change(queue: JobQueue) -> None:
+    record = {"a": AdapterRecord(source="s", revision="1")}
+    assert queue.announce({}) == 1
+    assert queue.announce(record) == 2
+    assert queue.announce(record) == 2
+    assert queue.announce({"a": AdapterRecord(source="s", revision="2")}) == 3

@@ -1,0 +1,88 @@
+"""Small real models and adapters, written to disk as users bring them, and the oracle for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_llama(folder: Path, **changes: object) -> Path:
+    """A random Llama with sizes that are not round, and grouped query heads."""
+    settings = {
+        "vocab_size": 211,
+        "hidden_size": 72,
+        "intermediate_size": 100,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "initializer_range": 0.15,
+    }
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    model_folder: Path,
+    folder: Path,
+    *,
+    rank: int,
+    seed: int,
+    target_modules: Sequence[str] = ALL_MODULES,
+    **changes: object,
+) -> Path:
+    """A PEFT adapter with weights so large that its answers are unlike any other's."""
+    torch.manual_seed(seed)
+    base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(target_modules), **changes)
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3 / rank**0.5 if "lora_B" in name else 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Oracle:
+    """transformers and PEFT, one prompt at a time, greedy, float32."""
+
+    def __init__(self, model_folder: Path, adapters: dict[str, Path]) -> None:
+        base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        self._model = base.eval()
+        for number, (name, folder) in enumerate(adapters.items()):
+            if number == 0:
+                self._model = PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
+            else:
+                self._model.load_adapter(folder, adapter_name=name)
+
+    def generate(
+        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int
+    ) -> list[int]:
+        """The next ``num_tokens`` tokens; ends early only if the model's own settings say so."""
+        ids = torch.tensor([prompt_ids])
+        settings = {
+            "max_new_tokens": num_tokens,
+            "do_sample": False,
+            "attention_mask": torch.ones_like(ids),
+        }
+        with torch.inference_mode():
+            if adapter is not None:
+                self._model.set_adapter(adapter)
+                out = self._model.generate(ids, **settings)
+            elif isinstance(self._model, PeftModel):
+                with self._model.disable_adapter():
+                    out = self._model.generate(ids, **settings)
+            else:
+                out = self._model.generate(ids, **settings)
+        return out[0, len(prompt_ids) :].tolist()

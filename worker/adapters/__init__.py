@@ -1,0 +1,1 @@
+"""Adapters: from a PEFT folder to a slot."""

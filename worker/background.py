@@ -1,0 +1,49 @@
+"""Threads that talk to Redis while the engine computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import redis
+import structlog
+
+log = structlog.get_logger()
+
+#: Seconds to the next try while the server is away: doubled from the first to the last.
+_FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
+
+
+class BackgroundLoop(threading.Thread):
+    """Calls ``turn`` again and again until it is stopped.
+
+    While Redis is away it keeps trying; what the engine has goes on. Any other error is a bug: it
+    is kept in ``failure`` and ``on_failure`` is called, so that the worker ends instead of hanging.
+    """
+
+    def __init__(self, name: str, turn: Callable[[], None], on_failure: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._turn = turn
+        self._on_failure = on_failure
+        self._stopping = threading.Event()
+        self.failure: Exception | None = None
+
+    def run(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._stopping.is_set():
+            try:
+                self._turn()
+                pause = _FIRST_PAUSE
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                log.warning("redis_away", thread=self.name, error=str(error), next_try_in=pause)
+                self._stopping.wait(pause)
+                pause = min(2 * pause, _LAST_PAUSE)
+            except Exception as error:
+                log.exception("thread_failed", thread=self.name)
+                self.failure = error
+                self._on_failure()
+                return
+
+    def stop(self) -> None:
+        """Ask for the end; ``join`` waits for it."""
+        self._stopping.set()

@@ -1,0 +1,108 @@
+"""Claims jobs from the queue and makes sequences of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from queue import Empty, SimpleQueue
+
+import structlog
+from pydantic import ValidationError
+
+from broker.job_queue import Claim, ClaimRequest, JobQueue
+from schemas.errors import JobError
+from schemas.job import Job
+from worker.leases import Leases
+from worker.publisher import Failed, Publisher
+from worker.sequence import Sequence
+
+log = structlog.get_logger()
+
+#: Seconds until an empty queue is asked again: while sequences run, a slot may become free at any
+#: moment; an idle worker is woken by the queue, and asks only in case that message was lost.
+_PAUSE_BUSY, _PAUSE_IDLE = 0.05, 1.0
+
+#: Seconds for which an adapter may wait unserved before one with a slot makes room for it.
+PATIENCE = 30.0
+
+
+class Claimer:
+    """Keeps the engine supplied: claimed jobs become sequences before the engine asks for them."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        worker_id: str,
+        leases: Leases,
+        publisher: Publisher,
+        sequence_of: Callable[[Job], Sequence],
+        resident: Callable[[], Collection[str]],
+        *,
+        lease_seconds: float,
+    ) -> None:
+        """``sequence_of`` prepares a job to run or raises JobError; ``resident`` names the
+        adapters whose weights stand in a slot."""
+        self._queue = queue
+        self._worker_id = worker_id
+        self._leases = leases
+        self._publisher = publisher
+        self._sequence_of = sequence_of
+        self._resident = resident
+        self._lease_seconds = lease_seconds
+        self._ready: SimpleQueue[tuple[Claim, Sequence]] = SimpleQueue()
+        self._wake = queue.client.pubsub(ignore_subscribe_messages=True)
+        self.found_nothing = False
+        """Whether the last claim found no job that this worker can run."""
+
+    def turn(self) -> None:
+        """Claim once; wait a little if there was nothing to claim or no room for it."""
+        request = self._leases.request(self._resident())
+        if not request.num_jobs or not self._claim(request):
+            self._wait()
+
+    def take(self, *, wait: float = 0.0) -> list[tuple[Claim, Sequence]]:
+        """Sequences that are ready to run; if there are none, waits up to so many seconds."""
+        ready = []
+        try:
+            ready.append(self._ready.get(timeout=wait) if wait else self._ready.get_nowait())
+            while True:
+                ready.append(self._ready.get_nowait())
+        except Empty:
+            return ready
+
+    def _claim(self, request: ClaimRequest) -> bool:
+        claims = self._queue.claim(
+            self._worker_id, request, lease_seconds=self._lease_seconds, patience=PATIENCE
+        )
+        if drained := self._leases.drain_for(claims.starving):
+            log.info("adapter_drains", adapter=drained, makes_room_for=claims.starving)
+        self._leases.add(claims.jobs)
+        for claim in claims.jobs:
+            self._prepare(claim)
+        self.found_nothing = not claims.jobs and claims.starving is None
+        return bool(claims.jobs)
+
+    def _prepare(self, claim: Claim) -> None:
+        job = None
+        try:
+            job = _job_of(claim)
+            self._ready.put((claim, self._sequence_of(job)))
+        except JobError as error:
+            log.info("job_failed", job=claim.lease.job_id, code=error.code)
+            self._publisher.publish(Failed(claim, job, error))
+
+    def _wait(self) -> None:
+        if not self._wake.subscribed:
+            self._wake.subscribe(self._queue.keys.wake)
+        deadline = time.monotonic() + (_PAUSE_BUSY if len(self._leases) else _PAUSE_IDLE)
+        while (left := deadline - time.monotonic()) > 0:
+            if self._wake.get_message(timeout=left):
+                return
+
+
+def _job_of(claim: Claim) -> Job:
+    try:
+        return Job.from_wire(claim.payload)
+    except ValidationError as error:
+        problem = error.errors(include_input=False)[0]
+        raise JobError("bad_record", f"the stored job is damaged: {problem['msg']}") from error

@@ -1,0 +1,139 @@
+"""The command ``worker``. Its flags are called like those of SGLang's server."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Claims jobs from a queue, runs them in batches over many LoRA adapters, and writes one result a job
+back. Ends with status 0 after SIGTERM or Ctrl-C (what runs may finish; a second one hands it back),
+1 after a failure, 2 for a wrong flag, model or adapter, 4 if the Redis server cannot be used.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; ``worker.config`` checks their values and fills in what is left out."""
+    parser = argparse.ArgumentParser(
+        prog="worker",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with config.json, safetensors and tokenizer",
+    )
+    model.add_argument("--device", help="cpu or cuda; left out: cuda if there is one")
+    model.add_argument(
+        "--dtype",
+        help="float32, float16, bfloat16 or auto (default: float32 on a CPU, else as stored)",
+    )
+    model.add_argument(
+        "--load-format",
+        help="auto, or dummy: random weights from config.json alone, for speed tests",
+    )
+    model.add_argument(
+        "--context-length", type=int, metavar="N", help="tokens of prompt and answer (the model's)"
+    )
+    lora = parser.add_argument_group("adapters")
+    lora.add_argument(
+        "--lora-paths",
+        nargs="+",
+        metavar="LORA",
+        help="PEFT folders: PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned",
+    )
+    lora.add_argument(
+        "--max-loras-per-batch", type=int, metavar="N", help="distinct adapters in a batch (8)"
+    )
+    lora.add_argument(
+        "--max-loaded-loras", type=int, metavar="N", help="adapters in host memory (all given)"
+    )
+    lora.add_argument(
+        "--max-lora-rank", type=int, metavar="N", help="largest rank (of the adapters given)"
+    )
+    lora.add_argument(
+        "--lora-target-modules",
+        nargs="+",
+        metavar="MODULE",
+        help="modules that adapters may change, or all (those of the adapters given)",
+    )
+    lora.add_argument("--lora-backend", help="triton (on a GPU) or torch (on a CPU)")
+    memory = parser.add_argument_group("batches and memory")
+    memory.add_argument(
+        "--max-running-requests", type=int, metavar="N", help="jobs that run at once (48; GPU: 256)"
+    )
+    memory.add_argument(
+        "--chunked-prefill-size",
+        type=int,
+        metavar="N",
+        help="prompt tokens in a batch (512; GPU: 8192)",
+    )
+    memory.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens in the KV cache")
+    memory.add_argument(
+        "--mem-fraction-static",
+        type=float,
+        metavar="F",
+        help="or: its part of the free memory (0.5; GPU: 0.85)",
+    )
+    queue = parser.add_argument_group("queue")
+    queue.add_argument("--queue", metavar="NAME", help="name of the queue (lorry)")
+    queue.add_argument(
+        "--redis-url",
+        metavar="URL",
+        help="Redis or Valkey server (REDIS_URL; with neither, an embedded server)",
+    )
+    queue.add_argument(
+        "--lease-seconds",
+        type=float,
+        metavar="S",
+        help="after which the jobs of a worker that died go to another one (30)",
+    )
+    queue.add_argument("--burst", action="store_true", help="end when no job is left")
+    return parser
+
+
+def main() -> None:
+    """Run the command; ends the process with its exit status."""
+    flags = vars(build_parser().parse_args())
+    # While it starts up, SIGTERM ends the worker as Ctrl-C does: in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        sys.exit(_run(flags))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(flags: dict[str, object]) -> int:
+    # Only now, since importing torch takes seconds and --help should not.
+    from broker.connection import server_errors
+    from broker.server import use_server
+    from schemas.errors import LorryError
+    from worker.config import WorkerConfig
+    from worker.engine import Engine
+    from worker.logs import configure_logs, log
+    from worker.worker import Worker
+
+    configure_logs()
+    try:
+        config = WorkerConfig.from_flags(flags)
+        with use_server(config.redis_url) as server:
+            log.info("queue_server", server=server.description)
+            worker = Worker(config, Engine(config), server.url)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: worker.stop())
+            with server_errors(server.url):
+                return worker.run()
+    except LorryError as error:
+        print(f"worker: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

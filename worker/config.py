@@ -1,0 +1,160 @@
+"""A worker's settings: the command line's flags, checked, with their defaults filled in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from schemas.adapter import AdapterName
+from schemas.errors import BadInput
+from worker.model.config import LINEAR_MODULES
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class LoraPath(BaseModel):
+    """One value of ``--lora-paths``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lora_name: AdapterName
+    lora_path: str = Field(min_length=1)
+    pinned: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> LoraPath:
+        """Read ``PATH``, ``NAME=PATH`` or ``{"lora_name", "lora_path", "pinned"}``.
+
+        A bare path gets its last component as its name.
+        """
+        try:
+            if text.lstrip().startswith("{"):
+                return cls.model_validate_json(text)
+            name, separator, path = text.partition("=")
+            if not separator:
+                name, path = Path(text).name, text
+            return cls(lora_name=name, lora_path=path)
+        except ValidationError as error:
+            raise BadInput(
+                f"--lora-paths {text}: {_first_problem(error)}."
+                " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned; a name"
+                " begins with a letter or digit and goes on with those and . _ - /"
+            ) from error
+
+
+def _known_modules(modules: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if modules is None or modules == ("all",):
+        return modules and LINEAR_MODULES
+    if unknown := [module for module in modules if module not in LINEAR_MODULES]:
+        raise ValueError(f"{', '.join(unknown)}: choose from {', '.join(LINEAR_MODULES)}, or 'all'")
+    return modules
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class WorkerConfig(BaseModel):
+    """All settings of a worker; names are those of the flags."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_path: Path
+    lora_paths: tuple[LoraPath, ...] = ()
+    max_loras_per_batch: Positive = 8
+    max_loaded_loras: Positive | None = None
+    max_lora_rank: Positive | None = None
+    lora_target_modules: Annotated[tuple[str, ...] | None, AfterValidator(_known_modules)] = None
+    lora_backend: Literal["triton", "torch"] | None = None
+    max_running_requests: Positive | None = None
+    max_total_tokens: Positive | None = None
+    mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
+    chunked_prefill_size: Positive | None = None
+    context_length: Positive | None = None
+    device: Literal["cpu", "cuda"] | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)] = "lorry"
+    redis_url: str | None = None
+    lease_seconds: Annotated[float, Field(ge=1, le=86400)] = 30.0
+    burst: bool = False
+
+    @classmethod
+    def from_flags(cls, flags: dict[str, Any]) -> WorkerConfig:
+        """Check parsed flags; raises BadInput that names the flag."""
+        lora_paths = tuple(LoraPath.parse(text) for text in flags.pop("lora_paths", None) or ())
+        try:
+            return cls(lora_paths=lora_paths, **flags)
+        except ValidationError as error:
+            raise BadInput(_first_problem(error)) from error
+
+    @model_validator(mode="after")
+    def _flags_agree(self) -> WorkerConfig:
+        names = [lora.lora_name for lora in self.lora_paths]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"--lora-paths: {', '.join(twice)} is given twice")
+        num_pinned = sum(lora.pinned for lora in self.lora_paths)
+        if num_pinned > self.max_loras_per_batch - 1:
+            raise ValueError(
+                f"--lora-paths: {num_pinned} adapters are pinned; at most --max-loras-per-batch - 1"
+                f" = {self.max_loras_per_batch - 1} may be, so that the others find a slot"
+            )
+        loaded = self.max_loaded_loras
+        if loaded is not None and loaded < self.max_loras_per_batch:
+            raise ValueError(
+                f"--max-loaded-loras {loaded} is below --max-loras-per-batch"
+                f" {self.max_loras_per_batch}; a batch's adapters must all be in host memory"
+            )
+        if loaded is not None and loaded < len(names):
+            raise ValueError(
+                f"--max-loaded-loras {loaded} is below the number of --lora-paths, {len(names)}"
+            )
+        if self.max_total_tokens is not None and self.mem_fraction_static is not None:
+            raise ValueError("--max-total-tokens and --mem-fraction-static exclude each other")
+        if self.resolved_device.type == "cpu" and self.lora_backend == "triton":
+            raise ValueError("--lora-backend triton needs --device cuda; on a CPU it is torch")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device; leave it out, or use cpu")
+        return self
+
+    @property
+    def resolved_device(self) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def resolved_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """float32 on a CPU, what the model is stored in on a GPU, unless a flag says otherwise."""
+        if self.dtype != "auto":
+            return _DTYPES[self.dtype]
+        return torch.float32 if self.resolved_device.type == "cpu" else stored
+
+    @property
+    def running_limit(self) -> int:
+        """Sequences that run at once."""
+        return self.max_running_requests or (48 if self.resolved_device.type == "cpu" else 256)
+
+    @property
+    def prefill_limit(self) -> int:
+        """Prompt tokens in one batch."""
+        return self.chunked_prefill_size or (512 if self.resolved_device.type == "cpu" else 8192)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One sentence of a pydantic error, with the flag in place of the field."""
+    problem = error.errors()[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    flag = "--" + str(problem["loc"][0]).replace("_", "-")
+    return f"{flag} {json.dumps(problem['input'], default=str)}: {message}"

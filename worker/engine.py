@@ -1,0 +1,242 @@
+"""The engine: sequences in, finished sequences out, one batch a step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import structlog
+import torch
+
+from schemas.errors import BadInput, JobError
+from schemas.job import Job
+from worker.adapters.peft_format import Adapter
+from worker.adapters.registry import AdapterRegistry, load_registry
+from worker.adapters.slots import AdapterSlots
+from worker.batch import Batch, build_batch
+from worker.config import WorkerConfig
+from worker.kv_cache import PAGE_SIZE, KVCache, PagePool, num_pages
+from worker.model.config import ModelConfig
+from worker.model.decoder import Decoder
+from worker.model.weights import load_weights, random_weights
+from worker.sampler import sample_batch
+from worker.scheduler import Scheduler
+from worker.sequence import Sequence
+from worker.text import Tokenizer
+
+log = structlog.get_logger()
+
+#: Part of the memory that may be used, if --mem-fraction-static does not say.
+DEFAULT_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.85}
+
+
+@dataclass
+class EngineCounters:
+    """What the engine has done so far."""
+
+    batches: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    max_adapters_in_batch: int = 0
+    """Largest number of distinct adapters in one batch."""
+
+
+class Engine:
+    """Model, adapters, KV cache and scheduler of one worker."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        """Load everything; raises BadInput for what a person must mend."""
+        self.device = config.resolved_device
+        model = ModelConfig.from_folder(config.model_path)
+        self.dtype = config.resolved_dtype(model.dtype)
+        self.context_length = _context_length(config, model)
+        self.tokenizer = Tokenizer(config.model_path, model.vocab_size)
+        self.adapters = load_registry(config, model, self.dtype)
+        if config.load_format == "dummy":
+            weights = random_weights(model, self.device, self.dtype)
+        else:
+            weights = load_weights(config.model_path, model, self.device, self.dtype)
+        self.slots = _make_slots(config, model, self.adapters, self.device, self.dtype)
+        pool = PagePool(_num_pages(config, model, self.dtype, self.context_length))
+        cache = KVCache(model, pool.num_pages, self.device, self.dtype)
+        lora = self.slots.weights if self.slots else None
+        self._decoder = Decoder(model, weights, cache, lora, self.context_length)
+        self._eos_token_ids = model.eos_token_ids
+        self.scheduler = Scheduler(
+            pool,
+            max_running=config.running_limit,
+            max_prefill_tokens=config.prefill_limit,
+            max_adapters=config.max_loras_per_batch,
+            pinned=self.adapters.pinned,
+        )
+        self.counters = EngineCounters()
+        log.info(
+            "engine_ready",
+            model=str(config.model_path),
+            device=self.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            context_length=self.context_length,
+            kv_cache_tokens=pool.num_pages * PAGE_SIZE,
+            adapters=sorted(self.adapters.revisions),
+            slots=self.slots.num_slots if self.slots else 0,
+        )
+
+    def sequence_of(self, job: Job) -> Sequence:
+        """Prepare a job to run; raises JobError if it cannot. Safe to call from another thread."""
+        adapter = self._adapter_of(job)
+        prompt_ids = self.tokenizer.encode(job)
+        room = self.context_length - len(prompt_ids)
+        if room < 1:
+            raise JobError(
+                "prompt_too_long",
+                f"the prompt has {len(prompt_ids)} tokens; with one to answer, a context of"
+                f" {self.context_length} holds {self.context_length - 1}",
+            )
+        sequence = Sequence(
+            job,
+            prompt_ids,
+            min(job.max_tokens, room),
+            adapter,
+            self.tokenizer.stop_search(job.stop) if job.stop else None,
+        )
+        capacity = self.scheduler.pool.num_pages * PAGE_SIZE
+        if sequence.max_tokens > capacity:
+            raise JobError(
+                "kv_cache_too_small",
+                f"prompt and answer may come to {sequence.max_tokens} tokens; the worker's KV cache"
+                f" holds {capacity}. Lower max_tokens, or raise the worker's --max-total-tokens",
+            )
+        return sequence
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self.scheduler.add(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next batch, laid out; None if there is nothing to do."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return None
+        now = time.monotonic()
+        for item in scheduled:
+            item.sequence.started = item.sequence.started or now
+        return build_batch(scheduled, self.slots, self.device, self.dtype)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits of the batch's sampled rows."""
+        return self._decoder.forward(batch)
+
+    def sample(self, logits: torch.Tensor, batch: Batch) -> list[int]:
+        """The next token of each sampled sequence."""
+        return sample_batch(logits, batch.sampled)
+
+    def advance(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
+        """Enter a batch's outcome into its sequences; returns those that are finished by it."""
+        now = time.monotonic()
+        for sequence, num_rows, _ in batch.scheduled:
+            sequence.num_cached += num_rows
+        finished = []
+        for sequence, token_id in zip(batch.sampled, token_ids, strict=True):
+            sequence.output_ids.append(token_id)
+            sequence.first_token = sequence.first_token or now
+            if self._is_finished(sequence, token_id):
+                sequence.finished = now
+                self.scheduler.finish(sequence)
+                finished.append(sequence)
+        self._count(batch)
+        return finished
+
+    def step(self) -> list[Sequence]:
+        """One batch from start to end; returns the sequences that it finished."""
+        batch = self.schedule()
+        if batch is None:
+            return []
+        return self.advance(batch, self.sample(self.forward(batch), batch))
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it stands."""
+        self.scheduler.finish(sequence)
+
+    @property
+    def resident(self) -> list[str]:
+        """Names of the adapters whose weights stand in a slot."""
+        return self.slots.resident if self.slots else []
+
+    def _adapter_of(self, job: Job) -> Adapter | None:
+        if job.lora is None:
+            return None
+        adapter = self.adapters.get(job.lora)
+        if adapter is None:
+            known = ", ".join(sorted(self.adapters.revisions)) or "none"
+            raise JobError(
+                "unknown_adapter",
+                f"no adapter is called '{job.lora}'; this worker was started with: {known}",
+            )
+        return adapter
+
+    def _is_finished(self, sequence: Sequence, token_id: int) -> bool:
+        if token_id in self._eos_token_ids and not sequence.job.ignore_eos:
+            sequence.finish_reason = "stop"
+        elif sequence.stop_search:
+            sequence.stop_text = sequence.stop_search.text_before_stop(token_id)
+            sequence.finish_reason = "stop" if sequence.stop_text is not None else None
+        if sequence.finish_reason is None and len(sequence.output_ids) >= sequence.max_new_tokens:
+            sequence.finish_reason = "length"
+        return sequence.finish_reason is not None
+
+    def _count(self, batch: Batch) -> None:
+        counters = self.counters
+        counters.batches += 1
+        counters.output_tokens += len(batch.sampled)
+        counters.prompt_tokens += sum(item.num_rows for item in batch.scheduled if item.is_prefill)
+        counters.max_adapters_in_batch = max(counters.max_adapters_in_batch, len(batch.adapters))
+
+
+def _context_length(config: WorkerConfig, model: ModelConfig) -> int:
+    wanted = config.context_length or model.max_position
+    if wanted > model.max_position:
+        raise BadInput(
+            f"--context-length {wanted}: the model was made for at most {model.max_position}"
+        )
+    return wanted
+
+
+def _make_slots(
+    config: WorkerConfig,
+    model: ModelConfig,
+    adapters: AdapterRegistry,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> AdapterSlots | None:
+    """None for a worker without adapters."""
+    if not config.lora_paths:
+        return None
+    slots = AdapterSlots(
+        model,
+        num_slots=config.max_loras_per_batch,
+        max_rank=config.max_lora_rank or adapters.max_rank,
+        target_modules=config.lora_target_modules or adapters.target_modules,
+        device=device,
+        dtype=dtype,
+    )
+    for adapter in adapters.pinned:
+        slots.place(adapter, in_use=())
+    return slots
+
+
+def _num_pages(
+    config: WorkerConfig, model: ModelConfig, dtype: torch.dtype, context_length: int
+) -> int:
+    """Pages of the KV cache: as many as the flags say, or the memory holds, or all can use."""
+    if config.max_total_tokens is not None:
+        return num_pages(config.max_total_tokens)
+    if config.resolved_device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        free = psutil.virtual_memory().available
+    fraction = config.mem_fraction_static or DEFAULT_MEMORY_FRACTION[config.resolved_device.type]
+    tokens = int(free * fraction) // model.kv_bytes_per_token(dtype)
+    if tokens < PAGE_SIZE:
+        raise BadInput("--mem-fraction-static: no memory is left for the KV cache; raise it")
+    return min(tokens // PAGE_SIZE, config.running_limit * num_pages(context_length))

@@ -1,0 +1,86 @@
+"""Keeps up what expires: leases, the worker's sign of life, and other workers' lost jobs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+
+from broker.job_queue import JobQueue
+from schemas.worker_state import WorkerState
+from worker.leases import Leases
+
+log = structlog.get_logger()
+
+#: Seconds between two signs of life, and after which a silent worker counts as gone.
+HEARTBEAT_SECONDS, ALIVE_SECONDS = 2.0, 10.0
+
+#: Executions of a job before it is given up on.
+MAX_ATTEMPTS = 3
+
+
+class Keeper:
+    """Renews leases three times in their life, reports the worker's state, sweeps expired ones."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        worker_id: str,
+        leases: Leases,
+        state: Callable[[], WorkerState],
+        *,
+        lease_seconds: float,
+    ) -> None:
+        self._queue = queue
+        self._worker_id = worker_id
+        self._leases = leases
+        self._state = state
+        self._lease_seconds = lease_seconds
+        self._period = min(lease_seconds / 3, HEARTBEAT_SECONDS)
+        self._next_renewal = time.monotonic() + lease_seconds / 3
+        self._lost: set[str] = set()
+        self._lost_lock = threading.Lock()
+        self._stopping = threading.Event()
+
+    def turn(self) -> None:
+        """One round: report, renew if it is time, sweep; then wait for the next one."""
+        self.report()
+        if time.monotonic() >= self._next_renewal:
+            self._renew()
+        self._sweep()
+        self._stopping.wait(self._period)
+
+    def report(self) -> None:
+        """Write the worker's observed state, its sign of life."""
+        self._queue.heartbeat(self._state(), alive_seconds=ALIVE_SECONDS)
+
+    def stop(self) -> None:
+        """End the wait between two rounds."""
+        self._stopping.set()
+
+    def take_lost(self) -> set[str]:
+        """Ids of jobs whose lease was lost since the last call."""
+        if not self._lost:
+            return set()
+        with self._lost_lock:
+            lost, self._lost = self._lost, set()
+        return lost
+
+    def _renew(self) -> None:
+        held = self._leases.held()
+        lost = self._queue.renew(self._worker_id, held, lease_seconds=self._lease_seconds)
+        self._next_renewal = time.monotonic() + self._lease_seconds / 3
+        # A job committed since `held` was read is not lost.
+        lost &= {lease.job_id for lease in self._leases.held()}
+        if lost:
+            log.warning("leases_lost", jobs=sorted(lost))
+            self._leases.remove(lost)
+            with self._lost_lock:
+                self._lost |= lost
+
+    def _sweep(self) -> None:
+        again, given_up = self._queue.sweep(max_attempts=MAX_ATTEMPTS)
+        if again or given_up:
+            log.warning("leases_expired", waiting_again=again, given_up=given_up)

@@ -1,0 +1,79 @@
+"""The jobs that this worker holds, from claim to commit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from broker.job_queue import Claim, ClaimRequest, Lease
+
+
+class Leases:
+    """Shared by the threads that claim, renew and commit."""
+
+    def __init__(self, *, max_jobs: int, max_adapters: int, pinned: Collection[str]) -> None:
+        self._max_jobs = max_jobs
+        self._max_adapters = max_adapters
+        self._pinned = frozenset(pinned)
+        self._lock = threading.Lock()
+        self._held: dict[str, Claim] = {}
+        self._jobs_by_adapter: Counter[str] = Counter()
+        self._in_use_since: dict[str, float] = {}
+        self._draining: str | None = None
+
+    def add(self, claims: Iterable[Claim]) -> None:
+        with self._lock:
+            for claim in claims:
+                self._held[claim.lease.job_id] = claim
+                if claim.adapter:
+                    self._jobs_by_adapter[claim.adapter] += 1
+                    self._in_use_since.setdefault(claim.adapter, time.monotonic())
+
+    def remove(self, job_ids: Iterable[str]) -> None:
+        """Forget jobs that were committed, handed back or lost."""
+        with self._lock:
+            for job_id in job_ids:
+                claim = self._held.pop(job_id, None)
+                if claim and claim.adapter:
+                    self._forget_use(claim.adapter)
+
+    def held(self) -> list[Lease]:
+        with self._lock:
+            return [claim.lease for claim in self._held.values()]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def request(self, resident: Collection[str]) -> ClaimRequest:
+        """What can be claimed now beside what is held."""
+        with self._lock:
+            in_use = self._jobs_by_adapter.keys() | self._pinned
+            return ClaimRequest(
+                num_jobs=max(0, self._max_jobs - len(self._held)),
+                free_slots=max(0, self._max_adapters - len(in_use)),
+                in_use=sorted(in_use),
+                draining=[self._draining] if self._draining else [],
+                resident=[name for name in resident if name not in in_use],
+            )
+
+    def drain_for(self, starving: str | None) -> str | None:
+        """Let one adapter run out of jobs, so that a starving one finds its slot free.
+
+        The choice falls on the one in use for longest. Returns it if it was chosen now.
+        """
+        with self._lock:
+            candidates = self._in_use_since.keys() - self._pinned
+            if not starving or self._draining or not candidates:
+                return None
+            self._draining = min(candidates, key=lambda name: self._in_use_since[name])
+            return self._draining
+
+    def _forget_use(self, adapter: str) -> None:
+        self._jobs_by_adapter[adapter] -= 1
+        if self._jobs_by_adapter[adapter] == 0:
+            del self._jobs_by_adapter[adapter]
+            del self._in_use_since[adapter]
+            if self._draining == adapter:
+                self._draining = None

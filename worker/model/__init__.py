@@ -1,0 +1,1 @@
+"""The decoder: its configuration, weights and layers."""

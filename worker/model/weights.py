@@ -1,0 +1,147 @@
+"""A decoder's weights: read from safetensors files, or made up for speed tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from schemas.errors import BadInput
+from worker.model.config import LINEAR_GROUPS, ModelConfig
+
+#: Where each fused linear stands in a Hugging Face state dict.
+_PARENTS = {
+    "qkv_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer: norms [hidden_size], linears [out_features of all parts, in_features]."""
+
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    linears: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All weights; ``head`` is ``embedding`` itself where the model ties them."""
+
+    embedding: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+def load_weights(
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> DecoderWeights:
+    """Read a model folder's safetensors, one file or sharded.
+
+    Raises BadInput, with the tensor's or file's name, for whatever is missing or of another shape.
+    """
+    reader = _TensorReader(folder, device, dtype)
+    hidden = (config.hidden_size,)
+    embedding_shape = (config.vocab_size, config.hidden_size)
+    layers = []
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}."
+        linears = {
+            group: torch.cat(
+                [
+                    reader.read(f"{prefix}{parent}.{part}.weight", config.linear_shape(part))
+                    for part in LINEAR_GROUPS[group]
+                ]
+            )
+            for group, parent in _PARENTS.items()
+        }
+        layers.append(
+            LayerWeights(
+                reader.read(prefix + "input_layernorm.weight", hidden),
+                reader.read(prefix + "post_attention_layernorm.weight", hidden),
+                linears,
+            )
+        )
+    embedding = reader.read("model.embed_tokens.weight", embedding_shape)
+    norm = reader.read("model.norm.weight", hidden)
+    if config.tie_word_embeddings:
+        return DecoderWeights(embedding, layers, norm, embedding)
+    return DecoderWeights(embedding, layers, norm, reader.read("lm_head.weight", embedding_shape))
+
+
+def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
+    """Weights of the right shapes and ordinary sizes, the same ones every time."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        weight = torch.empty(shape, device=device, dtype=dtype)
+        return weight.normal_(std=0.02, generator=generator)
+
+    def ones() -> torch.Tensor:
+        return torch.ones(config.hidden_size, device=device, dtype=dtype)
+
+    def linear(parts: tuple[str, ...]) -> torch.Tensor:
+        shapes = [config.linear_shape(part) for part in parts]
+        return normal(sum(out for out, _ in shapes), shapes[0][1])
+
+    layers = [
+        LayerWeights(ones(), ones(), {group: linear(p) for group, p in LINEAR_GROUPS.items()})
+        for _ in range(config.num_layers)
+    ]
+    embedding = normal(config.vocab_size, config.hidden_size)
+    head = embedding if config.tie_word_embeddings else normal(*embedding.shape)
+    return DecoderWeights(embedding, layers, ones(), head)
+
+
+class _TensorReader:
+    """Finds tensors by name in a folder's safetensors files."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._device = device
+        self._dtype = dtype
+        self._files: dict[str, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if index.exists():
+            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        elif single.exists():
+            weight_map = dict.fromkeys(self._open(single.name).keys(), single.name)
+        else:
+            raise BadInput(
+                f"--model-path {folder}: holds neither model.safetensors nor"
+                " model.safetensors.index.json. Other formats are not read;"
+                " `--load-format dummy` runs on random weights."
+            )
+        self._weight_map: dict[str, str] = weight_map
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in self._weight_map:
+            raise BadInput(f"--model-path {self._folder}: the weights lack {name}.")
+        file = self._weight_map[name]
+        try:
+            tensor: torch.Tensor = self._open(file).get_tensor(name)
+        except SafetensorError as error:
+            raise BadInput(f"--model-path {self._folder / file}: {name}: {error}") from error
+        if tuple(tensor.shape) != shape:
+            raise BadInput(
+                f"--model-path {self._folder / file}: {name} has the shape {tuple(tensor.shape)};"
+                f" config.json asks for {shape}."
+            )
+        return tensor.to(self._device, self._dtype)
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self._folder / file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise BadInput(f"--model-path {self._folder / file}: {error}") from error
+        return self._files[file]

@@ -1,0 +1,128 @@
+"""Writes results back to the queue."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import structlog
+
+from broker.job_queue import Claim, JobQueue
+from schemas.errors import JobError
+from schemas.job import Job
+from schemas.result import ErrorInfo, Result, Timings, Usage
+from worker.leases import Leases
+from worker.sequence import Sequence
+from worker.text import Tokenizer
+
+log = structlog.get_logger()
+
+#: Results committed in one round trip.
+_COMMIT_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A claimed job whose sequence came to its end."""
+
+    claim: Claim
+    sequence: Sequence
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A claimed job that cannot be run; ``job`` is None if its record could not be read."""
+
+    claim: Claim
+    job: Job | None
+    error: JobError
+
+
+class Publisher:
+    """Makes results of outcomes and commits them, many at a time."""
+
+    def __init__(
+        self, queue: JobQueue, worker_id: str, leases: Leases, tokenizer: Tokenizer
+    ) -> None:
+        self._queue = queue
+        self._worker_id = worker_id
+        self._leases = leases
+        self._tokenizer = tokenizer
+        self._outcomes: SimpleQueue[Finished | Failed] = SimpleQueue()
+        self._uncommitted: list[tuple[Claim, Result]] = []
+
+    def publish(self, outcome: Finished | Failed) -> None:
+        """Hand over an outcome; returns at once. Its lease is held until Redis has the result."""
+        self._outcomes.put(outcome)
+
+    def turn(self) -> None:
+        """Commit what is there, or wait a little for it."""
+        self._collect()
+        chunk = self._uncommitted[:_COMMIT_CHUNK]
+        recorded = self._queue.commit(
+            self._worker_id, [(claim.lease, result) for claim, result in chunk]
+        )
+        del self._uncommitted[: len(chunk)]
+        self._leases.remove(claim.lease.job_id for claim, _ in chunk)
+        for (claim, _), is_recorded in zip(chunk, recorded, strict=True):
+            if not is_recorded:
+                log.warning("lease_lost", job=claim.lease.job_id, at="commit")
+
+    def _collect(self) -> None:
+        """Move outcomes to ``_uncommitted``, which a failed commit leaves for the next turn."""
+        try:
+            outcome = self._outcomes.get(timeout=0 if self._uncommitted else 0.1)
+            while True:
+                self._uncommitted.append((outcome.claim, self._result(outcome)))
+                outcome = self._outcomes.get_nowait()
+        except Empty:
+            return
+
+    def _result(self, outcome: Finished | Failed) -> Result:
+        if isinstance(outcome, Failed):
+            return self._failure(outcome.claim, outcome.job, outcome.error)
+        return self._answer(outcome.claim, outcome.sequence)
+
+    def _failure(self, claim: Claim, job: Job | None, error: JobError) -> Result:
+        return Result(
+            id=claim.lease.job_id,
+            submission=claim.submission,
+            lora=claim.adapter,
+            status="failed",
+            error=ErrorInfo(code=error.code, message=error.message),
+            timings=Timings(
+                queued=claim.queued,
+                started=claim.claimed,
+                finished=claim.server_time(time.monotonic()),
+            ),
+            worker=self._worker_id,
+            metadata=job.metadata if job else None,
+        )
+
+    def _answer(self, claim: Claim, sequence: Sequence) -> Result:
+        text = sequence.stop_text
+        if text is None:
+            text = self._tokenizer.decode(sequence.output_ids)
+        return Result(
+            id=claim.lease.job_id,
+            submission=claim.submission,
+            lora=claim.adapter,
+            revision=sequence.adapter.revision if sequence.adapter else None,
+            status="done",
+            text=text,
+            token_ids=sequence.output_ids,
+            finish_reason=sequence.finish_reason,
+            usage=Usage(
+                prompt_tokens=len(sequence.prompt_ids),
+                completion_tokens=len(sequence.output_ids),
+            ),
+            timings=Timings(
+                queued=claim.queued,
+                started=claim.server_time(sequence.started),
+                first_token=claim.server_time(sequence.first_token),
+                finished=claim.server_time(sequence.finished),
+            ),
+            worker=self._worker_id,
+            metadata=sequence.job.metadata,
+        )

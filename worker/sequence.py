@@ -1,0 +1,65 @@
+"""A claimed job while it runs in the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from schemas.job import Job
+from schemas.result import FinishReason
+from worker.adapters.peft_format import Adapter
+from worker.stop_strings import StopSearch
+
+
+class Phase(Enum):
+    """Where a sequence stands in the engine."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, pages and progress of one job.
+
+    The cache holds keys and values of the first ``num_cached`` tokens. A sequence whose cache
+    lacks only its newest token is decoding; one that lacks more is (again) in prefill.
+    """
+
+    job: Job
+    prompt_ids: list[int]
+    max_new_tokens: int
+    adapter: Adapter | None = None
+    stop_search: StopSearch | None = None
+    output_ids: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    phase: Phase = Phase.WAITING
+    finish_reason: FinishReason | None = None
+    stop_text: str | None = None
+    """The text up to the stop string, once one was found."""
+    started: float | None = None
+    """When its first batch began; this and the next two are moments of the monotonic clock."""
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncached(self) -> int:
+        return self.num_tokens - self.num_cached
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens it can come to."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Prompt and output as one row, from ``start`` to before ``end``."""
+        n_prompt = len(self.prompt_ids)
+        if start >= n_prompt:
+            return self.output_ids[start - n_prompt : end - n_prompt]
+        return (self.prompt_ids[start:end] + self.output_ids)[: end - start]

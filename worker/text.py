@@ -1,0 +1,94 @@
+"""Between text and token ids: prompts in, answers out."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from schemas.errors import BadInput, JobError
+from schemas.job import Job
+from worker.stop_strings import StopSearch
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class Tokenizer:
+    """The model's tokenizer and chat template, or their absence."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        """A folder without a tokenizer serves jobs that bring token ids."""
+        self._vocab_size = vocab_size
+        # The Rust tokenizer refuses to be used while another thread sets its truncation.
+        self._lock = threading.Lock()
+        self._tokenizer: PreTrainedTokenizerFast | None = None
+        if any((folder / file).exists() for file in _TOKENIZER_FILES):
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError) as error:
+                raise BadInput(
+                    f"--model-path {folder}: cannot read its tokenizer: {error}"
+                ) from error
+
+    def encode(self, job: Job) -> list[int]:
+        """The prompt's token ids; raises JobError if the job has none that the model can read."""
+        if job.prompt_token_ids is not None:
+            return self._checked(job.prompt_token_ids)
+        tokenizer = self._present("send prompt_token_ids")
+        if job.messages is not None:
+            return self._chat(tokenizer, job)
+        with self._lock:
+            ids: list[int] = tokenizer(job.prompt)["input_ids"]
+        if not ids:
+            raise JobError("bad_prompt", "the prompt is empty")
+        return ids
+
+    def decode(self, token_ids: list[int]) -> str | None:
+        """The text of an answer, without special tokens; None without a tokenizer."""
+        if self._tokenizer is None:
+            return None
+        with self._lock:
+            text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def stop_search(self, stops: list[str]) -> StopSearch:
+        """A search for stop strings in one answer; raises JobError without a tokenizer."""
+        return StopSearch(stops, self._present("leave out stop").backend_tokenizer)
+
+    def _present(self, remedy: str) -> PreTrainedTokenizerFast:
+        if self._tokenizer is None:
+            raise JobError(
+                "no_tokenizer", f"the worker's model folder holds no tokenizer; {remedy}"
+            )
+        return self._tokenizer
+
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        if max(token_ids) >= self._vocab_size:
+            raise JobError(
+                "bad_prompt",
+                f"prompt_token_ids holds {max(token_ids)}; the model's vocabulary has"
+                f" {self._vocab_size} tokens",
+            )
+        return token_ids
+
+    def _chat(self, tokenizer: PreTrainedTokenizerFast, job: Job) -> list[int]:
+        if not tokenizer.chat_template:
+            raise JobError(
+                "no_chat_template",
+                "the model has no chat template; send prompt instead of messages",
+            )
+        messages = [message.model_dump() for message in job.messages or ()]
+        try:
+            with self._lock:
+                encoded = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True
+                )
+        except TemplateError as error:
+            raise JobError(
+                "bad_prompt", f"the model's chat template refuses the messages: {error}"
+            ) from error
+        ids: list[int] = encoded["input_ids"]
+        return ids

@@ -1,0 +1,195 @@
+"""One worker: the engine's loop, and the threads that connect it to the queue."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+
+import redis
+import structlog
+
+from broker.connection import connect
+from broker.job_queue import Claim, JobQueue
+from schemas.worker_state import WorkerState
+from worker.background import BackgroundLoop
+from worker.claimer import Claimer
+from worker.config import WorkerConfig
+from worker.engine import Engine
+from worker.keeper import Keeper
+from worker.leases import Leases
+from worker.publisher import Finished, Publisher
+from worker.sequence import Sequence
+from worker.summary import StepSummary
+
+log = structlog.get_logger()
+
+#: Seconds for which a worker that was asked to end goes on with what runs; what is left then is
+#: handed back. docker-compose.yml gives it longer than that before it is killed.
+DRAIN_SECONDS = 20.0
+
+#: Seconds for which an idle worker waits for work before it looks whether it should end.
+_IDLE_WAIT = 0.1
+
+#: Seconds for the last results to reach Redis.
+_FLUSH_SECONDS = 10.0
+
+
+class Worker:
+    """Claims, runs and publishes until it is asked to end."""
+
+    def __init__(self, config: WorkerConfig, engine: Engine, redis_url: str) -> None:
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        self._config = config
+        self._engine = engine
+        self._started = time.time()
+        # Each thread has a connection of its own: a slow reply to one does not delay another.
+        queues = [JobQueue(connect(redis_url), config.queue) for _ in range(4)]
+        self._queue, claim_queue, publish_queue, keep_queue = queues
+        self._leases = Leases(
+            # A few more than can run, so that the next ones are ready when others finish.
+            max_jobs=config.running_limit + max(4, config.running_limit // 8),
+            max_adapters=config.max_loras_per_batch,
+            pinned=[adapter.name for adapter in engine.adapters.pinned],
+        )
+        self._publisher = Publisher(publish_queue, self.id, self._leases, engine.tokenizer)
+        self._claimer = Claimer(
+            claim_queue,
+            self.id,
+            self._leases,
+            self._publisher,
+            engine.sequence_of,
+            lambda: engine.resident,
+            lease_seconds=config.lease_seconds,
+        )
+        self._keeper = Keeper(
+            keep_queue, self.id, self._leases, self._state, lease_seconds=config.lease_seconds
+        )
+        self._claim_loop = BackgroundLoop("claim", self._claimer.turn, self._thread_failed)
+        self._publish_loop = BackgroundLoop("publish", self._publisher.turn, self._thread_failed)
+        self._keep_loop = BackgroundLoop("keep", self._keeper.turn, self._thread_failed)
+        self._sequences: dict[str, tuple[Claim, Sequence]] = {}
+        """By job id, from the engine's taking it in to its end."""
+        self._summary = StepSummary(engine)
+        self._stop_by: float | None = None
+        self._failed = False
+
+    def run(self) -> int:
+        """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
+        self._queue.announce(self._engine.adapters.records)
+        self._keeper.report()
+        for loop in (self._claim_loop, self._publish_loop, self._keep_loop):
+            loop.start()
+        log.info("worker_ready", worker=self.id, queue=self._config.queue)
+        try:
+            while not self._failed and self._stop_by is None and not self._is_drained():
+                self.step()
+            self._drain()
+        except Exception:
+            # A job may be to blame. Each attempt counts, so that it cannot go round for ever.
+            log.exception("engine_failed")
+            self._failed = True
+        return self._end()
+
+    def step(self) -> None:
+        """One turn of the way of data: claims, sequences, batch, forward, tokens, results."""
+        idle = not self._sequences
+        for claim, sequence in self._claimer.take(wait=_IDLE_WAIT if idle else 0.0):
+            self._sequences[sequence.job.id] = claim, sequence
+            self._engine.add(sequence)
+        for job_id in self._keeper.take_lost():
+            self._drop(job_id)
+        batch = self._engine.schedule()
+        if batch is None:
+            return
+        logits = self._engine.forward(batch)
+        token_ids = self._engine.sample(logits, batch)
+        for sequence in self._engine.advance(batch, token_ids):
+            claim, _ = self._sequences.pop(sequence.job.id)
+            self._publisher.publish(Finished(claim, sequence))
+        self._summary.log_if_due(len(batch.adapters))
+
+    def stop(self) -> None:
+        """Ask for the end: once, and what runs may finish; twice, and it is handed back."""
+        now = time.monotonic()
+        self._stop_by = now + DRAIN_SECONDS if self._stop_by is None else now
+
+    def _is_drained(self) -> bool:
+        """Whether a worker in --burst has nothing left to do."""
+        return self._config.burst and self._claimer.found_nothing and not len(self._leases)
+
+    def _drain(self) -> None:
+        """Hand back what has not begun, and finish what has, as far as the time allows."""
+        _stop(self._claim_loop)
+        log.info("worker_stops", running=len(self._engine.scheduler.running))
+        for claim, sequence in self._claimer.take():
+            self._sequences[sequence.job.id] = claim, sequence
+            self._engine.add(sequence)
+        waiting = [s.job.id for _, s in self._sequences.values() if s.started is None]
+        self._hand_back(waiting, attempt_counts=False)
+        while self._sequences and not self._failed and time.monotonic() < (self._stop_by or 0):
+            self.step()
+        self._hand_back(list(self._sequences), attempt_counts=False)
+
+    def _end(self) -> int:
+        for loop in (self._claim_loop, self._keep_loop):
+            self._keeper.stop()
+            _stop(loop)
+        if self._failed:
+            self._hand_back(list(self._sequences), attempt_counts=True)
+        deadline = time.monotonic() + _FLUSH_SECONDS
+        while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        _stop(self._publish_loop)
+        try:
+            self._queue.leave(self.id)
+        except redis.RedisError as error:
+            log.warning("redis_away", at="leave", error=str(error))
+        log.info("worker_ended", worker=self.id, batches=self._engine.counters.batches)
+        return 1 if self._failed else 0
+
+    def _hand_back(self, job_ids: list[str], *, attempt_counts: bool) -> None:
+        leases = [self._sequences[job_id][0].lease for job_id in job_ids]
+        for job_id in job_ids:
+            self._drop(job_id)
+        self._leases.remove(job_ids)
+        if not leases:
+            return
+        try:
+            released = self._queue.release(self.id, leases, attempt_counts=attempt_counts)
+            log.info("jobs_handed_back", jobs=released)
+        except redis.RedisError as error:
+            log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
+
+    def _drop(self, job_id: str) -> None:
+        if held := self._sequences.pop(job_id, None):
+            self._engine.drop(held[1])
+
+    def _thread_failed(self) -> None:
+        self._failed = True
+
+    def _state(self) -> WorkerState:
+        engine, counters = self._engine, self._engine.counters
+        return WorkerState(
+            id=self.id,
+            model=str(self._config.model_path),
+            device=engine.device.type,
+            started=self._started,
+            adapters=engine.adapters.revisions,
+            resident=engine.resident,
+            max_loras_per_batch=self._config.max_loras_per_batch,
+            running=len(engine.scheduler.running),
+            waiting=len(engine.scheduler.waiting),
+            batches=counters.batches,
+            max_adapters_in_batch=counters.max_adapters_in_batch,
+            output_tokens=counters.output_tokens,
+            kv_pages_used=engine.scheduler.pool.num_used,
+            kv_pages_total=engine.scheduler.pool.num_pages,
+        )
+
+
+def _stop(loop: BackgroundLoop) -> None:
+    loop.stop()
+    if loop.is_alive():
+        loop.join()
