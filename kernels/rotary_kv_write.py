@@ -19,12 +19,12 @@ def rotary_kv_write(
 
     qkv: [rows, (q_heads + 2 * kv_heads) * head_dim]
     cos, sin: [rows, head_dim / 2], of each row's position
-    k_cache, v_cache: [pages, page_size, kv_heads, head_dim], written in place
+    k_cache, v_cache: [pages, kv_heads, page_size, head_dim], written in place
     cache_rows: [rows] int64, page * page_size + place in the page
     Returns [rows, q_heads, head_dim].
     """
     n_rows = qkv.shape[0]
-    kv_heads, head_dim = k_cache.shape[-2:]
+    _, kv_heads, page_size, head_dim = k_cache.shape
     heads = qkv.view(n_rows, -1, head_dim)
     q_heads = heads.shape[1] - 2 * kv_heads
 
@@ -35,6 +35,7 @@ def rotary_kv_write(
     torch.sub(first * cos, second * sin, out=rotated[..., :half])
     torch.add(second * cos, first * sin, out=rotated[..., half:])
 
-    k_cache.view(-1, kv_heads, head_dim).index_copy_(0, cache_rows, rotated[:, q_heads:])
-    v_cache.view(-1, kv_heads, head_dim).index_copy_(0, cache_rows, heads[:, -kv_heads:])
+    pages, places = cache_rows // page_size, cache_rows % page_size
+    k_cache[pages, :, places] = rotated[:, q_heads:]
+    v_cache[pages, :, places] = heads[:, -kv_heads:]
     return rotated[:, :q_heads]

@@ -20,15 +20,16 @@ def sample(
     depends on that row alone.
 
     logits: [rows, vocabulary] float32
-    temperature: [rows] float32, above 0
-    top_k: [rows] int64, 0 keeps all; top_p: [rows] float32
+    temperature: [rows] float64, above 0
+    top_k: [rows] int64, 0 keeps all; top_p: [rows] float64
     uniform: [rows] float64 in [0, 1)
     Returns [rows] int64.
     """
-    scaled = logits / temperature[:, None]
+    # Less than the largest, so that a temperature next to zero makes no infinity of it.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature[:, None]
     if bool((top_k > 0).any()) or bool((top_p < 1).any()):
         scaled = _keep_top(scaled, top_k, top_p)
-    cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)
+    cumulative = torch.softmax(scaled, dim=-1).cumsum(dim=-1)
     # The last sum may miss 1 by rounding. A draw below it lands on a token of positive probability.
     total = cumulative[:, -1]
     draw = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -43,9 +44,10 @@ def _keep_top(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) ->
     threshold = descending.gather(1, kept[:, None] - 1)
     descending = descending.masked_fill(descending < threshold, float("-inf"))
 
-    probabilities = torch.softmax(descending.double(), dim=-1)
+    probabilities = torch.softmax(descending, dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    in_nucleus = before < top_p[:, None]
+    # The sum may reach 1 by rounding before the last token; a top p of 1 keeps them all.
+    in_nucleus = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     in_nucleus[:, 0] = True
     smallest = descending.masked_fill(~in_nucleus, float("inf")).amin(dim=-1, keepdim=True)
     return logits.masked_fill(logits < torch.maximum(smallest, threshold), float("-inf"))

@@ -52,8 +52,8 @@ class JobError(LorryError):
     """One job cannot be run; recorded as ``error`` of its result.
 
     Codes: ``unknown_adapter``, ``no_tokenizer``, ``no_chat_template``, ``bad_prompt``,
-    ``prompt_too_long``, ``kv_cache_too_small``, ``bad_record``, and ``attempts_exhausted``
-    (recorded by the sweep).
+    ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``, and
+    ``attempts_exhausted`` (recorded by the sweep).
     """
 
     def __init__(self, code: str, message: str) -> None:

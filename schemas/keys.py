@@ -23,6 +23,9 @@ KEY_NAMES = {
     "DEAD": "dead",  # stream: jobs given up on
 }
 
+#: What a queue may be called: up to 64 letters, digits and ``. _ -``, a letter or digit first.
+QUEUE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
 #: The one consumer group that reads every adapter's stream.
 GROUP = "workers"
 

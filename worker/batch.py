@@ -13,6 +13,7 @@ from kernels.paged_attention import length_mask
 from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
 from worker.kv_cache import PAGE_SIZE
+from worker.model.config import LINEAR_GROUPS
 from worker.scheduler import ScheduledSequence
 from worker.sequence import Sequence
 
@@ -48,7 +49,8 @@ class Batch:
     lengths: torch.Tensor
     length_mask: torch.Tensor
     prefill_chunks: list[PrefillChunk]
-    lora_segments: list[Segment]
+    lora_segments: dict[str, list[Segment]]
+    """For each linear group the rows whose adapter changes it."""
     scheduled: list[ScheduledSequence]
     """The sequences with their numbers of rows, in the order of the rows."""
     sampled: list[Sequence]
@@ -125,12 +127,14 @@ def _segments(
     ordered: list[ScheduledSequence],
     slot: Callable[[ScheduledSequence], int],
     slots: AdapterSlots | None,
-) -> list[Segment]:
-    segments = []
+) -> dict[str, list[Segment]]:
+    segments: dict[str, list[Segment]] = {group: [] for group in LINEAR_GROUPS}
     first_row = 0
     for number, items in groupby(ordered, key=slot):
         end_row = first_row + sum(item.num_rows for item in items)
         if slots and number != NO_SLOT:
-            segments.append(slots.segment(number, first_row, end_row))
+            segment = slots.segment(number, first_row, end_row)
+            for group in slots.groups(number):
+                segments[group].append(segment)
         first_row = end_row
     return segments

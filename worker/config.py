@@ -18,6 +18,7 @@ from pydantic import (
 
 from schemas.adapter import AdapterName
 from schemas.errors import BadInput
+from schemas.keys import QUEUE_NAME
 from worker.model.config import LINEAR_MODULES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,8 +47,10 @@ class LoraPath(BaseModel):
                 name, path = Path(text).name, text
             return cls(lora_name=name, lora_path=path)
         except ValidationError as error:
+            problem = error.errors()[0]
+            field = "".join(f"{part}: " for part in problem["loc"])
             raise BadInput(
-                f"--lora-paths {text}: {_first_problem(error)}."
+                f"--lora-paths {text}: {field}{problem['msg']}."
                 " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned; a name"
                 " begins with a letter or digit and goes on with those and . _ - /"
             ) from error
@@ -84,7 +87,7 @@ class WorkerConfig(BaseModel):
     device: Literal["cpu", "cuda"] | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
-    queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)] = "lorry"
+    queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
     redis_url: str | None = None
     lease_seconds: Annotated[float, Field(ge=1, le=86400)] = 30.0
     burst: bool = False

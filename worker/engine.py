@@ -20,7 +20,7 @@ from worker.kv_cache import PAGE_SIZE, KVCache, PagePool, num_pages
 from worker.model.config import ModelConfig
 from worker.model.decoder import Decoder
 from worker.model.weights import load_weights, random_weights
-from worker.sampler import sample_batch
+from worker.sampler import NO_TOKEN, sample_batch
 from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 from worker.text import Tokenizer
@@ -138,9 +138,7 @@ class Engine:
             sequence.num_cached += num_rows
         finished = []
         for sequence, token_id in zip(batch.sampled, token_ids, strict=True):
-            sequence.output_ids.append(token_id)
-            sequence.first_token = sequence.first_token or now
-            if self._is_finished(sequence, token_id):
+            if self._is_finished(sequence, token_id, now):
                 sequence.finished = now
                 self.scheduler.finish(sequence)
                 finished.append(sequence)
@@ -175,7 +173,16 @@ class Engine:
             )
         return adapter
 
-    def _is_finished(self, sequence: Sequence, token_id: int) -> bool:
+    def _is_finished(self, sequence: Sequence, token_id: int, now: float) -> bool:
+        if token_id == NO_TOKEN:
+            sequence.error = JobError(
+                "not_finite",
+                "the model gave no finite logits: its weights or the adapter's, or their products"
+                " in this dtype, are too large",
+            )
+            return True
+        sequence.output_ids.append(token_id)
+        sequence.first_token = sequence.first_token or now
         if token_id in self._eos_token_ids and not sequence.job.ignore_eos:
             sequence.finish_reason = "stop"
         elif sequence.stop_search:

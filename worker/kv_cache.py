@@ -6,8 +6,8 @@ import torch
 
 from worker.model.config import ModelConfig
 
-#: Tokens in a page. Small pages waste little at a sequence's end; 16 rows of keys are 12 KB even
-#: for the smallest model here, enough to copy at full speed.
+#: Tokens in a page. Small pages waste little at a sequence's end; 16 keys of one head are 2 KB or
+#: more even in a small model, enough to copy at full speed.
 PAGE_SIZE = 16
 
 
@@ -17,12 +17,12 @@ def num_pages(num_tokens: int) -> int:
 
 
 class KVCache:
-    """For each layer keys and values, each [pages, page_size, kv_heads, head_dim]."""
+    """For each layer keys and values, each [pages, kv_heads, page_size, head_dim]."""
 
     def __init__(
         self, config: ModelConfig, pages: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (pages, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+        shape = (pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
 
         def cache() -> torch.Tensor:
             # Zeros, since a masked key still counts as 0 * value, and 0 * NaN is NaN.

@@ -82,7 +82,10 @@ class Publisher:
     def _result(self, outcome: Finished | Failed) -> Result:
         if isinstance(outcome, Failed):
             return self._failure(outcome.claim, outcome.job, outcome.error)
-        return self._answer(outcome.claim, outcome.sequence)
+        sequence = outcome.sequence
+        if sequence.error:
+            return self._failure(outcome.claim, sequence.job, sequence.error)
+        return self._answer(outcome.claim, sequence)
 
     def _failure(self, claim: Claim, job: Job | None, error: JobError) -> Result:
         return Result(

@@ -10,6 +10,9 @@ from kernels.sample import sample
 from schemas.job import Job
 from worker.sequence import Sequence
 
+#: In place of a token where the logits are not finite: there is none to choose.
+NO_TOKEN = -1
+
 _MASK = 2**64 - 1
 
 
@@ -17,9 +20,10 @@ def sample_batch(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """One token id a sequence. logits: [sequences, vocabulary] float32.
 
     Greedy sequences take the largest logit. The others draw with a number that depends on their
-    seed and position alone, so neither neighbours nor a second run change what they get.
+    seed and position alone, so neither neighbours nor a second run change what they get. A row
+    whose logits are not finite gives NO_TOKEN.
     """
-    tokens = logits.argmax(dim=-1)
+    largest, tokens = logits.max(dim=-1)
     drawing = [row for row, sequence in enumerate(sequences) if sequence.job.temperature > 0]
     if drawing:
         rows = torch.tensor(drawing, device=logits.device)
@@ -33,12 +37,12 @@ def sample_batch(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 
         tokens[rows] = sample(
             logits[rows],
-            temperature=column([job.temperature for job in jobs], torch.float32),
+            temperature=column([job.temperature for job in jobs], torch.float64),
             top_k=column([job.top_k for job in jobs], torch.int64),
-            top_p=column([job.top_p for job in jobs], torch.float32),
+            top_p=column([job.top_p for job in jobs], torch.float64),
             uniform=column(draws, torch.float64),
         )
-    chosen: list[int] = tokens.tolist()
+    chosen: list[int] = tokens.where(largest.isfinite(), NO_TOKEN).tolist()
     return chosen
 
 

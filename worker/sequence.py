@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from schemas.errors import JobError
 from schemas.job import Job
 from schemas.result import FinishReason
 from worker.adapters.peft_format import Adapter
@@ -37,6 +38,8 @@ class Sequence:
     num_cached: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
+    error: JobError | None = None
+    """Why it could not go on."""
     stop_text: str | None = None
     """The text up to the stop string, once one was found."""
     started: float | None = None

@@ -91,4 +91,6 @@ class Tokenizer:
                 "bad_prompt", f"the model's chat template refuses the messages: {error}"
             ) from error
         ids: list[int] = encoded["input_ids"]
+        if not ids:
+            raise JobError("bad_prompt", "the model's chat template makes nothing of the messages")
         return ids

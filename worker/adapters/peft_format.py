@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _WEIGHT_KEY = re.compile(
-    r"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>\w+)"
+    r"base_model\.model\.model\.layers\.(?P<layer>\d+)"
+    r"\.(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?P<mlp>(?:gate|up|down)_proj))"
     r"\.lora_(?P<factor>[AB])\.weight"
 )
+
+_WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: Ways to begin training that leave the base model's weights as they are. The others (PiSSA,
 #: OLoRA, CorDA, LoftQ) change them, and an adapter over the unchanged base would answer wrongly.
@@ -81,7 +85,7 @@ class PeftConfig(BaseModel):
 
     peft_type: str
     r: int = Field(ge=1)
-    lora_alpha: float
+    lora_alpha: float = Field(allow_inf_nan=False)
     use_rslora: bool = False
     bias: str = "none"
 
@@ -111,7 +115,7 @@ class Adapter:
     """By layer and module."""
     pinned: bool = False
 
-    @property
+    @cached_property
     def target_modules(self) -> frozenset[str]:
         return frozenset(module for _, module in self.factors)
 
@@ -136,17 +140,22 @@ def load_adapter(
 def _read_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_FILE
     try:
-        config = PeftConfig.model_validate_json(path.read_bytes())
+        settings = json.loads(path.read_bytes())
+        peft_type = settings.get("peft_type", "missing")
     except FileNotFoundError as error:
         raise BadInput(f"{folder} is no PEFT adapter: it lacks {CONFIG_FILE}.") from error
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: is no JSON object: {error}") from error
+    if peft_type != "LORA":
+        raise BadInput(f"{path}: peft_type is {peft_type}; only LORA can be served.")
+    try:
+        config = PeftConfig.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "the file"
+        place = ".".join(str(part) for part in problem["loc"])
         raise BadInput(f"{path}: {place}: {problem['msg']}") from error
-    if config.peft_type != "LORA":
-        raise BadInput(f"{path}: peft_type is {config.peft_type}; only LORA can be served.")
     if config.bias != "none":
         raise BadInput(f"{path}: bias is '{config.bias}'; trained biases are not supported.")
     _check_settings(path, config.model_extra or {})
@@ -195,7 +204,7 @@ def _pairs(
     pairs: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
     for key, tensor in weights.items():
         match = _WEIGHT_KEY.fullmatch(key)
-        if not match or match["module"] not in LINEAR_MODULES:
+        if not match:
             raise BadInput(
                 f"{path}: {key} matches no module that an adapter can change here"
                 f" ({', '.join(LINEAR_MODULES)})."
@@ -206,7 +215,8 @@ def _pairs(
                 f"{path}: {key}: the model has only {model.num_layers} layers."
                 " Is the adapter for another base model?"
             )
-        pairs.setdefault((layer, match["module"]), {})[match["factor"]] = tensor
+        module = match["attention"] or match["mlp"]
+        pairs.setdefault((layer, module), {})[match["factor"]] = tensor
     for (layer, module), pair in pairs.items():
         if missing := {"A", "B"} - pair.keys():
             raise BadInput(f"{path}: layer {layer} {module} lacks lora_{missing.pop()}.")
@@ -225,6 +235,7 @@ def _factors(
 ) -> LoraFactors:
     layer, module = place
     out_features, in_features = model.linear_shape(module)
+    ready = {}
     for factor, shape in (("A", (config.r, in_features)), ("B", (out_features, config.r))):
         tensor = pair[factor]
         where = f"{folder / WEIGHTS_FILE}: layer {layer} {module}: lora_{factor}"
@@ -233,10 +244,13 @@ def _factors(
                 f"{where} has the shape {tuple(tensor.shape)}; rank {config.r} and the model ask"
                 f" for {shape}. Is the adapter for another base model?"
             )
-        if not tensor.isfinite().all():
-            raise BadInput(f"{where} holds NaN or infinite values.")
-    b = pair["B"].t().float() * config.scaling
-    return LoraFactors(pair["A"].to(dtype).contiguous(), b.to(dtype).contiguous())
+        if tensor.dtype not in _WEIGHT_TYPES:
+            raise BadInput(f"{where} is stored as {tensor.dtype}; save it as float32 or bfloat16.")
+        scaled = tensor.float() * (config.scaling if factor == "B" else 1)
+        ready[factor] = scaled.to(dtype)
+        if not ready[factor].isfinite().all():
+            raise BadInput(f"{where} holds NaN or infinite values, or such as {dtype} cannot hold.")
+    return LoraFactors(ready["A"].contiguous(), ready["B"].t().contiguous())
 
 
 def _revision(folder: Path) -> str:

@@ -35,7 +35,7 @@ class AdapterSlots:
         groups = {
             group: parts
             for group, parts in LINEAR_GROUPS.items()
-            if not target_modules.isdisjoint(parts)  # type: ignore[attr-defined]
+            if not set(parts).isdisjoint(target_modules)
         }
 
         def zeros(rows: int, columns: int) -> torch.Tensor:
@@ -75,6 +75,16 @@ class AdapterSlots:
             self._load(slot, adapter)
         self._last_used[slot] = self._clock
         return slot
+
+    def groups(self, slot: int) -> list[str]:
+        """The linear groups that the adapter of ``slot`` changes."""
+        adapter = self._adapters[slot]
+        assert adapter is not None
+        return [
+            group
+            for group, parts in LINEAR_GROUPS.items()
+            if not adapter.target_modules.isdisjoint(parts)
+        ]
 
     def segment(self, slot: int, first_row: int, end_row: int) -> Segment:
         """Rows of a batch that run on the adapter of ``slot``."""

@@ -50,17 +50,24 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read a model folder; raises BadInput if it holds no model that the engine can run."""
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(
-                f"--model-path {folder}: cannot read its config.json: {error}"
-            ) from error
+        if not folder.is_dir():
+            raise BadInput(f"--model-path {folder}: there is no folder of that name.")
+        config = _read(folder, "config.json", AutoConfig)
         architectures = config.architectures or []
         if not set(architectures) & set(_ARCHITECTURES):
             raise BadInput(
                 f"--model-path {folder}: architecture {', '.join(architectures) or 'unnamed'} is"
                 f" not supported. Supported: {', '.join(_ARCHITECTURES)}."
+            )
+        if getattr(config, "quantization_config", None):
+            method = config.quantization_config.get("quant_method", "unnamed")
+            raise BadInput(
+                f"--model-path {folder}: weights quantized by {method} are not supported."
+            )
+        if config.hidden_act != "silu":
+            raise BadInput(
+                f"--model-path {folder}: the activation {config.hidden_act} is not supported."
+                " Supported: silu."
             )
         if config.attention_bias or config.mlp_bias:
             raise BadInput(f"--model-path {folder}: biases in linear layers are not supported.")
@@ -106,11 +113,20 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
+def _read(folder: Path, file: str, kind: Any) -> Any:
+    """What transformers makes of a file of the model folder; it raises errors of all kinds."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"--model-path {folder}: cannot read its {file}: {reason}") from error
+
+
 def _eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
     """The generation config knows every token that ends a turn; config.json may know only one."""
     ids = config.eos_token_id
     if (folder / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        generation = _read(folder, "generation_config.json", GenerationConfig)
         ids = generation.eos_token_id if generation.eos_token_id is not None else ids
     if ids is None:
         return frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.linear import Linear
 from kernels.paged_attention import paged_attention_decode, paged_attention_prefill
 from kernels.rms_norm import add_rms_norm
 from kernels.rotary_kv_write import rotary_kv_write
@@ -29,7 +30,8 @@ class Decoder:
     ) -> None:
         """lora: for each layer the weights of each linear group; None for a worker without."""
         self._eps = config.rms_norm_eps
-        self._embedding, self._norm, self._head = weights.embedding, weights.norm, weights.head
+        self._embedding, self._norm = weights.embedding, weights.norm
+        self._head = Linear(weights.head)
         self._layers = [
             _Layer(config, layer, kv_cache.layers[index], lora[index] if lora else {})
             for index, layer in enumerate(weights.layers)
@@ -50,7 +52,7 @@ class Decoder:
             update = layer.forward(update, residual, cos, sin, batch)
         rows = batch.sampled_rows
         normed = add_rms_norm(update[rows], residual[rows], self._norm, self._eps)
-        return F.linear(normed, self._head).float()
+        return self._head(normed).float()
 
 
 class _Layer:
@@ -79,12 +81,12 @@ class _Layer:
         batch: Batch,
     ) -> torch.Tensor:
         """Adds the update of the layer before to ``residual``, in place; returns its own."""
-        segments = batch.lora_segments
+        loras = batch.lora_segments
         x = add_rms_norm(update, residual, self._input_norm, self._eps)
-        q = rotary_kv_write(self._qkv(x, segments), cos, sin, *self._kv, batch.cache_rows)
-        attention = self._o(self._attend(q, batch), segments)
+        q = rotary_kv_write(self._qkv(x, loras["qkv_proj"]), cos, sin, *self._kv, batch.cache_rows)
+        attention = self._o(self._attend(q, batch), loras["o_proj"])
         x = add_rms_norm(attention, residual, self._post_attention_norm, self._eps)
-        return self._down(silu_and_mul(self._gate_up(x, segments)), segments)
+        return self._down(silu_and_mul(self._gate_up(x, loras["gate_up_proj"])), loras["down_proj"])
 
     def _attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[rows, q_heads * head_dim]; the rows of decoding sequences stand before the others."""

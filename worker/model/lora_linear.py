@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from kernels.linear import Linear
 from kernels.lora_expand import lora_expand
 from kernels.lora_shrink import Segment, lora_shrink
 
@@ -26,11 +26,11 @@ class LoraLinear:
     """``y = x W^T``, plus ``x A^T B`` of its adapter for each row that has one."""
 
     def __init__(self, weight: torch.Tensor, lora: LoraWeights | None) -> None:
-        self._weight = weight
+        self._linear = Linear(weight)
         self._lora = lora
 
     def __call__(self, x: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
-        y = F.linear(x, self._weight)
+        y = self._linear(x)
         if segments and self._lora:
             h = lora_shrink(x, self._lora.a, segments, len(self._lora.b))
             lora_expand(y, h, self._lora.b, segments)

@@ -101,6 +101,15 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
     return DecoderWeights(embedding, layers, ones(), head)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file, of a sharded model."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--model-path {index}: is no index of safetensors files.") from error
+
+
 class _TensorReader:
     """Finds tensors by name in a folder's safetensors files."""
 
@@ -112,7 +121,7 @@ class _TensorReader:
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         if index.exists():
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+            weight_map = _weight_map(index)
         elif single.exists():
             weight_map = dict.fromkeys(self._open(single.name).keys(), single.name)
         else:

@@ -1,0 +1,29 @@
+"""A product with a fixed weight, in the form that is fastest on the device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+class Linear:
+    """``y = x W^T``.
+
+    On a CPU the weight is packed once for oneDNN: all products of a step of SmolLM2-135M at 48
+    rows take 80 ms so, against 133 ms by F.linear (float32, 2 cores of an AMD EPYC with AVX-512).
+    On a GPU cuBLAS does it.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """weight: [out_features, in_features]."""
+        self._is_packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        # The operators that torch's own compiler uses for frozen weights on a CPU.
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [rows, in_features]; returns [rows, out_features]."""
+        if self._is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        return F.linear(x, self._weight)

@@ -1,0 +1,88 @@
+"""What a waiting person sees on stderr: a bar on a terminal, and a word when no worker is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from producer.advice import no_worker
+from producer.client import Client
+from producer.messages import warn
+from producer.status import Status, by_state, num_not_done
+from schemas.result import TERMINAL_STATES
+
+if TYPE_CHECKING:
+    from producer.progress import Bar
+
+#: Seconds between two looks at a submission's counts, and at the workers.
+LOOK_SECONDS = 0.2
+WORKERS_LOOK_SECONDS = 5.0
+
+Line = TypeVar("Line")
+
+
+class NoBar:
+    """Stands for a bar where stderr is no terminal."""
+
+    def __enter__(self) -> NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, completed: int, note: str = "") -> None:
+        pass
+
+
+def bar_for(what: str, total: int | None = None) -> Bar | NoBar:
+    """A progress bar, if somebody can see it. Rich is imported only then: that takes 0.1 s."""
+    if not sys.stderr.isatty():
+        return NoBar()
+    from producer.progress import Bar
+
+    return Bar(what, total)
+
+
+def shown(lines: Iterable[tuple[int, Line]], bar: Bar | NoBar) -> Iterator[tuple[int, Line]]:
+    """The numbered lines, counted on the bar."""
+    for number, line in lines:
+        if number % 1000 == 0:
+            bar.update(number)
+        yield number, line
+
+
+def show(status: Status, bar: Bar | NoBar) -> None:
+    """Show a status on a bar."""
+    finished = sum(n for state, n in by_state(status).items() if state in TERMINAL_STATES)
+    failed = num_not_done(status)
+    bar.update(finished, f"{failed} failed" if failed else "")
+
+
+class Watcher:
+    """Looks after a queue while somebody waits for it."""
+
+    def __init__(self, client: Client, *, has_warned: bool = False) -> None:
+        """``has_warned`` says that the person knows already that no worker is alive."""
+        self._client = client
+        self._has_warned = has_warned
+        self._next_look = 0.0
+        self._next_look_at_workers = 0.0
+
+    def look(self) -> None:
+        """Warn when there is no worker, or the last one has gone."""
+        if time.monotonic() < self._next_look_at_workers:
+            return
+        self._next_look_at_workers = time.monotonic() + WORKERS_LOOK_SECONDS
+        has_worker = self._client.has_worker()
+        if not has_worker and not self._has_warned:
+            warn(no_worker(self._client.queue))
+        self._has_warned = not has_worker
+
+    def look_at(self, id_: str, bar: Bar | NoBar) -> None:
+        """``look``, and show how far the submission is on the bar."""
+        self.look()
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_SECONDS
+            show(self._client.status(id_), bar)

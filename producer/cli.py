@@ -1,0 +1,225 @@
+"""The command line: what is typed, and how mistakes are answered.
+
+Only Typer is imported at the start; a command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from producer.messages import fail
+from schemas.errors import BadInput, LorryError
+
+EXIT_CODES = """\
+**Exit codes**
+
+- 0: all is well
+- 1: some jobs did not end as done (wait, submit --wait), or another failure
+- 2: wrong usage or input; nothing was sent
+- 3: unknown id
+- 4: no server
+- 5: not finished
+- 6: not finished, and no worker is alive
+"""
+
+#: The exit codes that a shell gives a program ended by Ctrl-C, or by a reader that has gone.
+INTERRUPTED, NO_READER = 130, 141
+
+
+class Format(StrEnum):
+    jsonl = "jsonl"
+    table = "table"
+
+
+class Commands(TyperGroup):
+    """Answers a person's mistake, or the world's, with a sentence instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LorryError as error:
+            fail(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            fail("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # What is still buffered must not be flushed into the closed pipe at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(NO_READER) from None
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Send files of prompts to a multi-LoRA queue, and fetch one result per job.",
+    epilog=EXIT_CODES,
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # It would show local variables, the server's URL among them.
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis-url",
+        metavar="URL",
+        help="Redis or Valkey server; else the one in REDIS_URL, else an embedded one.",
+    ),
+]
+Queue = Annotated[str, typer.Option("--queue", metavar="NAME", help="Name of the queue.")]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        *("-o", "--output"),
+        metavar="FILE",
+        help="Write results to FILE. It grows as FILE.partial until it is complete.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        typer.echo(f"lorry {version('lorry')}")
+    except PackageNotFoundError:
+        typer.echo("lorry, not installed as a package")
+    raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def submit(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="Prompts, one JSON object or string a line; - is stdin."
+        ),
+    ],
+    lora: Annotated[
+        str | None,
+        typer.Option("--lora", metavar="NAME", help="Adapter for the lines that name none."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait, and write the results in input order.")
+    ] = False,
+    output: OutputFile = None,
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Send the prompts of FILE, once every line is found valid.
+
+    A line holds exactly one of prompt, messages, prompt_token_ids, and may hold id, lora,
+    max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, metadata. A job whose line
+    gives no id is called SUBMISSION.LINE, with the number of its line.
+    """
+    from producer import submitting
+    from producer.place import Place
+
+    place = Place(redis_url, queue)
+    output = None if output == Path("-") else output
+    if not wait:
+        if output:
+            raise BadInput("-o takes results, and only --wait brings them.")
+        submitting.submit(place, file, lora, json_wanted=json)
+        return
+    if json and not output:
+        raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
+    submitting.submit_and_wait(place, file, lora, output, json_wanted=json)
+
+
+@app.command()
+def results(
+    ids: Annotated[
+        list[str], typer.Argument(metavar="ID", help="Submissions and jobs, in any number.")
+    ],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print results as jobs finish, until all have.")
+    ] = False,
+    output: OutputFile = None,
+    format_: Annotated[
+        Format | None,
+        typer.Option("--format", help="Default: table on a terminal, jsonl elsewhere."),
+    ] = None,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Print the results of submissions and jobs that have finished, in input order."""
+    from producer import fetching
+    from producer.place import Place
+
+    if format_ is None:
+        format_ = Format.table if output is None and sys.stdout.isatty() else Format.jsonl
+    fetching.results(
+        Place(redis_url, queue), ids, output, follow=follow, as_table=format_ is Format.table
+    )
+
+
+@app.command()
+def status(
+    id_: Annotated[str | None, typer.Argument(metavar="ID", help="A submission or a job.")] = None,
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Show the queue with its workers, or a submission, or a job."""
+    from producer import fetching
+    from producer.place import Place
+
+    fetching.status(Place(redis_url, queue), id_, json_wanted=json)
+
+
+@app.command()
+def wait(
+    id_: Annotated[str, typer.Argument(metavar="ID", help="A submission or a job.")],
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after this time."),
+    ] = None,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Wait until a submission or a job has finished."""
+    from producer import fetching
+    from producer.place import Place
+
+    fetching.wait(Place(redis_url, queue), id_, timeout)
+
+
+def main() -> None:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # A name need not fit the locale.
+    app(prog_name="producer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The Python client of a queue.
+
+from producer.client import Client
+
+with Client() as client:
+    submission = client.submit(["Hello", {"prompt": "How many users?", "lora": "sql"}])
+    for result in client.follow(submission):
+        print(result.id, result.text)
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from broker.connection import connect, server_errors
+from broker.job_queue import ConflictError, JobQueue
+from broker.queue_reader import QueueReader
+from broker.server import use_server
+from producer import advice, following
+from producer.following import OnWake
+from producer.intake import Line, prepare
+from producer.lines import numbered_lines
+from producer.spool import Run, Spool
+from producer.status import Overview, Status, describe, is_finished, read_overview
+from schemas.errors import (
+    BadInput,
+    LorryError,
+    NotFinished,
+    NoWorker,
+    ServerUnavailable,
+    UnknownId,
+)
+from schemas.keys import QUEUE_NAME
+from schemas.result import Result
+
+#: How often a command is repeated whose reply was lost. All that is sent here may be repeated.
+RETRIES = 5
+
+
+class Client:
+    """One queue on one server; a context manager. A thread needs a client of its own.
+
+    Every method raises ServerUnavailable if the server cannot be reached or refuses a command.
+    """
+
+    def __init__(self, url: str | None = None, queue: str = "lorry") -> None:
+        """Use the server at ``url`` or ``REDIS_URL``; with neither, the embedded one."""
+        if not re.fullmatch(QUEUE_NAME, queue):
+            raise BadInput(
+                f"'{queue}' cannot name a queue: use up to 64 letters, digits and . _ -"
+                " beginning with a letter or digit."
+            )
+        with ExitStack() as stack:
+            server = stack.enter_context(use_server(url))
+            connection = stack.enter_context(connect(server.url, retries=RETRIES))
+            self._stack = stack.pop_all()
+        self._url = server.url
+        self._job_queue = JobQueue(connection, queue)
+        self._reader = QueueReader(connection, queue)
+        self.queue = queue
+        #: How to speak of the server to a person.
+        self.server = server.description
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect, and end the embedded server if nobody else uses it."""
+        self._stack.close()
+
+    def submit(self, jobs: Iterable[Line], *, lora: str | None = None, name: str = "<jobs>") -> str:
+        """Send jobs once all of them are found valid; returns the submission's id.
+
+        A job is a prompt, a mapping with the fields of a line, or a ``Job``. ``lora`` serves those
+        that name none; ``name`` is what errors and lists call the input. Raises BadInput with all
+        that is wrong; nothing was sent then.
+        """
+        with self.prepare(enumerate(jobs, start=1), lora=lora, name=name) as spool:
+            self.send(spool)
+            return spool.submission
+
+    def submit_file(self, path: Path | str, *, lora: str | None = None) -> str:
+        """``submit`` the lines of a prompts file, of any size, in constant memory."""
+        with (
+            Path(path).open("rb") as stream,
+            self.prepare(numbered_lines(stream), lora=lora, name=str(path)) as spool,
+        ):
+            self.send(spool)
+            return spool.submission
+
+    def prepare(
+        self, lines: Iterable[tuple[int, Line]], *, lora: str | None = None, name: str
+    ) -> Spool:
+        """The first half of ``submit``: checks numbered lines, sends nothing. Close the spool."""
+        with self._errors():
+            return prepare(self._reader, lines, lora=lora, name=name)
+
+    def send(self, spool: Spool, on_sent: Callable[[int], None] | None = None) -> None:
+        """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent.
+
+        Raises BadInput if somebody else has meanwhile sent another job under the id of one.
+        """
+        name = spool.name.encode(errors="replace").decode()  # A file name need not be UTF-8.
+        for run in spool.runs():
+            try:
+                with self._errors():
+                    self._job_queue.submit(
+                        *(spool.submission, name, spool.num_jobs), run.offset, run.jobs
+                    )
+            except ConflictError as error:
+                raise BadInput(_conflict(spool, run, error.indices)) from error
+            except ServerUnavailable as error:
+                raise ServerUnavailable(f"{error} {_sent(spool, run.offset)}") from error
+            if on_sent:
+                on_sent(run.offset + len(run.jobs))
+
+    def warnings(self, spool: Spool) -> list[str]:
+        """Why the spool's jobs may have to wait, in sentences: no worker, or none that serves one
+        of the adapters."""
+        with self._errors():
+            return advice.warnings(self._reader, spool)
+
+    def has_worker(self) -> bool:
+        """Whether a worker is alive."""
+        with self._errors():
+            return bool(self._reader.workers())
+
+    def overview(self) -> Overview:
+        """The queue at this moment."""
+        with self._errors():
+            return read_overview(self._reader)
+
+    def status(self, id_: str) -> Status:
+        """A submission's counts by state, or what is known of a job. Raises UnknownId."""
+        with self._errors():
+            if self._is_submission(id_):
+                return self._reader.submission(id_)
+            return next(self._reader.results([id_]))
+
+    def payloads(self, job_ids: Sequence[str]) -> list[str | None]:
+        """What was sent under the ids, as JSON."""
+        with self._errors():
+            return self._reader.payloads(job_ids)
+
+    def results(self, *ids: str) -> Iterator[Result]:
+        """One result a job of the submissions and jobs, in input order, without waiting.
+
+        An unfinished job gives what is known of it: look at ``status``. Raises UnknownId before
+        the first result if the queue does not hold one of the ids.
+        """
+        with self._errors():
+            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            for id_, is_submission in kinds.items():
+                job_ids = self._reader.job_ids(id_) if is_submission else [id_]
+                yield from self._reader.results(job_ids)
+
+    def follow(self, *ids: str, on_wake: OnWake | None = None) -> Iterator[Result]:
+        """The results of the submissions and jobs as they finish, until all have."""
+        with self._errors():
+            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            yield from following.in_completion_order(
+                self._reader,
+                [id_ for id_, is_submission in kinds.items() if is_submission],
+                [id_ for id_, is_submission in kinds.items() if not is_submission],
+                on_wake or _ignore,
+            )
+
+    def follow_in_order(self, submission: str, on_wake: OnWake | None = None) -> Iterator[Result]:
+        """A submission's results in input order, each as soon as it and all before it have
+        finished. Its jobs must all have been sent."""
+        with self._errors():
+            yield from following.in_input_order(self._reader, submission, on_wake or _ignore)
+
+    def watch(self, id_: str, timeout: float | None = None) -> Iterator[Status]:
+        """The status of a submission or a job now, then whenever it may have changed, at least
+        every two seconds, until it has finished.
+
+        ``timeout`` is in seconds. Raises NotFinished when they are over, or NoWorker if then no
+        worker is alive.
+        """
+        if timeout is not None and not timeout >= 0:  # Written so that it refuses NaN too.
+            raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._errors():
+            positions = following.positions(self._reader, id_, self._is_submission(id_))
+            runs = following.finished_runs(self._reader, positions, deadline)
+            while not is_finished(status := self.status(id_)):
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise self.not_finished(f"{describe(status)} after {timeout:g} s")
+                yield status
+                next(runs)
+            yield status
+
+    def wait(self, id_: str, timeout: float | None = None) -> Status:
+        """``watch`` to the end; returns the last status."""
+        return deque(self.watch(id_, timeout), maxlen=1).pop()
+
+    def not_finished(self, what: str) -> LorryError:
+        """The error that says so (``what`` is a sentence without its full stop): NotFinished, or
+        NoWorker if no worker is alive."""
+        if self.has_worker():
+            return NotFinished(f"{what}.")
+        return NoWorker(f"{what}. {advice.no_worker(self.queue)}")
+
+    def _is_submission(self, id_: str) -> bool:
+        try:
+            id_.encode()
+        except UnicodeEncodeError:
+            raise UnknownId(f"No id is like '{id_}': it is not UTF-8.") from None
+        return self._reader.is_submission(id_)
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return server_errors(self._url)
+
+
+def _ignore() -> None:
+    pass
+
+
+def _sent(spool: Spool, num_sent: int) -> str:
+    return (
+        f"{num_sent} of {advice.counted(spool.num_jobs)} are known to have been sent,"
+        f" as submission {spool.submission}."
+    )
+
+
+def _conflict(spool: Spool, run: Run, indices: Sequence[int]) -> str:
+    places = [f"{spool.name}:{run.lines[i]}: id '{run.jobs[i].id}'" for i in indices]
+    return (
+        "Somebody else has just sent other jobs under ids of this input:"
+        f" {advice.listed(places)}. {_sent(spool, run.offset)}"
+    )

@@ -1,0 +1,78 @@
+"""The validating pass over an input: its lines -> a spool of jobs that may be sent as they are."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+
+from broker.queue_reader import QueueReader
+from producer.checks import AdapterCheck, IdCheck
+from producer.lines import make_job, parse_line
+from producer.problems import Problems
+from producer.spool import Spool
+from schemas.errors import BadInput, LorryError
+from schemas.job import Job
+
+#: A line of a file, or what it stands for: an object with its fields, a prompt, or a Job.
+Line = bytes | str | Mapping[str, object] | Job
+
+
+def prepare(
+    reader: QueueReader, lines: Iterable[tuple[int, Line]], *, lora: str | None, name: str
+) -> Spool:
+    """Reads numbered lines once, in constant memory, and checks all that can be checked.
+
+    ``lora`` serves the lines that name no adapter; ``name`` is what errors call the input. Raises
+    BadInput with all bad lines. The caller closes the spool.
+    """
+    adapters = AdapterCheck(reader)
+    _check_default_adapter(adapters, lora)
+    problems = Problems(name)
+    spool = Spool(name)
+    try:
+        with closing(IdCheck(reader, problems)) as ids:
+            for number, line in lines:
+                try:
+                    _take(spool, adapters, ids, number, line, lora)
+                except BadInput as error:
+                    problems.add(number, str(error))
+            ids.finish()
+        problems.raise_if_any(adapters.remark)
+        if not spool.num_jobs:
+            raise BadInput(f"{name} holds no jobs; nothing was sent.")
+    except sqlite3.Error as error:
+        spool.close()
+        raise LorryError(
+            f"The ids cannot be compared in a temporary database: {error}."
+            " Set TMPDIR to a folder with room for it."
+        ) from error
+    except BaseException:
+        spool.close()
+        raise
+    spool.num_jobs_by_adapter = adapters.num_jobs
+    return spool
+
+
+def _take(
+    spool: Spool, adapters: AdapterCheck, ids: IdCheck, number: int, line: Line, lora: str | None
+) -> None:
+    made_id = f"{spool.submission}.{number}"
+    if isinstance(line, bytes):
+        job = parse_line(line, made_id=made_id, lora=lora)
+    else:
+        job = make_job(line, made_id=made_id, lora=lora)
+    adapters.add(job.lora)
+    wire = job.to_wire()
+    spool.append(number, wire)
+    if job.id != made_id:
+        ids.add(number, job.id, wire)
+
+
+def _check_default_adapter(adapters: AdapterCheck, lora: str | None) -> None:
+    """Tells a wrong default once, not for every line that it serves."""
+    try:
+        make_job("", made_id="default", lora=lora)
+        adapters.require(lora)
+    except BadInput as error:
+        raise BadInput(f"--{error}\n{adapters.remark}".rstrip()) from None

@@ -1,0 +1,88 @@
+"""Where results are written: stdout, or a file that bears its name only when it is complete."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from schemas.errors import BadInput, LorryError
+
+
+class Output:
+    """stdout, or the file at ``path``.
+
+    A file grows as ``<path>.partial`` and takes its name by ``complete``: whoever finds the name
+    finds all results, and an interrupted run leaves what it has beside an earlier complete file.
+    A device or a named pipe is written to as it is.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises BadInput if the file cannot be written."""
+        self.path = None if path is None or str(path) == "-" else path
+        #: Where the results are now; None for stdout.
+        self.written_to: Path | None = self.path
+        self._has_content = False
+        self._file: BinaryIO = sys.stdout.buffer
+        if self.path is None:
+            return
+        if self.path.is_file() or not self.path.exists():
+            self.path = self.path.resolve()  # A link stays one, and its target is replaced.
+            self.written_to = self.path.with_name(self.path.name + ".partial")
+        try:
+            self._file = open(self.written_to or self.path, "wb")  # noqa: SIM115 - see __exit__.
+        except OSError as error:
+            raise BadInput(f"-o {path}: {error.strerror}.") from error
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.path is None or self.written_to is None:
+            return
+        with self._disk_errors():
+            self._file.close()
+            if self.written_to != self.path and not self._has_content:
+                self.written_to.unlink(missing_ok=True)
+
+    @property
+    def has_partial_file(self) -> bool:
+        """Whether some results are in a file that is not complete."""
+        return self._has_content and self.written_to is not None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.path is None and sys.stdout.isatty()
+
+    def write(self, text: str) -> None:
+        """Write at once: a reader at the other end of a pipe waits for every line."""
+        with self._disk_errors():
+            self._file.write(text.encode(errors="replace"))
+            self._file.flush()
+            self._has_content = self._has_content or bool(text)
+
+    def complete(self) -> None:
+        """Give the file its name. To be called when all results are written."""
+        if self.path and self.written_to and self.written_to != self.path:
+            with self._disk_errors():
+                self._file.close()
+                self.written_to.replace(self.path)
+            self.written_to = self.path
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = self.written_to or "stdout"
+            raise LorryError(f"Results cannot be written to {where}: {error.strerror}.") from error

@@ -1,0 +1,135 @@
+"""The command ``submit``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import typer
+
+from producer.advice import counted
+from producer.bars import NoBar, Watcher, bar_for, shown
+from producer.client import Client
+from producer.lines import numbered_lines
+from producer.messages import notice, say, warn
+from producer.output import Output
+from producer.place import Place
+from producer.spool import Spool
+from producer.status import by_state, describe, require_all_done
+from schemas.errors import BadInput
+
+
+def submit(place: Place, file: str, lora: str | None, *, json_wanted: bool) -> None:
+    """Send a file and say what to type next."""
+    with _sent(place, file, lora) as (client, spool):
+        if json_wanted:
+            typer.echo(json.dumps(_summary(client, spool)))
+        else:
+            typer.echo(f"Submitted {counted(spool.num_jobs)} as {spool.submission}")
+            typer.echo(f"Results: {place.command(f'results {spool.submission} --follow')}")
+        _warn_if_jobs_wait(client, spool)
+
+
+def submit_and_wait(
+    place: Place, file: str, lora: str | None, path: Path | None, *, json_wanted: bool
+) -> None:
+    """Send a file and write its results in input order, each as soon as those before it are."""
+    _refuse_overwriting(file, path)
+    with Output(path) as output, _sent(place, file, lora) as (client, spool):
+        try:
+            say(f"Submitted {counted(spool.num_jobs)} as {spool.submission}")
+            watcher = Watcher(client, has_warned=_warn_if_jobs_wait(client, spool))
+            _write_in_order(client, spool, output, watcher)
+        except KeyboardInterrupt:
+            say(f"The jobs go on: {place.command(f'results {spool.submission} --follow')}")
+            raise
+        status = client.status(spool.submission)
+        if json_wanted:
+            typer.echo(json.dumps(_summary(client, spool) | {"counts": by_state(status)}))
+        require_all_done(status, "Their results say why.")
+        say(f"{describe(status)}.")
+
+
+@contextmanager
+def _sent(place: Place, file: str, lora: str | None) -> Iterator[tuple[Client, Spool]]:
+    """A client, and the spool of a file whose jobs it has sent."""
+    with _open_input(file) as (stream, name), place.client() as client:
+        with bar_for("checking") as bar:
+            spool = client.prepare(shown(numbered_lines(stream), bar), lora=lora, name=name)
+        with spool:
+            _send(client, spool)
+            yield client, spool
+
+
+def _send(client: Client, spool: Spool) -> None:
+    num_sent = 0
+
+    def on_sent(number: int) -> None:
+        nonlocal num_sent
+        num_sent = number
+        bar.update(number)
+
+    with bar_for("sending", spool.num_jobs) as bar:
+        try:
+            client.send(spool, on_sent)
+        except KeyboardInterrupt:
+            say(
+                f"At least {num_sent} of {counted(spool.num_jobs)} were sent, as"
+                f" {spool.submission}, and will run."
+            )
+            raise
+
+
+@contextmanager
+def _open_input(file: str) -> Iterator[tuple[BinaryIO, str]]:
+    """The bytes of a file or of stdin, and what errors call it."""
+    if file == "-":
+        if sys.stdin is None:
+            raise BadInput("stdin is closed; pipe a file into it, or name one.")
+        if sys.stdin.isatty():
+            notice("Reading prompts from the terminal, one a line; Ctrl-D ends them.")
+        yield sys.stdin.buffer, "<stdin>"
+        return
+    try:
+        stream = open(file, "rb")  # noqa: SIM115 - only its opening is the caller's fault.
+    except OSError as error:
+        raise BadInput(f"{file}: {error.strerror}.") from error
+    with stream:
+        yield stream, file
+
+
+def _refuse_overwriting(file: str, path: Path | None) -> None:
+    try:
+        if path and file != "-" and path.is_file() and path.samefile(file):
+            raise BadInput(f"-o {path} would overwrite the prompts.")
+    except FileNotFoundError:
+        pass  # Opening it says so.
+
+
+def _warn_if_jobs_wait(client: Client, spool: Spool) -> bool:
+    warnings = client.warnings(spool)
+    for sentence in warnings:
+        warn(sentence)
+    return bool(warnings)
+
+
+def _summary(client: Client, spool: Spool) -> dict[str, object]:
+    return {"submission": spool.submission, "queue": client.queue, "jobs": spool.num_jobs}
+
+
+def _write_in_order(client: Client, spool: Spool, output: Output, watcher: Watcher) -> None:
+    with bar_for("finished", spool.num_jobs) as bar:
+        found = client.follow_in_order(
+            spool.submission, on_wake=lambda: watcher.look_at(spool.submission, bar)
+        )
+        for result in found:
+            line = result.model_dump_json() + "\n"
+            if isinstance(bar, NoBar) or not output.is_terminal:
+                output.write(line)
+            else:
+                bar.print_above(line)
+    output.complete()

@@ -1,0 +1,235 @@
+"""Real worker processes, a real server, a tiny real model with real adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from producer.client import Client
+from schemas.result import Result
+from tests.tiny_models import Oracle, make_adapter, make_llama
+
+ADAPTERS = ("red", "blue")
+
+StartWorker = Callable[..., subprocess.Popen[bytes]]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Larger than need be: a batch must take long enough to be interrupted.
+    return make_llama(tmp_path_factory.mktemp("model"), hidden_size=192, intermediate_size=512)
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: make_adapter(model_folder, tmp_path_factory.mktemp(name), rank=4 + seed, seed=seed)
+        for seed, name in enumerate(ADAPTERS)
+    }
+
+
+@pytest.fixture
+def client(redis_url: str, queue_name: str) -> Iterator[Client]:
+    with Client(redis_url, queue_name) as client:
+        yield client
+
+
+@pytest.fixture
+def start_worker(
+    redis_url: str,
+    queue_name: str,
+    model_folder: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+) -> Iterator[StartWorker]:
+    """Starts workers, with more flags if wanted; ends those that still run after the test."""
+    processes = []
+
+    def start(*flags: str) -> subprocess.Popen[bytes]:
+        loras = [f"{name}={path}" for name, path in adapters.items()]
+        with (tmp_path / f"worker-{len(processes)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "worker.cli"),
+                    *("--model-path", str(model_folder), "--lora-paths", *loras),
+                    *("--redis-url", redis_url, "--queue", queue_name),
+                    *("--device", "cpu", "--max-total-tokens", "8192", *flags),
+                ],
+                stderr=log,
+            )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def lines(count: int, *, max_tokens: int = 12) -> list[dict[str, object]]:
+    loras = (None, *ADAPTERS)
+    return [
+        {
+            "id": f"job-{i}",
+            "prompt_token_ids": [i % 200, 7, 3],
+            "lora": loras[i % 3],
+            "max_tokens": max_tokens,
+            "metadata": {"line": i},
+        }
+        for i in range(count)
+    ]
+
+
+def wait_for_workers(client: Client, count: int) -> list[str]:
+    """Their ids, once so many are alive."""
+    deadline = time.monotonic() + 60
+    while len(workers := client.overview().workers) < count:
+        assert time.monotonic() < deadline, "the workers did not come up"
+        time.sleep(0.05)
+    return [worker.id for worker in workers]
+
+
+def wait_for_a_result(client: Client, submission: str, worker: str | None = None) -> None:
+    """Return when a worker, or the one of that id, has finished a job."""
+    for result in client.follow(submission):
+        if worker in (None, result.worker):
+            return
+
+
+def assert_correct(
+    results: list[Result], model_folder: Path, adapters: dict[str, Path], max_tokens: int
+) -> None:
+    """Every answer is the one that PEFT gives."""
+    oracle = Oracle(model_folder, adapters)
+    assert [result.status for result in results] == ["done"] * len(results)
+    for number, result in enumerate(results):
+        prompt = [number % 200, 7, 3]
+        assert result.token_ids == oracle.generate(prompt, result.lora, max_tokens), result.id
+
+
+def test_a_burst_worker_answers_every_job_and_ends(
+    client: Client, start_worker: StartWorker, model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    submission = client.submit(lines(30))
+    worker = start_worker("--burst")
+    assert worker.wait(timeout=120) == 0
+    results = list(client.results(submission))
+    assert_correct(results, model_folder, adapters, 12)
+    assert [result.metadata for result in results] == [{"line": i} for i in range(30)]
+    assert {(r.lora is None, r.revision is None) for r in results} == {(True, True), (False, False)}
+    for result in results:
+        times = result.timings
+        assert times.queued <= times.started <= times.first_token <= times.finished  # type: ignore[operator]
+        assert result.usage.completion_tokens == 12
+        assert result.usage.prompt_tokens == 3
+
+
+def test_killing_a_worker_loses_no_job(
+    client: Client, start_worker: StartWorker, model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    flags = ("--lease-seconds", "2", "--max-running-requests", "8")
+    victim = start_worker(*flags)
+    (victim_id,) = wait_for_workers(client, 1)
+    start_worker(*flags)
+    wait_for_workers(client, 2)
+    submission = client.submit(lines(60, max_tokens=200))
+    wait_for_a_result(client, submission, victim_id)
+    os.kill(victim.pid, signal.SIGKILL)
+    status = client.wait(submission, timeout=200)
+    assert status.counts["done"] == 60  # type: ignore[union-attr]
+    results = list(client.results(submission))
+    assert len({result.id for result in results}) == 60
+    assert {result.worker for result in results} > {victim_id}
+    assert_correct(results, model_folder, adapters, 200)
+    queue = client._job_queue
+    left = {name.rpartition("}:")[2] for name in queue.client.scan_iter(queue.keys.prefix + "*")}
+    assert not {name for name in left if name.startswith(("stream:", "ready", "leases"))}
+
+
+def test_sigterm_ends_a_worker_in_order_and_the_rest_of_the_work_goes_on_elsewhere(
+    client: Client, start_worker: StartWorker
+) -> None:
+    first = start_worker("--max-running-requests", "4")
+    wait_for_workers(client, 1)
+    submission = client.submit(lines(60, max_tokens=100))
+    wait_for_a_result(client, submission)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == 0
+    counts = client.status(submission).counts  # type: ignore[union-attr]
+    assert counts["running"] == 0
+    assert counts["done"] + counts["waiting"] == 60
+    assert counts["waiting"] > 0
+    start_worker("--burst")
+    assert client.wait(submission, timeout=120).counts["done"] == 60  # type: ignore[union-attr]
+
+
+def test_a_second_sigterm_hands_everything_back_at_once(
+    client: Client, start_worker: StartWorker
+) -> None:
+    worker = start_worker("--max-running-requests", "2")
+    wait_for_workers(client, 1)
+    submission = client.submit(lines(6, max_tokens=500))
+    deadline = time.monotonic() + 60
+    while not client.status(submission).counts["running"]:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    worker.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=30) == 0
+    assert client.status(submission).counts["running"] == 0  # type: ignore[union-attr]
+
+
+def test_a_bad_job_fails_with_its_reason_and_no_other(
+    client: Client, start_worker: StartWorker
+) -> None:
+    submission = client.submit(
+        [
+            {"prompt_token_ids": [1, 2], "max_tokens": 3},
+            {"prompt": "text for a model without a tokenizer"},
+            {"prompt_token_ids": [1, 2000], "max_tokens": 3},
+            {"prompt_token_ids": [1] * 600, "max_tokens": 3},
+            {"prompt_token_ids": [1], "lora": "nobody", "max_tokens": 3, "metadata": [1]},
+            {"prompt_token_ids": [1, 2], "max_tokens": 3},
+        ]
+    )
+    assert start_worker("--burst").wait(timeout=120) == 0
+    results = list(client.results(submission))
+    assert [result.error.code if result.error else result.status for result in results] == [
+        *("done", "no_tokenizer", "bad_prompt"),
+        *("prompt_too_long", "unknown_adapter", "done"),
+    ]
+    assert results[4].metadata == [1]
+
+
+def test_a_batch_holds_no_more_adapters_than_allowed(
+    client: Client, start_worker: StartWorker
+) -> None:
+    start_worker("--max-loras-per-batch", "1", "--lora-target-modules", "all")
+    submission = client.submit(lines(30))
+    client.wait(submission, timeout=120)
+    deadline = time.monotonic() + 10
+    while (state := client.overview().workers[0]).output_tokens < 360:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert state.max_adapters_in_batch == 1
+
+
+def test_logs_are_json_and_hold_no_prompt(
+    client: Client, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    client.submit([{"prompt": "a secret recipe"}, {"prompt_token_ids": [1, 2], "max_tokens": 3}])
+    assert start_worker("--burst").wait(timeout=120) == 0
+    log = (tmp_path / "worker-0.log").read_text()
+    events = [json.loads(line)["event"] for line in log.splitlines()]
+    assert events[:3] == ["queue_server", "engine_ready", "worker_ready"]
+    assert "secret" not in log

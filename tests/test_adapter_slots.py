@@ -1,0 +1,333 @@
+"""Slots and registry: which adapters stand in memory, and that each answers as itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kernels.lora_expand import lora_expand
+from kernels.lora_shrink import lora_shrink
+from schemas.errors import BadInput
+from schemas.job import Job
+from tests.tiny_models import make_adapter, make_llama
+from worker.adapters.peft_format import Adapter, LoraFactors
+from worker.adapters.registry import AdapterRegistry, load_registry
+from worker.adapters.slots import AdapterSlots
+from worker.config import LoraPath, WorkerConfig
+from worker.engine import Engine
+from worker.model.config import LINEAR_GROUPS, LINEAR_MODULES, ModelConfig
+
+MODEL = ModelConfig(
+    vocab_size=11,
+    hidden_size=18,
+    intermediate_size=23,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=6,
+    rms_norm_eps=1e-5,
+    max_position=64,
+    tie_word_embeddings=True,
+    eos_token_ids=frozenset(),
+    dtype=torch.float32,
+    inverse_frequencies=(1.0, 0.1, 0.01),
+)
+MAX_RANK = 8
+
+#: Products of up to 18 + 8 terms below 300 in sum, each rounded to float32.
+TOLERANCE = {"rtol": 0.0, "atol": 26 * 300 * 2.0**-24}
+
+
+def random_adapter(
+    name: str,
+    *,
+    rank: int = 2,
+    modules: Collection[str] = LINEAR_MODULES,
+    seed: int = 0,
+    pinned: bool = False,
+) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for layer in range(MODEL.num_layers):
+        for module in modules:
+            out_features, in_features = MODEL.linear_shape(module)
+            a = torch.randn(rank, in_features, generator=generator)
+            b = torch.randn(rank, out_features, generator=generator)
+            factors[layer, module] = LoraFactors(a, b)
+    return Adapter(name, "source", "revision", rank, factors, pinned)
+
+
+def make_slots(num_slots: int, modules: Collection[str] = LINEAR_MODULES) -> AdapterSlots:
+    return AdapterSlots(
+        MODEL,
+        num_slots=num_slots,
+        max_rank=MAX_RANK,
+        target_modules=frozenset(modules),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def assert_slot_computes(slots: AdapterSlots, slot: int, adapter: Adapter) -> None:
+    """Every layer's and group's product equals the formula in float64; 0 for a module that the
+    adapter leaves alone."""
+    segments = [slots.segment(slot, 0, 4)]
+    for layer, groups in enumerate(slots.weights):
+        for group, weights in groups.items():
+            modules = LINEAR_GROUPS[group]
+            x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(layer))
+            y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
+            lora_expand(y, lora_shrink(x, weights.a, segments, len(modules)), weights.b, segments)
+            expected = []
+            for module in modules:
+                if factors := adapter.factors.get((layer, module)):
+                    expected.append(x.double() @ factors.a.double().t() @ factors.b.double())
+                else:
+                    expected.append(torch.zeros(4, MODEL.linear_shape(module)[0]).double())
+            torch.testing.assert_close(y.double(), torch.cat(expected, dim=1), **TOLERANCE)
+
+
+# --- Which slot ---------------------------------------------------------------------------------
+
+
+def test_adapters_take_empty_slots_first() -> None:
+    slots = make_slots(3)
+    assert {slots.place(random_adapter(name), ()) for name in "abc"} == {0, 1, 2}
+
+
+def test_the_least_recently_used_adapter_is_evicted() -> None:
+    slots, (a, b, c) = make_slots(2), map(random_adapter, "abc")
+    for adapter in (a, b, a, c):
+        slots.place(adapter, ())
+    assert sorted(slots.resident) == ["a", "c"]
+
+
+def test_an_adapter_in_use_is_not_evicted() -> None:
+    slots, (a, b, c) = make_slots(2), map(random_adapter, "abc")
+    for adapter in (a, b):
+        slots.place(adapter, ())
+    slots.place(c, in_use={a, c})
+    assert sorted(slots.resident) == ["a", "c"]
+
+
+def test_a_pinned_adapter_is_not_evicted() -> None:
+    slots = make_slots(2)
+    slots.place(random_adapter("pinned", pinned=True), ())
+    for name in "abcab":
+        slots.place(random_adapter(name), ())
+    assert sorted(slots.resident) == ["b", "pinned"]
+
+
+def test_no_slot_is_given_while_all_are_in_use() -> None:
+    slots, (a, b, c) = make_slots(2), map(random_adapter, "abc")
+    slots.place(a, ())
+    slots.place(b, ())
+    with pytest.raises(RuntimeError, match="all 2 slots are in use"):
+        slots.place(c, in_use={a, b, c})
+
+
+def test_placing_again_gives_the_same_slot() -> None:
+    slots, (a, b) = make_slots(2), map(random_adapter, "ab")
+    first = slots.place(a, ())
+    slots.place(b, ())
+    assert slots.place(a, ()) == first
+
+
+def test_placing_again_does_not_load_again() -> None:
+    slots, a = make_slots(2), random_adapter("a")
+    slots.place(a, ())
+    slots.weights[0]["o_proj"].a.fill_(7)
+    slots.place(a, ())
+    assert (slots.weights[0]["o_proj"].a == 7).all()
+
+
+def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
+    slots, old, new = make_slots(2), random_adapter("a"), random_adapter("a", seed=5)
+    slots.place(old, ())
+    assert_slot_computes(slots, slots.place(new, in_use={old, new}), new)
+
+
+# --- What a slot computes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3, MAX_RANK])
+@pytest.mark.parametrize(
+    "modules",
+    [LINEAR_MODULES, ("k_proj", "down_proj"), ("v_proj", "up_proj", "o_proj"), ("q_proj",)],
+    ids=" ".join,
+)
+def test_a_slot_computes_its_adapters_product(rank: int, modules: tuple[str, ...]) -> None:
+    slots, adapter = make_slots(2), random_adapter("a", rank=rank, modules=modules)
+    assert_slot_computes(slots, slots.place(adapter, ()), adapter)
+
+
+def test_each_slot_computes_its_own_adapters_product() -> None:
+    slots = make_slots(4)
+    ranks = {"a": 1, "b": 3, "c": MAX_RANK, "d": 2}
+    adapters = [random_adapter(name, rank=rank, seed=rank) for name, rank in ranks.items()]
+    places = [slots.place(adapter, ()) for adapter in adapters]
+    for slot, adapter in zip(places, adapters, strict=True):
+        assert_slot_computes(slots, slot, adapter)
+
+
+@pytest.mark.parametrize("modules", [LINEAR_MODULES, ("k_proj",), ("gate_proj", "down_proj")])
+def test_a_smaller_adapter_over_a_larger_one_leaves_no_trace_of_it(
+    modules: tuple[str, ...],
+) -> None:
+    slots = make_slots(1)
+    slots.place(random_adapter("large", rank=MAX_RANK, seed=1), ())
+    small = random_adapter("small", rank=3, modules=modules, seed=2)
+    assert_slot_computes(slots, slots.place(small, ()), small)
+
+
+def test_loading_a_slot_leaves_its_neighbours_alone() -> None:
+    slots = make_slots(3)
+    a, b, c, d = (random_adapter(name, rank=MAX_RANK, seed=ord(name)) for name in "abcd")
+    places = [slots.place(adapter, ()) for adapter in (a, b, c)]
+    slots.place(d, in_use={a, c, d})
+    assert_slot_computes(slots, places[0], a)
+    assert_slot_computes(slots, places[2], c)
+
+
+def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
+    slots = make_slots(2, modules=("v_proj", "down_proj"))
+    assert [set(groups) for groups in slots.weights] == 2 * [{"qkv_proj", "down_proj"}]
+
+
+@pytest.mark.parametrize(
+    ("modules", "groups"),
+    [
+        (("v_proj",), ["qkv_proj"]),
+        (("down_proj", "gate_proj"), ["gate_up_proj", "down_proj"]),
+        (LINEAR_MODULES, list(LINEAR_GROUPS)),
+    ],
+)
+def test_a_slot_names_the_groups_that_its_adapter_changes(
+    modules: tuple[str, ...], groups: list[str]
+) -> None:
+    slots = make_slots(2)
+    assert slots.groups(slots.place(random_adapter("a", modules=modules), ())) == groups
+
+
+# --- An adapter that spoils its own answers -----------------------------------------------------
+
+
+def test_an_adapter_whose_products_overflow_spoils_no_other_jobs_answer(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """Its keys and values are NaN, and stand on pages that others read past their end or get
+    after it."""
+    modules = ("k_proj", "v_proj")
+    bad = make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=modules)
+    weights = load_file(bad / "adapter_model.safetensors")
+    large = {key: 1e30 * tensor for key, tensor in weights.items()}  # Finite in float32.
+    save_file(large, bad / "adapter_model.safetensors")
+    engine = Engine(
+        WorkerConfig(
+            model_path=model_folder,
+            lora_paths=(LoraPath(lora_name="bad", lora_path=str(bad)),),
+            max_total_tokens=256,
+            device="cpu",
+        )
+    )
+    jobs = [
+        Job(id="long", prompt_token_ids=list(range(60)), max_tokens=40),
+        Job(id="short", prompt_token_ids=[1, 2, 3], max_tokens=40),
+    ]
+    alone = [answers(engine, [job])[0] for job in jobs]
+    spoiled = Job(id="bad", lora="bad", prompt_token_ids=list(range(70)), max_tokens=40)
+    assert answers(engine, [spoiled, *jobs])[1:] == alone
+
+
+def answers(engine: Engine, jobs: list[Job]) -> list[list[int]]:
+    sequences = [engine.sequence_of(job) for job in jobs]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.scheduler.running or engine.scheduler.waiting:
+        engine.step()
+    return [sequence.output_ids for sequence in sequences]
+
+
+# --- The registry -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of rank 6 for the queries and the down projection."""
+    return make_adapter(
+        model_folder,
+        tmp_path_factory.mktemp("adapter"),
+        rank=6,
+        seed=1,
+        target_modules=("q_proj", "down_proj"),
+    )
+
+
+def registry(model_folder: Path, folder: Path, **flags: object) -> AdapterRegistry:
+    lora = LoraPath(lora_name="mine", lora_path=str(folder), pinned=bool(flags.pop("pinned", 0)))
+    config = WorkerConfig.model_validate(
+        {"model_path": model_folder, "lora_paths": (lora,), "device": "cpu", **flags}
+    )
+    return load_registry(config, ModelConfig.from_folder(model_folder), torch.float32)
+
+
+def refusal(model_folder: Path, folder: Path, **flags: object) -> str:
+    with pytest.raises(BadInput) as error:
+        registry(model_folder, folder, **flags)
+    return str(error.value)
+
+
+def test_the_registry_knows_an_adapter_by_its_name(model_folder: Path, folder: Path) -> None:
+    adapter = registry(model_folder, folder).get("mine")
+    assert adapter is not None
+    assert adapter.rank == 6
+
+
+def test_the_registry_knows_no_other_name(model_folder: Path, folder: Path) -> None:
+    assert registry(model_folder, folder).get("yours") is None
+
+
+def test_the_registry_reports_what_the_queue_is_to_know(model_folder: Path, folder: Path) -> None:
+    known = registry(model_folder, folder, pinned=True)
+    record = known.records["mine"].model_dump()
+    revision = known.revisions["mine"]
+    assert record == {"source": str(folder.resolve()), "revision": revision, "pinned": True}
+
+
+def test_a_missing_adapter_folder_is_named(model_folder: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    expected = f"--lora-paths mine: there is no folder {gone}."
+    assert refusal(model_folder, gone) == expected
+
+
+def test_a_rank_above_the_limit_is_refused_with_both_numbers(
+    model_folder: Path, folder: Path
+) -> None:
+    assert refusal(model_folder, folder, max_lora_rank=5) == (
+        "--lora-paths mine: its rank 6 is above --max-lora-rank 5; raise the flag."
+    )
+
+
+def test_a_rank_at_the_limit_is_served(model_folder: Path, folder: Path) -> None:
+    assert registry(model_folder, folder, max_lora_rank=6).max_rank == 6
+
+
+def test_a_module_outside_the_limit_is_refused_by_name(model_folder: Path, folder: Path) -> None:
+    assert refusal(model_folder, folder, lora_target_modules=("q_proj", "v_proj")) == (
+        "--lora-paths mine: it changes down_proj, which --lora-target-modules leaves out;"
+        " add them to the flag, or give 'all'."
+    )
+
+
+def test_all_as_target_modules_allows_every_module(model_folder: Path, folder: Path) -> None:
+    known = registry(model_folder, folder, lora_target_modules=("all",))
+    assert known.target_modules == {"q_proj", "down_proj"}

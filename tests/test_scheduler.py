@@ -1,0 +1,409 @@
+"""The scheduler without a model: sequences of all sizes arrive, run, are aborted, and end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from schemas.job import Job
+from worker.adapters.peft_format import Adapter
+from worker.kv_cache import PAGE_SIZE, PagePool, num_pages
+from worker.scheduler import ScheduledSequence, Scheduler
+from worker.sequence import Phase, Sequence
+
+
+def stand_in(name: str) -> Adapter:
+    """The scheduler looks at nothing but an adapter's identity."""
+    return Adapter(name, source="", revision="", rank=1, factors={})
+
+
+def make_sequence(prompt: int, answer: int, adapter: Adapter | None = None) -> Sequence:
+    ids = [1] * prompt
+    return Sequence(Job(id="a", prompt_token_ids=ids), ids, answer, adapter)
+
+
+def advance(scheduler: Scheduler, batch: list[ScheduledSequence]) -> None:
+    """What ``Engine.advance`` does with a batch, every sequence going on to its last token."""
+    for sequence, num_rows, _ in batch:
+        sequence.num_cached += num_rows
+        if sequence.num_cached == sequence.num_tokens:
+            sequence.output_ids.append(1)
+            if len(sequence.output_ids) == sequence.max_new_tokens:
+                scheduler.finish(sequence)
+
+
+# --- Properties of random loads -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A sequence, the step before which it comes, and how many steps later it is aborted."""
+
+    step: int
+    prompt: int
+    answer: int
+    adapter: int | None
+    abort_after: int | None
+
+
+@dataclass(frozen=True)
+class Load:
+    """Limits, and what arrives."""
+
+    pages: int
+    max_running: int
+    max_prefill_tokens: int
+    max_adapters: int
+    num_pinned: int
+    arrivals: list[Arrival]
+
+    @property
+    def max_steps(self) -> int:
+        """Each step after the last arrival brings the oldest sequence on by one chunk at least."""
+        steps = max((arrival.step for arrival in self.arrivals), default=0) + 1
+        for arrival in self.arrivals:
+            chunks = -(-(arrival.prompt + arrival.answer) // self.max_prefill_tokens)
+            steps += chunks + arrival.answer
+        return steps
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> Load:
+    pages = draw(st.integers(1, 5))
+    max_adapters = draw(st.integers(1, 3))
+
+    @st.composite
+    def arrivals(draw: st.DrawFn) -> Arrival:
+        # Anything that fits into the cache by itself, up to the very last token; mostly small,
+        # so that several run at once.
+        small = st.integers(2, PAGE_SIZE + 4 * (pages > 1))
+        total = draw(small | st.integers(2, pages * PAGE_SIZE))
+        prompt = draw(st.integers(max(1, total - 30), total - 1))
+        return Arrival(
+            step=draw(st.integers(0, 9)),
+            prompt=prompt,
+            answer=total - prompt,
+            adapter=draw(st.sampled_from([None, 0, 0, 1, 1, 2, 3])),
+            abort_after=draw(st.none() | st.none() | st.integers(0, 20)),
+        )
+
+    return Load(
+        pages=pages,
+        max_running=draw(st.integers(1, 8)),
+        max_prefill_tokens=draw(st.integers(1, 90)),
+        max_adapters=max_adapters,
+        num_pinned=draw(st.integers(0, max_adapters - 1)),
+        arrivals=draw(st.lists(arrivals(), min_size=6, max_size=12)),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch, between ``schedule`` and ``advance``."""
+
+    batch: list[ScheduledSequence]
+    decoding: list[Sequence]
+    """The sequences that were decoding when it was scheduled."""
+    number: int
+
+
+class Simulation:
+    """Runs a load to its end; gives up when that takes longer than it may."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        adapters = [stand_in(f"{number}") for number in range(4)]
+        self.pinned = frozenset(adapters[: load.num_pinned])
+        self.pool = PagePool(load.pages)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_running=load.max_running,
+            max_prefill_tokens=load.max_prefill_tokens,
+            max_adapters=load.max_adapters,
+            pinned=self.pinned,
+        )
+        self.arrivals = sorted(load.arrivals, key=lambda arrival: arrival.step)
+        self.sequences = [
+            make_sequence(a.prompt, a.answer, None if a.adapter is None else adapters[a.adapter])
+            for a in self.arrivals
+        ]
+        """In the order of their arrival."""
+
+    def steps(self) -> Iterator[Step]:
+        for number in range(self.load.max_steps):
+            for sequence, arrival in zip(self.sequences, self.arrivals, strict=True):
+                if arrival.step == number:
+                    self.scheduler.add(sequence)
+                wait = arrival.abort_after
+                if wait is not None and arrival.step + wait == number:
+                    self.scheduler.finish(sequence)
+            decoding = [s for s in self.scheduler.running if s.num_uncached == 1]
+            batch = self.scheduler.schedule()
+            yield Step(batch, decoding, number)
+            advance(self.scheduler, batch)
+
+
+thoroughly = settings(
+    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+@thoroughly
+@given(loads())
+def test_a_batch_never_needs_more_slots_than_there_are(load: Load) -> None:
+    simulation = Simulation(load)
+    for step in simulation.steps():
+        adapters = {item.sequence.adapter for item in step.batch} - {None}
+        assert len(adapters | simulation.pinned) <= load.max_adapters
+
+
+@thoroughly
+@given(loads())
+def test_prefill_never_takes_more_rows_than_its_limit(load: Load) -> None:
+    for step in Simulation(load).steps():
+        rows = sum(item.num_rows for item in step.batch if item.is_prefill)
+        assert rows <= load.max_prefill_tokens
+
+
+@thoroughly
+@given(loads())
+def test_no_more_sequences_run_than_may(load: Load) -> None:
+    simulation = Simulation(load)
+    for step in simulation.steps():
+        assert len(step.batch) <= len(simulation.scheduler.running) <= load.max_running
+
+
+@thoroughly
+@given(loads())
+def test_every_page_is_free_or_has_one_owner(load: Load) -> None:
+    simulation = Simulation(load)
+    for _ in simulation.steps():
+        owned = [page for sequence in simulation.sequences for page in sequence.pages]
+        free = simulation.pool.allocate(simulation.pool.num_free)
+        simulation.pool.free(free[::-1])
+        assert sorted(owned + free) == list(range(load.pages))
+
+
+@thoroughly
+@given(loads())
+def test_only_running_sequences_own_pages(load: Load) -> None:
+    for _ in (simulation := Simulation(load)).steps():
+        owners = [sequence for sequence in simulation.sequences if sequence.pages]
+        assert all(sequence.phase is Phase.RUNNING for sequence in owners)
+
+
+@thoroughly
+@given(loads())
+def test_every_row_of_a_batch_has_its_place_on_a_page(load: Load) -> None:
+    for step in Simulation(load).steps():
+        for sequence, num_rows, _ in step.batch:
+            assert sequence.num_cached + num_rows <= len(sequence.pages) * PAGE_SIZE
+
+
+@thoroughly
+@given(loads())
+def test_a_batch_holds_no_sequence_twice_and_none_that_does_not_run(load: Load) -> None:
+    simulation = Simulation(load)
+    for step in simulation.steps():
+        running = [id(sequence) for sequence in simulation.scheduler.running]
+        scheduled = [id(item.sequence) for item in step.batch]
+        assert scheduled == [number for number in running if number in scheduled]
+
+
+@thoroughly
+@given(loads())
+def test_every_sequence_ends_within_the_steps_that_it_and_its_elders_need(load: Load) -> None:
+    simulation = Simulation(load)
+    for _ in simulation.steps():
+        pass
+    assert all(sequence.phase is Phase.FINISHED for sequence in simulation.sequences)
+
+
+@thoroughly
+@given(loads())
+def test_a_batch_is_empty_only_if_nothing_runs_and_nothing_waits(load: Load) -> None:
+    simulation = Simulation(load)
+    for step in simulation.steps():
+        left = simulation.scheduler.running or simulation.scheduler.waiting
+        assert bool(step.batch) == bool(left)
+
+
+@thoroughly
+@given(loads())
+def test_a_decoding_sequence_is_in_every_batch_until_it_is_preempted(load: Load) -> None:
+    for step in Simulation(load).steps():
+        in_batch = {id(item.sequence) for item in step.batch if not item.is_prefill}
+        kept = [sequence for sequence in step.decoding if sequence.phase is Phase.RUNNING]
+        assert {id(sequence) for sequence in kept} <= in_batch
+
+
+@thoroughly
+@given(loads())
+def test_sequences_of_one_adapter_run_in_the_order_of_their_arrival(load: Load) -> None:
+    """Whatever waits, preempted or new, came after all of its adapter that run."""
+    simulation = Simulation(load)
+    age = {id(sequence): number for number, sequence in enumerate(simulation.sequences)}
+    for _ in simulation.steps():
+        scheduler = simulation.scheduler
+        in_order = [*scheduler.running, *scheduler.waiting]
+        for adapter in {sequence.adapter for sequence in in_order}:
+            ages = [age[id(sequence)] for sequence in in_order if sequence.adapter is adapter]
+            assert ages == sorted(ages)
+
+
+# --- Examples -----------------------------------------------------------------------------------
+
+A, B, C = (stand_in(name) for name in "abc")
+
+
+def make_scheduler(
+    *,
+    pages: int = 100,
+    max_running: int = 8,
+    max_prefill_tokens: int = 64,
+    max_adapters: int = 8,
+    pinned: tuple[Adapter, ...] = (),
+) -> Scheduler:
+    return Scheduler(
+        PagePool(pages),
+        max_running=max_running,
+        max_prefill_tokens=max_prefill_tokens,
+        max_adapters=max_adapters,
+        pinned=pinned,
+    )
+
+
+def add(scheduler: Scheduler, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        scheduler.add(sequence)
+
+
+def step(scheduler: Scheduler) -> list[ScheduledSequence]:
+    batch = scheduler.schedule()
+    advance(scheduler, batch)
+    return batch
+
+
+def test_a_sequence_whose_adapter_has_a_slot_passes_over_one_whose_adapter_has_none() -> None:
+    scheduler = make_scheduler(max_adapters=1)
+    first, other, second = (make_sequence(3, 5, adapter) for adapter in (A, B, A))
+    add(scheduler, first, other, second)
+    step(scheduler)
+    assert scheduler.running == [first, second]
+
+
+def test_a_sequence_that_was_passed_over_keeps_its_place() -> None:
+    scheduler = make_scheduler(max_adapters=1)
+    held, b, c, later_b = (make_sequence(3, 5, adapter) for adapter in (A, B, C, B))
+    add(scheduler, held, b, c, later_b)
+    step(scheduler)
+    assert list(scheduler.waiting) == [b, c, later_b]
+
+
+def test_an_adapter_that_has_left_makes_room_for_the_one_that_waited_longest() -> None:
+    scheduler = make_scheduler(max_adapters=1)
+    short, b, c = make_sequence(3, 1, A), make_sequence(3, 5, B), make_sequence(3, 5, C)
+    add(scheduler, short, b, c)
+    step(scheduler)
+    step(scheduler)
+    assert scheduler.running == [b]
+
+
+def test_sequences_of_the_base_model_take_no_slot() -> None:
+    scheduler = make_scheduler(max_adapters=1)
+    add(scheduler, make_sequence(3, 5, A), make_sequence(3, 5), make_sequence(3, 5))
+    assert len(step(scheduler)) == 3
+
+
+def test_a_pinned_adapter_holds_its_slot_while_nothing_uses_it() -> None:
+    scheduler = make_scheduler(max_adapters=2, pinned=(A,))
+    b, c = make_sequence(3, 5, B), make_sequence(3, 5, C)
+    add(scheduler, b, c)
+    step(scheduler)
+    assert scheduler.running == [b]
+
+
+def test_a_long_prompt_goes_in_by_chunks_of_the_limit() -> None:
+    scheduler = make_scheduler(max_prefill_tokens=32)
+    add(scheduler, make_sequence(70, 5))
+    rows = [[item.num_rows for item in step(scheduler)] for _ in range(4)]
+    assert rows == [[32], [32], [6], [1]]
+
+
+def test_what_a_begun_prompt_leaves_of_the_limit_goes_to_the_next_one() -> None:
+    scheduler = make_scheduler(max_prefill_tokens=32)
+    add(scheduler, make_sequence(40, 5), make_sequence(40, 5))
+    step(scheduler)
+    assert [item.num_rows for item in step(scheduler)] == [8, 24]
+
+
+def test_decoding_takes_nothing_of_the_prefill_limit() -> None:
+    scheduler = make_scheduler(max_prefill_tokens=32)
+    add(scheduler, make_sequence(32, 5))
+    step(scheduler)
+    add(scheduler, make_sequence(32, 5))
+    assert [item.num_rows for item in step(scheduler)] == [1, 32]
+
+
+def test_pages_that_run_out_are_taken_from_the_youngest() -> None:
+    scheduler = make_scheduler(pages=3)
+    old, young = make_sequence(14, 30), make_sequence(4, 40)
+    add(scheduler, old, young)
+    while young.phase is not Phase.WAITING or old.num_cached < 2 * PAGE_SIZE:
+        step(scheduler)
+    assert (old.phase, young.num_cached, young.pages) == (Phase.RUNNING, 0, [])
+
+
+def test_a_preempted_sequence_waits_before_those_that_never_ran() -> None:
+    scheduler = make_scheduler(pages=3, max_running=2)
+    old, young, new = make_sequence(14, 30), make_sequence(4, 40), make_sequence(4, 4)
+    add(scheduler, old, young, new)
+    while young.phase is not Phase.WAITING or old.num_cached < 2 * PAGE_SIZE:
+        step(scheduler)
+    assert list(scheduler.waiting) == [young, new]
+
+
+def test_a_preempted_sequence_keeps_its_answer_and_computes_it_anew() -> None:
+    scheduler = make_scheduler(pages=3)
+    old, young = make_sequence(14, 30), make_sequence(4, 40)
+    add(scheduler, old, young)
+    while old.phase is not Phase.FINISHED:
+        step(scheduler)
+    so_far = young.num_tokens
+    assert [item.num_rows for item in step(scheduler)] == [so_far]
+
+
+def test_sequences_that_all_fit_are_never_preempted() -> None:
+    sizes = [(30, 20), (1, 60), (16, 16), (47, 2)]
+    scheduler = make_scheduler(pages=sum(num_pages(sum(size)) for size in sizes) + 1)
+    sequences = [make_sequence(*size) for size in sizes]
+    add(scheduler, *sequences)
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+        assert not any(s.phase is Phase.WAITING for s in sequences if s.output_ids)
+
+
+def test_a_waiting_sequence_that_is_aborted_does_not_run() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(3, 5)
+    add(scheduler, sequence)
+    scheduler.finish(sequence)
+    assert scheduler.schedule() == []
+
+
+def test_a_running_sequence_that_is_aborted_gives_its_pages_back() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(3, 5)
+    add(scheduler, sequence)
+    step(scheduler)
+    scheduler.finish(sequence)
+    assert scheduler.pool.num_used == 0
+
+
+def test_a_pool_does_not_give_more_pages_than_it_has() -> None:
+    with pytest.raises(ValueError, match="3 pages asked for, 2 free"):
+        PagePool(2).allocate(3)

@@ -1,0 +1,210 @@
+"""Prompts in and answers out, with a small tokenizer trained here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+
+from schemas.errors import JobError
+from schemas.job import Job
+from worker.text import Tokenizer
+
+SENTENCES = [
+    "The lorry carries many adapters, and the world sees one queue.",
+    "One world, one lorry, many worlds: hello world, hello lorry!",
+    "Prompts go in, answers come out; the word is used for nothing else.",
+]
+END = "<|end|>"
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Tokenizer:
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        SENTENCES, vocab_size=340, special_tokens=[END], show_progress=False
+    )
+    trained.save(str(folder / "tokenizer.json"))
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "clean_up_tokenization_spaces": True,
+    }
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer(folder, vocab_size=340)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def job(**fields: object) -> Job:
+    return Job.model_validate({"id": "a", **fields})
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(job(prompt=text))
+
+
+def chat(*turns: tuple[str, str]) -> Job:
+    return job(messages=[{"role": role, "content": content} for role, content in turns])
+
+
+# --- Prompts ------------------------------------------------------------------------------------
+
+
+def test_a_prompt_comes_back_from_its_tokens(tokenizer: Tokenizer) -> None:
+    text = "Hello world , it 's 20 °C — naïve 🚚!\n\n  done ."
+    assert tokenizer.decode(ids_of(tokenizer, text)) == text
+
+
+def test_messages_go_through_the_models_chat_template(tokenizer: Tokenizer) -> None:
+    rendered = "<system>be brief\n<user>hello\n<assistant>hi\n<user>lorry?\n<assistant>"
+    messages = chat(
+        ("system", "be brief"), ("user", "hello"), ("assistant", "hi"), ("user", "lorry?")
+    )
+    assert tokenizer.encode(messages) == ids_of(tokenizer, rendered)
+
+
+def test_messages_are_refused_by_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="send prompt instead of messages") as error:
+        make_tokenizer(tmp_path, template=None).encode(chat(("user", "hello")))
+    assert error.value.code == "no_chat_template"
+
+
+def test_messages_that_the_template_refuses_are_refused_in_its_words(tokenizer: Tokenizer) -> None:
+    with pytest.raises(JobError, match="refuses the messages: no tools here") as error:
+        tokenizer.encode(chat(("tool", "42")))
+    assert error.value.code == "bad_prompt"
+
+
+def test_an_empty_prompt_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(JobError, match="the prompt is empty") as error:
+        tokenizer.encode(job(prompt=""))
+    assert error.value.code == "bad_prompt"
+
+
+def test_messages_of_which_the_template_makes_nothing_are_refused(tmp_path: Path) -> None:
+    """A sequence without a token has no row in a batch."""
+    template = "{% for message in messages if message.role == 'user' %}{{ message }}{% endfor %}"
+    with pytest.raises(JobError) as error:
+        make_tokenizer(tmp_path, template).encode(chat(("system", "be brief")))
+    assert error.value.code == "bad_prompt"
+
+
+def test_special_tokens_are_no_part_of_an_answer(tokenizer: Tokenizer) -> None:
+    hello, end = ids_of(tokenizer, "hello"), ids_of(tokenizer, END)
+    assert len(end) == 1
+    assert tokenizer.decode([*end, *hello, *end]) == "hello"
+
+
+# --- Stop strings -------------------------------------------------------------------------------
+
+
+def run_until_stop(
+    tokenizer: Tokenizer, token_ids: list[int], stops: list[str]
+) -> tuple[int, str] | None:
+    """After how many tokens a stop string is found, and the text before it."""
+    search = tokenizer.stop_search(stops)
+    for number, token_id in enumerate(token_ids, start=1):
+        text = search.text_before_stop(token_id)
+        if text is not None:
+            return number, text
+    return None
+
+
+def test_a_stop_string_inside_one_token_is_found(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "hello world")
+    assert tokenizer.decode(ids[-1:]) == " world"
+    assert run_until_stop(tokenizer, ids, ["orl"]) == (len(ids), "hello w")
+
+
+def test_a_stop_string_across_token_borders_is_found(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "hello world, one lorry")
+    assert not any("o w" in str(tokenizer.decode([token])) for token in ids)
+    assert run_until_stop(tokenizer, ids, ["llo wor"]) == (
+        len(ids_of(tokenizer, "hello world")),
+        "he",
+    )
+
+
+def test_a_stop_string_over_many_tokens_is_found(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "a 0123456789 b")
+    found = run_until_stop(tokenizer, ids, ["0123456789"])
+    assert found == (len(ids_of(tokenizer, "a 0123456789")), "a ")
+
+
+def test_a_stop_string_inside_a_character_of_several_tokens_is_found(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "go 🚚 on")
+    assert len(ids_of(tokenizer, "🚚")) == 4
+    assert run_until_stop(tokenizer, ids, ["🚚"]) == (len(ids_of(tokenizer, "go 🚚")), "go ")
+
+
+def test_a_stop_string_at_the_very_start_leaves_an_empty_text(tokenizer: Tokenizer) -> None:
+    found = run_until_stop(tokenizer, ids_of(tokenizer, "hello world"), ["hello"])
+    assert found == (len(ids_of(tokenizer, "hello")), "")
+
+
+def test_a_stop_string_at_the_very_end_is_found(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "hello world!")
+    assert run_until_stop(tokenizer, ids, ["!"]) == (len(ids), "hello world")
+
+
+def test_the_first_of_several_stop_strings_ends_the_text(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "one lorry, many worlds")
+    found = run_until_stop(tokenizer, ids, ["worlds", ", ", "many"])
+    assert found is not None
+    assert found[1] == "one lorry"
+
+
+def test_the_first_of_two_stop_strings_in_one_token_ends_the_text(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "hello world")
+    assert run_until_stop(tokenizer, ids, ["ld", "or"]) == (len(ids), "hello w")
+
+
+def test_the_longer_of_two_stop_strings_does_not_hide_the_shorter(tokenizer: Tokenizer) -> None:
+    found = run_until_stop(tokenizer, ids_of(tokenizer, "a, b, c"), ["never there at all", ", "])
+    assert found is not None
+    assert found[1] == "a"
+
+
+def test_a_stop_string_that_never_comes_ends_nothing(tokenizer: Tokenizer) -> None:
+    assert run_until_stop(tokenizer, ids_of(tokenizer, "hello world"), ["World", "hellow"]) is None
+
+
+def test_a_special_token_between_does_not_hide_a_stop_string(tokenizer: Tokenizer) -> None:
+    """It is no part of the text."""
+    ids = ids_of(tokenizer, "hello" + END + " world")
+    found = run_until_stop(tokenizer, ids, ["lo wo"])
+    assert found is not None
+    assert found[1] == "hel"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *SENTENCES,
+        "naïve café 🚚🚚 中文字 — „so“ it 's , he said . ✂",
+        "  spaces \t tabs\n\n\nlines \r\n and the end✂",
+    ],
+)
+def test_the_text_before_a_stop_string_is_that_of_decoding_the_whole(
+    tokenizer: Tokenizer, text: str
+) -> None:
+    ids = ids_of(tokenizer, text)
+    whole, stop = tokenizer.decode(ids), text[-1]
+    assert whole is not None
+    found = run_until_stop(tokenizer, ids, [stop])
+    assert found is not None
+    assert found[1] == whole[: whole.index(stop)]

@@ -1,0 +1,275 @@
+"""The worker's flags: what they accept, and how wrong ones are refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from schemas.errors import BadInput
+from worker.cli import build_parser
+from worker.config import LoraPath, WorkerConfig
+
+ROOT = Path(__file__).parents[1]
+
+#: Every flag of the worker, by its SGLang name where SGLang has it.
+FLAGS = {
+    *("--model-path", "--lora-paths", "--max-loras-per-batch", "--max-loaded-loras"),
+    *("--max-lora-rank", "--lora-target-modules", "--lora-backend", "--max-running-requests"),
+    *("--max-total-tokens", "--mem-fraction-static", "--chunked-prefill-size"),
+    *("--context-length", "--device", "--dtype", "--load-format"),
+    *("--queue", "--redis-url", "--lease-seconds", "--burst"),
+}
+MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+
+
+# --- --lora-paths -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "path", "pinned"),
+    [
+        ("adapters/sql", "sql", "adapters/sql", False),
+        ("/data/adapters/sql/", "sql", "/data/adapters/sql/", False),
+        ("sql=/data/a", "sql", "/data/a", False),
+        ("org/sql-v1.5_b=/data/a", "org/sql-v1.5_b", "/data/a", False),
+        ("sql=/data/lr=3/a", "sql", "/data/lr=3/a", False),
+        ('{"lora_name": "sql", "lora_path": "/data/a"}', "sql", "/data/a", False),
+        (' {"lora_name": "sql", "lora_path": "/a=b", "pinned": true}', "sql", "/a=b", True),
+    ],
+)
+def test_a_lora_path_is_read_in_its_three_forms(
+    text: str, name: str, path: str, pinned: bool
+) -> None:
+    assert LoraPath.parse(text) == LoraPath(lora_name=name, lora_path=path, pinned=pinned)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "/", ".", "=/data/a", "sql=", "two words=/data/a", "@base=/data/a", "/lr=3/a"),
+        *('{"lora_name": "sql"', '{"lora_name": "sql"}', '{"lora_name": "", "lora_path": "a"}'),
+        '{"lora_name": "sql", "lora_path": "a", "rank": 8}',
+        '{"lora_name": "sql", "lora_path": "a", "pinned": "perhaps"}',
+    ],
+)
+def test_a_wrong_lora_path_is_refused_with_the_three_forms_named(text: str) -> None:
+    with pytest.raises(BadInput) as error:
+        LoraPath.parse(text)
+    assert str(error.value).startswith(f"--lora-paths {text}: ")
+    assert str(error.value).endswith(
+        " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned; a name begins with a"
+        " letter or digit and goes on with those and . _ - /"
+    )
+
+
+@pytest.mark.parametrize("text", ['{"lora_name": "sql"}', "sql=", "two words=/data/a"])
+def test_a_wrong_lora_path_is_not_blamed_on_a_flag_that_does_not_exist(text: str) -> None:
+    with pytest.raises(BadInput) as error:
+        LoraPath.parse(text)
+    words = str(error.value).split()
+    assert {word for word in words if word.startswith("--")} == {"--lora-paths"}
+
+
+# --- The other flags ----------------------------------------------------------------------------
+
+
+def lora(name: str, *, pinned: bool = False) -> str:
+    return json.dumps({"lora_name": name, "lora_path": "p", "pinned": pinned})
+
+
+def refusal(flags: Mapping[str, object]) -> str:
+    with pytest.raises(BadInput) as error:
+        WorkerConfig.from_flags({"model_path": Path("m"), "device": "cpu", **flags})
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("max_loras_per_batch", "max_loaded_loras", "max_lora_rank", "max_running_requests"),
+        *("max_total_tokens", "chunked_prefill_size", "context_length"),
+    ],
+)
+def test_a_count_below_one_is_refused(flag: str) -> None:
+    expected = f"--{flag.replace('_', '-')} 0: Input should be greater than or equal to 1"
+    assert refusal({flag: 0}) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("device", "tpu", "--device \"tpu\": Input should be 'cpu' or 'cuda'"),
+        ("lora_backend", "csgmv", "--lora-backend \"csgmv\": Input should be 'triton' or 'torch'"),
+        ("load_format", "gguf", "--load-format \"gguf\": Input should be 'auto' or 'dummy'"),
+        (
+            *("dtype", "float64"),
+            "--dtype \"float64\": Input should be 'auto', 'float32', 'float16' or 'bfloat16'",
+        ),
+        (
+            *("lora_target_modules", ["q_proj", "qkv_proj"]),
+            f'--lora-target-modules ["q_proj", "qkv_proj"]: qkv_proj: choose from {MODULES}, or'
+            " 'all'",
+        ),
+        ("mem_fraction_static", 0.0, "--mem-fraction-static 0.0: Input should be greater than 0"),
+        ("mem_fraction_static", 1.0, "--mem-fraction-static 1.0: Input should be less than 1"),
+        ("mem_fraction_static", float("nan"), "--mem-fraction-static NaN: Input should be less"),
+        ("lease_seconds", 0.5, "--lease-seconds 0.5: Input should be greater than or equal to 1"),
+        ("lease_seconds", 1e6, "--lease-seconds 1000000.0: Input should be less than or equal to"),
+        ("lease_seconds", float("nan"), "--lease-seconds NaN: Input should be less than or equal"),
+        ("queue", "two words", '--queue "two words": String should match pattern'),
+        ("queue", "{tag}", '--queue "{tag}": String should match pattern'),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_right_ones_named(
+    flag: str, value: object, message: str
+) -> None:
+    assert refusal({flag: value}).startswith(message)
+
+
+def test_a_name_given_twice_is_refused() -> None:
+    assert refusal({"lora_paths": ["a=x", "b=y", "a=z"]}) == "--lora-paths: a is given twice"
+
+
+def test_pinned_adapters_must_leave_a_slot_to_the_others() -> None:
+    loras = [lora("a", pinned=True), lora("b", pinned=True), lora("c")]
+    assert refusal({"lora_paths": loras, "max_loras_per_batch": 2}) == (
+        "--lora-paths: 2 adapters are pinned; at most --max-loras-per-batch - 1 = 1 may be, so"
+        " that the others find a slot"
+    )
+
+
+def test_as_many_pinned_adapters_as_leave_one_slot_are_accepted() -> None:
+    flags = {"model_path": "m", "lora_paths": [lora("a", pinned=True)], "max_loras_per_batch": 2}
+    assert WorkerConfig.from_flags(flags).lora_paths[0].pinned
+
+
+def test_fewer_adapters_in_memory_than_in_a_batch_are_refused() -> None:
+    assert refusal({"max_loaded_loras": 3, "max_loras_per_batch": 4}) == (
+        "--max-loaded-loras 3 is below --max-loras-per-batch 4; a batch's adapters must all be in"
+        " host memory"
+    )
+
+
+def test_fewer_adapters_in_memory_than_given_are_refused() -> None:
+    flags = {"max_loaded_loras": 2, "max_loras_per_batch": 1, "lora_paths": ["a=x", "b=y", "c=z"]}
+    assert refusal(flags) == "--max-loaded-loras 2 is below the number of --lora-paths, 3"
+
+
+def test_two_sizes_of_the_cache_are_refused() -> None:
+    assert refusal({"max_total_tokens": 64, "mem_fraction_static": 0.5}) == (
+        "--max-total-tokens and --mem-fraction-static exclude each other"
+    )
+
+
+def test_the_triton_backend_is_refused_on_a_cpu() -> None:
+    assert refusal({"lora_backend": "triton"}) == (
+        "--lora-backend triton needs --device cuda; on a CPU it is torch"
+    )
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refusal({"device": "cuda"}) == (
+        "--device cuda: torch finds no CUDA device; leave it out, or use cpu"
+    )
+
+
+def test_left_out_flags_have_the_defaults_of_a_cpu() -> None:
+    config = WorkerConfig.from_flags({"model_path": "m", "device": "cpu"})
+    found = (config.running_limit, config.prefill_limit, config.resolved_dtype(torch.bfloat16))
+    assert found == (48, 512, torch.float32)
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+def test_the_parser_knows_exactly_the_documented_flags() -> None:
+    actions = build_parser()._actions
+    assert {flag for action in actions for flag in action.option_strings} - {
+        "-h",
+        "--help",
+    } == FLAGS
+
+
+def test_every_flag_is_a_setting() -> None:
+    settings = {f"--{name.replace('_', '-')}" for name in WorkerConfig.model_fields}
+    assert settings == FLAGS
+
+
+def test_parsed_flags_make_a_config() -> None:
+    words = "--model-path m --lora-paths a=x b=y --max-loras-per-batch 2 --burst --device cpu"
+    config = WorkerConfig.from_flags(vars(build_parser().parse_args(words.split())))
+    assert config == WorkerConfig(
+        model_path=Path("m"),
+        lora_paths=(LoraPath(lora_name="a", lora_path="x"), LoraPath(lora_name="b", lora_path="y")),
+        max_loras_per_batch=2,
+        burst=True,
+        device="cpu",
+    )
+
+
+@pytest.mark.usefixtures("capsys")
+def test_an_abbreviated_flag_is_refused() -> None:
+    with pytest.raises(SystemExit) as error:
+        build_parser().parse_args(["--model-path", "m", "--max-lora", "4"])
+    assert error.value.code == 2
+
+
+def run_worker(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "worker.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_wrong_flag_ends_the_worker_with_status_2_and_one_line() -> None:
+    ended = run_worker("--model-path", "m", "--dtype", "float64")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        "worker: error: --dtype \"float64\": Input should be 'auto', 'float32', 'float16' or"
+        " 'bfloat16'\n"
+    )
+
+
+def test_a_missing_model_folder_ends_the_worker_with_status_2_and_one_line(
+    tmp_path: Path, redis_url: str
+) -> None:
+    gone = tmp_path / "gone"
+    ended = run_worker("--model-path", str(gone), "--device", "cpu", "--redis-url", redis_url)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    # Beside it only the log: one JSON object a line.
+    (line,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert line.startswith(f"worker: error: --model-path {gone}: ")
+
+
+def test_help_does_not_import_torch() -> None:
+    program = """if True:
+        import sys
+        from worker.cli import main
+        sys.argv = ["worker", "--help"]
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == 0
+        assert not {"torch", "transformers", "pydantic", "redis"} & sys.modules.keys()
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "--max-loras-per-batch" in ended.stdout
