@@ -15,9 +15,9 @@ def sample(
     """Draws from ``softmax(logits / temperature)`` cut down to the top k, then to the top p.
 
     Top k keeps the k largest logits, ties of the k-th included. Top p (nucleus sampling, Holtzman
-    et al., 2019) keeps the fewest largest of the rest whose probabilities sum to at least p. The
-    draw inverts the cumulative distribution in the order of the token ids, so a row's token
-    depends on that row alone.
+    et al., 2019) keeps the fewest largest of the rest whose probabilities sum to at least p, ties
+    of the last one included. The draw inverts the cumulative distribution in the order of the token
+    ids, so a row's token depends on that row alone.
 
     logits: [rows, vocabulary] float32
     temperature: [rows] float64, above 0

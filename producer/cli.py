@@ -6,6 +6,7 @@ Only Typer is imported at the start; a command imports what it needs when it run
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -218,6 +219,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # A name need not fit the locale.
+    # Asked to end, it leaves in order, so that the embedded server does not outlive its last user.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app(prog_name="producer")
 
 

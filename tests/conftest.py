@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,11 +10,16 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
 from broker.connection import connect
 from broker.embedded import EmbeddedServer
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
+
+# One thread each: tests run side by side, and two threads on a busy core wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 _numbers = count()
 

@@ -165,8 +165,10 @@ class Rotary:
         self.rows = torch.tensor([113, 0, 41, 7, 42])
         shape = (NUM_PAGES, self.kv_heads, PAGE_SIZE, self.head_dim)
         self.k_cache, self.v_cache = torch.full(shape, POISON), torch.full(shape, -POISON)
-        parts = [self.q_heads, self.kv_heads, self.kv_heads]
-        self.q, self.k, self.v = qkv.view(5, heads, self.head_dim).split(parts, dim=1)
+        by_head = qkv.view(5, heads, self.head_dim)
+        self.q = by_head[:, : self.q_heads]
+        self.k = by_head[:, self.q_heads : -self.kv_heads]
+        self.v = by_head[:, -self.kv_heads :]
         self.returned = rotary_kv_write(
             qkv, self.cos, self.sin, self.k_cache, self.v_cache, self.rows
         )

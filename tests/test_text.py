@@ -173,6 +173,12 @@ def test_the_first_of_two_stop_strings_in_one_token_ends_the_text(tokenizer: Tok
     assert run_until_stop(tokenizer, ids, ["ld", "or"]) == (len(ids), "hello w")
 
 
+def test_the_shorter_of_two_stop_strings_does_not_hide_the_longer(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "a 0123456789 b")
+    found = run_until_stop(tokenizer, ids, ["!", "0123456789"])
+    assert found == (len(ids_of(tokenizer, "a 0123456789")), "a ")
+
+
 def test_the_longer_of_two_stop_strings_does_not_hide_the_shorter(tokenizer: Tokenizer) -> None:
     found = run_until_stop(tokenizer, ids_of(tokenizer, "a, b, c"), ["never there at all", ", "])
     assert found is not None

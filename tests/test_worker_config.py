@@ -156,6 +156,11 @@ def test_fewer_adapters_in_memory_than_in_a_batch_are_refused() -> None:
     )
 
 
+def test_as_many_adapters_in_memory_as_in_a_batch_are_accepted() -> None:
+    flags = {"model_path": "m", "max_loaded_loras": 2, "max_loras_per_batch": 2}
+    assert WorkerConfig.from_flags(flags).max_loaded_loras == 2
+
+
 def test_fewer_adapters_in_memory_than_given_are_refused() -> None:
     flags = {"max_loaded_loras": 2, "max_loras_per_batch": 1, "lora_paths": ["a=x", "b=y", "c=z"]}
     assert refusal(flags) == "--max-loaded-loras 2 is below the number of --lora-paths, 3"

@@ -119,7 +119,11 @@ def build_batch(
 
 def _page_table(decoding: list[Sequence], device: torch.device) -> torch.Tensor:
     widest = max((len(sequence.pages) for sequence in decoding), default=0)
-    rows = [sequence.pages + [0] * (widest - len(sequence.pages)) for sequence in decoding]
+    rows = [
+        # A page of its own fills a row up: what stands in another's, NaN even, must not be read.
+        sequence.pages + sequence.pages[:1] * (widest - len(sequence.pages))
+        for sequence in decoding
+    ]
     return torch.tensor(rows, dtype=torch.long, device=device).view(len(decoding), widest)
 
 

@@ -117,10 +117,12 @@ def _run(flags: dict[str, object]) -> int:
     from schemas.errors import LorryError
     from worker.config import WorkerConfig
     from worker.engine import Engine
+    from worker.host_memory import keep_freed_memory
     from worker.logs import configure_logs, log
     from worker.worker import Worker
 
     configure_logs()
+    keep_freed_memory()
     try:
         config = WorkerConfig.from_flags(flags)
         with use_server(config.redis_url) as server:

@@ -59,9 +59,9 @@ class Engine:
             weights = load_weights(config.model_path, model, self.device, self.dtype)
         self.slots = _make_slots(config, model, self.adapters, self.device, self.dtype)
         pool = PagePool(_num_pages(config, model, self.dtype, self.context_length))
-        cache = KVCache(model, pool.num_pages, self.device, self.dtype)
+        self._cache = KVCache(model, pool.num_pages, self.device, self.dtype)
         lora = self.slots.weights if self.slots else None
-        self._decoder = Decoder(model, weights, cache, lora, self.context_length)
+        self._decoder = Decoder(model, weights, self._cache, lora, self.context_length)
         self._eos_token_ids = model.eos_token_ids
         self.scheduler = Scheduler(
             pool,
@@ -118,6 +118,8 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return None
+        if new_pages := self.scheduler.pool.take_new():
+            self._cache.clear(new_pages)
         now = time.monotonic()
         for item in scheduled:
             item.sequence.started = item.sequence.started or now

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from worker.model.config import ModelConfig
@@ -24,11 +27,31 @@ class KVCache:
     ) -> None:
         shape = (pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
 
-        def cache() -> torch.Tensor:
-            # Zeros, since a masked key still counts as 0 * value, and 0 * NaN is NaN.
-            return torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = [
+            (_zeros(shape, device, dtype), _zeros(shape, device, dtype))
+            for _ in range(config.num_layers)
+        ]
 
-        self.layers = [(cache(), cache()) for _ in range(config.num_layers)]
+    def clear(self, pages: list[int]) -> None:
+        """Zero pages before a new owner gets them.
+
+        What another sequence left there is masked, but a sequence that overflowed left NaN, and
+        0 * NaN is NaN: one bad adapter would spoil its successors' answers.
+        """
+        index = torch.tensor(pages, device=self.layers[0][0].device)
+        for keys, values in self.layers:
+            keys.index_fill_(0, index, 0)
+            values.index_fill_(0, index, 0)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """On a CPU by numpy, which asks the kernel for zeros: it makes them when a page is first used.
+    torch.zeros writes, and so occupies, all of it at once: gigabytes that may never be needed.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 class PagePool:
@@ -37,6 +60,7 @@ class PagePool:
     def __init__(self, pages: int) -> None:
         self.num_pages = pages
         self._free = list(range(pages - 1, -1, -1))
+        self._new: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -50,7 +74,14 @@ class PagePool:
         """``count`` free pages; the caller has seen that there are so many."""
         if count > len(self._free):
             raise ValueError(f"{count} pages asked for, {len(self._free)} free")
-        return [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() for _ in range(count)]
+        self._new += pages
+        return pages
+
+    def take_new(self) -> list[int]:
+        """Pages that have found an owner since the last call."""
+        new, self._new = self._new, []
+        return new
 
     def free(self, pages: list[int]) -> None:
         """Give pages back."""

@@ -141,14 +141,15 @@ def _read_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_FILE
     try:
         settings = json.loads(path.read_bytes())
-        peft_type = settings.get("peft_type", "missing")
+        if not isinstance(settings, dict):
+            raise ValueError("it holds something else")
     except FileNotFoundError as error:
         raise BadInput(f"{folder} is no PEFT adapter: it lacks {CONFIG_FILE}.") from error
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise BadInput(f"{path}: is no JSON object: {error}") from error
-    if peft_type != "LORA":
+    if (peft_type := settings.get("peft_type", "missing")) != "LORA":
         raise BadInput(f"{path}: peft_type is {peft_type}; only LORA can be served.")
     try:
         config = PeftConfig.model_validate(settings)

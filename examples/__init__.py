@@ -1,0 +1,1 @@
+"""A small model, three adapters trained on it, and prompts to try them with."""
