@@ -4,19 +4,21 @@
 
 48 chat prompts, a third for each of the three example adapters (ranks 4, 8 and 32), 64 new tokens
 each, greedy, float32. PEFT runs them as one batch by `generate(adapter_names=...)`, left-padded;
-Lorry's engine runs the same prompts at once by continuous batching. They run in turn, once to warm
-up and then three times, with glibc told to keep freed memory as `worker` does. The table shows
-medians of output tokens a second.
+Lorry's engine runs the same prompts at once by continuous batching. Each side has a process of its
+own; they run in turn, once to warm up and then three times. The table shows medians of output
+tokens a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import structlog
 import torch
 from peft import PeftModel
 from rich.console import Console
@@ -28,7 +30,6 @@ from schemas.job import Job
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
 from worker.host_memory import keep_freed_memory
-from worker.logs import configure_logs
 
 ADAPTERS = {
     path.name: path
@@ -66,7 +67,8 @@ def make_jobs(count: int, num_tokens: int, loras: list[str | None]) -> list[Job]
 class Peft:
     """transformers + PEFT with all adapters loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_jobs: int) -> None:
+        """``num_jobs`` does not matter: a batch is as large as it is."""
         self._tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         (first, path), *others = ADAPTERS.items()
@@ -122,29 +124,64 @@ class Lorry:
         return new_tokens / (time.perf_counter() - start)
 
 
+SIDES = {"Lorry": Lorry, "transformers + PEFT": Peft}
+MIXTURES: dict[str, list[str | None]] = {"3 adapters": list(ADAPTERS), "base model": [None]}
+
+
+def serve(side: str, num_jobs: int, num_tokens: int) -> None:
+    """Measure one side once for every line of standard input, the name of a mixture."""
+    if side == "Lorry":
+        keep_freed_memory()  # As the command `worker` does.
+    engine = SIDES[side](model_folder(), num_jobs)
+    for line in sys.stdin:
+        jobs = make_jobs(num_jobs, num_tokens, MIXTURES[line.strip()])
+        print(engine.tokens_per_second(jobs, num_tokens), flush=True)
+
+
+def measure(num_jobs: int, num_tokens: int) -> dict[tuple[str, str], list[float]]:
+    """Tokens a second by mixture and side, one figure a round."""
+    sizes = ("--jobs", str(num_jobs), "--tokens", str(num_tokens))
+    processes = {
+        side: subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.engine_vs_peft", *sizes, "--side", side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for side in SIDES
+    }
+    rates: dict[tuple[str, str], list[float]] = {}
+    for number in range(ROUNDS + 1):
+        for mixture in MIXTURES:
+            for side, process in processes.items():
+                assert process.stdin
+                assert process.stdout
+                print(mixture, file=process.stdin, flush=True)
+                rate = float(process.stdout.readline())
+                print(f"round {number} of {ROUNDS}, {mixture}, {side}: {rate:.0f}", file=sys.stderr)
+                if number:
+                    rates.setdefault((mixture, side), []).append(rate)
+    for process in processes.values():
+        process.communicate()
+    return rates
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    configure_logs()
-    keep_freed_memory()
-    folder = model_folder()
-    mixtures: dict[str, list[str | None]] = {"3 adapters": list(ADAPTERS), "base model": [None]}
-    sides = {"Lorry": Lorry(folder, flags.jobs), "transformers + PEFT": Peft(folder)}
-    rates: dict[tuple[str, str], list[float]] = {}
-    for number in range(ROUNDS + 1):
-        print(f"round {number} of {ROUNDS} (0 warms up) ...", file=sys.stderr)
-        for mixture, loras in mixtures.items():
-            jobs = make_jobs(flags.jobs, flags.tokens, loras)
-            for name, side in sides.items():
-                rate = side.tokens_per_second(jobs, flags.tokens)
-                if number:
-                    rates.setdefault((mixture, name), []).append(rate)
-    table = Table("running", "adapters", *(f"{name}, tok/s" for name in sides), "ratio")
-    for mixture in mixtures:
-        ours, theirs = (statistics.median(rates[mixture, name]) for name in sides)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    if flags.side:
+        serve(flags.side, flags.jobs, flags.tokens)
+        return
+    model_folder()
+    rates = measure(flags.jobs, flags.tokens)
+    table = Table("running", "adapters", *(f"{side}, tok/s" for side in SIDES), "ratio")
+    for mixture in MIXTURES:
+        ours, theirs = (statistics.median(rates[mixture, side]) for side in SIDES)
         table.add_row(
             f"{flags.jobs}", mixture, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f} x"
         )
