@@ -22,7 +22,14 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    model = parser.add_argument_group("model")
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_lora_flags(parser.add_argument_group("adapters"))
+    _add_batch_flags(parser.add_argument_group("batches and memory"))
+    _add_queue_flags(parser.add_argument_group("queue"))
+    return parser
+
+
+def _add_model_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--model-path",
         type=Path,
@@ -42,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--context-length", type=int, metavar="N", help="tokens of prompt and answer (the model's)"
     )
-    lora = parser.add_argument_group("adapters")
+
+
+def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
     lora.add_argument(
         "--lora-paths",
         nargs="+",
@@ -65,24 +74,28 @@ def build_parser() -> argparse.ArgumentParser:
         help="modules that adapters may change, or all (those of the adapters given)",
     )
     lora.add_argument("--lora-backend", help="triton (on a GPU) or torch (on a CPU)")
-    memory = parser.add_argument_group("batches and memory")
-    memory.add_argument(
+
+
+def _add_batch_flags(batch: argparse._ArgumentGroup) -> None:
+    batch.add_argument(
         "--max-running-requests", type=int, metavar="N", help="jobs that run at once (48; GPU: 256)"
     )
-    memory.add_argument(
+    batch.add_argument(
         "--chunked-prefill-size",
         type=int,
         metavar="N",
         help="prompt tokens in a batch (512; GPU: 8192)",
     )
-    memory.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens in the KV cache")
-    memory.add_argument(
+    batch.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens in the KV cache")
+    batch.add_argument(
         "--mem-fraction-static",
         type=float,
         metavar="F",
         help="or: its part of the free memory (0.5; GPU: 0.85)",
     )
-    queue = parser.add_argument_group("queue")
+
+
+def _add_queue_flags(queue: argparse._ArgumentGroup) -> None:
     queue.add_argument("--queue", metavar="NAME", help="name of the queue (lorry)")
     queue.add_argument(
         "--redis-url",
@@ -96,7 +109,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="after which the jobs of a worker that died go to another one (30)",
     )
     queue.add_argument("--burst", action="store_true", help="end when no job is left")
-    return parser
 
 
 def main() -> None:
