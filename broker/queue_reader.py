@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from broker.connection import BLOCK_SECONDS
 from schemas.adapter import AdapterRecord
@@ -20,6 +20,8 @@ from schemas.worker_state import WorkerState
 
 #: Jobs read in one round trip.
 READ_CHUNK = 500
+
+Record = TypeVar("Record", bound=BaseModel)
 
 _JOB_FIELDS = (
     *("state", "result", "submissions", "adapter", "worker"),
@@ -166,7 +168,7 @@ class QueueReader:
         """The desired state: every adapter that the queue knows, by name."""
         records = self.client.hgetall(self.keys.adapters)
         return {
-            name: AdapterRecord.model_validate_json(record)
+            name: _read(AdapterRecord, record, f"The record of adapter '{name}'")
             for name, record in sorted(records.items())
         }
 
@@ -181,7 +183,7 @@ class QueueReader:
         """The observed state of every living worker."""
         ids: list[str] = self.client.zrange(self.keys.workers, 0, -1)
         states = (self.client.hget(self.keys.worker(id_), "state") for id_ in ids)
-        return [WorkerState.model_validate_json(state) for state in states if state]
+        return [_read(WorkerState, state, "The state of a worker") for state in states if state]
 
     def waiting_by_adapter(self) -> dict[str, int]:
         """Waiting and running jobs of every adapter that has waiting ones, longest unserved
@@ -193,10 +195,7 @@ class QueueReader:
         if fields["state"] is None:
             raise UnknownId(f"Queue '{self.name}' holds no job with the id '{job_id}'.")
         if fields["result"]:
-            try:
-                return Result.model_validate_json(fields["result"])
-            except ValidationError as error:
-                raise LorryError(f"The result of job '{job_id}' is damaged: {error}") from error
+            return _read(Result, fields["result"], f"The result of job '{job_id}'")
         code = fields["error_code"]
         job = json.loads(payload) if payload else {}
         return Result(
@@ -213,6 +212,15 @@ class QueueReader:
             worker=fields["worker"],
             metadata=job.get("metadata"),
         )
+
+
+def _read(model: type[Record], text: str, what: str) -> Record:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_input=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise LorryError(f"{what} is damaged: {place}: {problem['msg']}") from error
 
 
 def _seconds(milliseconds: str | None) -> float | None:

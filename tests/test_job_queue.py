@@ -9,6 +9,7 @@ import pytest
 from broker.job_queue import Claim, ClaimRequest, ConflictError, JobQueue, Lease
 from broker.queue_reader import QueueReader
 from schemas.adapter import AdapterRecord
+from schemas.errors import LorryError
 from schemas.job import Job
 from schemas.result import Result, Timings
 from schemas.worker_state import WorkerState
@@ -314,3 +315,18 @@ def test_the_version_of_the_desired_state_rises_only_with_a_change(queue: JobQue
     assert queue.announce(record) == 2
     assert queue.announce(record) == 2
     assert queue.announce({"a": AdapterRecord(source="s", revision="2")}) == 3
+
+
+def test_a_damaged_record_is_an_error_that_names_it(queue: JobQueue) -> None:
+    reader = QueueReader(queue.client, queue.name)
+    join(queue, "w", ("a",))
+    queue.client.hset(queue.keys.adapters, "a", '{"source": 7}')
+    with pytest.raises(LorryError, match="The record of adapter 'a' is damaged: source: "):
+        reader.adapters()
+    queue.client.hset(queue.keys.worker("w"), "state", "[]")
+    with pytest.raises(LorryError, match="The state of a worker is damaged"):
+        reader.workers()
+    submit(queue, jobs(1, "a"))
+    queue.client.hset(queue.keys.job("job-a-0"), "result", '{"id": "job-a-0"}')
+    with pytest.raises(LorryError, match="The result of job 'job-a-0' is damaged: submission: "):
+        list(reader.results(["job-a-0"]))
