@@ -173,6 +173,30 @@ def test_an_adapter_that_finds_no_slot_is_reported_once_its_patience_is_over(
     assert queue.claim("w", request, lease_seconds=60, patience=0.02).starving == "b"
 
 
+def test_a_starving_adapter_gets_the_next_slot_before_one_whose_weights_are_loaded(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(1, "b"))
+    time.sleep(0.05)
+    submit(queue, jobs(1, "a"), "sub-a")
+    request = ClaimRequest(10, 1, in_use=[], resident=["a"])
+    claims = queue.claim("w", request, lease_seconds=60, patience=0.04)
+    assert [job.adapter for job in claims.jobs] == ["b"]
+    assert claims.starving is None
+
+
+def test_without_a_starving_adapter_a_slot_goes_to_one_whose_weights_are_loaded(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(1, "b"))
+    submit(queue, jobs(1, "a"), "sub-a")
+    request = ClaimRequest(10, 1, in_use=[], resident=["a"])
+    claims = queue.claim("w", request, lease_seconds=60, patience=60)
+    assert [job.adapter for job in claims.jobs] == ["a"]
+
+
 def test_a_draining_adapter_gets_no_jobs(queue: JobQueue) -> None:
     join(queue)
     submit(queue, jobs(1, "a"))

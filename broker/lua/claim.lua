@@ -7,7 +7,8 @@
 --   the patience and found no slot ('' if none); job is
 --   {id, adapter, entry, payload, attempts, queued, submission}.
 -- Adapters are served in the order in which they were last served; READY's score is that moment,
--- or the moment when the adapter came to have waiting jobs.
+-- or the moment when the adapter came to have waiting jobs. Free slots go to adapters that waited
+-- beyond the patience, then to those whose weights are resident, then to others.
 local worker, lease, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local free_slots, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 local position = 6
@@ -22,7 +23,13 @@ local resident = {}
 for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
-local picks, idle_resident, others = {}, {}, {}
+local starved_before = now_us() - 1000 * patience
+local picks, starved, idle_resident, others = {}, {}, {}, {}
+
+local function sort_by_claim_to_a_slot(name)
+  local is_starved = tonumber(redis.call('ZSCORE', READY, name)) < starved_before
+  table.insert(is_starved and starved or resident[name] and idle_resident or others, name)
+end
 
 -- Walks over the ready adapters, longest unserved first. An adapter that only another worker has
 -- is left to it; one that the queue does not know at all is taken, so that its jobs fail.
@@ -34,31 +41,30 @@ local function sort_ready_adapters()
       if name == BASE or in_use[name] then
         if not draining[name] then table.insert(picks, name) end
       elseif redis.call('SISMEMBER', WORKER .. worker .. ':adapters', name) == 1 then
-        table.insert(resident[name] and idle_resident or others, name)
+        sort_by_claim_to_a_slot(name)
       elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
         table.insert(picks, name)
       end
     end
-    local enough = #picks >= wanted and #idle_resident + #others >= free_slots
+    local num_slotless = #starved + #idle_resident + #others
+    local enough = #picks >= wanted and num_slotless >= free_slots
     if #names < window or enough then return end
     first = first + window
   end
 end
 sort_ready_adapters()
 
-local starving = ''
-local function give_slots(names)
+-- The starved come first: an adapter that drained to make room for them is still resident, and
+-- would take its slot back.
+local starving = starved[free_slots + 1] or ''
+for _, names in ipairs({ starved, idle_resident, others }) do
   for _, name in ipairs(names) do
     if free_slots > 0 then
       free_slots = free_slots - 1
       table.insert(picks, name)
-    elseif starving == '' and now_us() - redis.call('ZSCORE', READY, name) > 1000 * patience then
-      starving = name
     end
   end
 end
-give_slots(idle_resident)
-give_slots(others)
 
 local score = {}
 for _, name in ipairs(picks) do score[name] = tonumber(redis.call('ZSCORE', READY, name)) end

@@ -1,0 +1,76 @@
+"""A whole worker in this process: a tiny real model, a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from producer.client import Client
+from tests.tiny_models import make_adapter, make_llama
+from worker.config import LoraPath, WorkerConfig
+from worker.engine import Engine
+from worker.worker import Worker
+
+ADAPTERS = ("a", "a2", "b")
+
+MakeWorker = Callable[..., Worker]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the model, called ``model``, and the adapters."""
+    folder = tmp_path_factory.mktemp("models")
+    make_llama(folder / "model")
+    for seed, name in enumerate(ADAPTERS):
+        make_adapter(folder / "model", folder / name, rank=4, seed=seed)
+    return folder
+
+
+@pytest.fixture
+def make_worker(folder: Path, redis_url: str, queue_name: str) -> MakeWorker:
+    """Makes workers in --burst; settings are those of their configuration."""
+
+    def make(**settings: object) -> Worker:
+        config = WorkerConfig(
+            model_path=folder / "model",
+            lora_paths=tuple(
+                LoraPath(lora_name=name, lora_path=str(folder / name)) for name in ADAPTERS
+            ),
+            device="cpu",
+            max_total_tokens=4096,
+            queue=queue_name,
+            burst=True,
+            **settings,
+        )
+        return Worker(config, Engine(config), redis_url)
+
+    return make
+
+
+@pytest.fixture
+def client(redis_url: str, queue_name: str) -> Iterator[Client]:
+    with Client(redis_url, queue_name) as client:
+        yield client
+
+
+def job(id_: str, lora: str | None = None, max_tokens: int = 4) -> dict[str, object]:
+    return {"id": id_, "lora": lora, "prompt_token_ids": [1, 2, 3], "max_tokens": max_tokens}
+
+
+@pytest.mark.parametrize("others", [["a"], ["a", "a2"]], ids=["one slot", "two slots"])
+def test_a_starving_adapter_is_served_though_others_have_a_backlog(
+    client: Client,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    others: list[str],
+) -> None:
+    monkeypatch.setattr("worker.claimer.PATIENCE", 0.05)
+    worker = make_worker(max_loras_per_batch=len(others), max_running_requests=4)
+    jobs = [job(f"{name}-{i}", name) for i in range(200) for name in others]
+    submission = client.submit([*jobs, job("starving", "b")])
+    assert worker.run() == 0
+    order = [result.id for result in client.follow(submission)]
+    assert len(order) == len(jobs) + 1
+    assert order.index("starving") < len(jobs) // 2
