@@ -163,11 +163,10 @@ class JobQueue:
                 )
             return [bool(recorded) for recorded in pipeline.execute()]
 
-    def renew(self, worker: str, leases: Iterable[Lease], *, lease_seconds: float) -> set[str]:
-        """Prolong leases; returns the ids of jobs that the worker no longer holds."""
-        return set(
-            self._run("renew", worker, round(lease_seconds * 1000), *_flat(leases)),
-        )
+    def renew(self, worker: str, leases: Collection[Lease], *, lease_seconds: float) -> set[Lease]:
+        """Prolong leases; returns those that the worker no longer holds."""
+        lost = self._run("renew", worker, round(lease_seconds * 1000), *_flat(leases))
+        return {lease for lease in leases if lease.job_id in lost}
 
     def release(self, worker: str, leases: Iterable[Lease], *, attempt_counts: bool) -> int:
         """Hand jobs back to be run by any worker; returns how many were still held."""

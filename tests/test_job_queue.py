@@ -267,12 +267,12 @@ def test_a_renewed_lease_is_not_swept(queue: JobQueue) -> None:
     assert queue.sweep(max_attempts=3) == (0, 0)
 
 
-def test_renewal_names_the_jobs_that_are_no_longer_held(queue: JobQueue) -> None:
+def test_renewal_names_the_leases_that_are_no_longer_held(queue: JobQueue) -> None:
     join(queue)
     submit(queue, jobs(2))
     mine, foreign = claim(queue)
     leases = [mine.lease, Lease(foreign.lease.job_id, "0-1")]
-    assert queue.renew("w", leases, lease_seconds=60) == {foreign.lease.job_id}
+    assert queue.renew("w", leases, lease_seconds=60) == {leases[1]}
 
 
 def test_a_job_handed_back_waits_again_without_having_used_an_attempt(

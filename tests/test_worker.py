@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
+from broker.job_queue import JobQueue
 from producer.client import Client
 from tests.tiny_models import make_adapter, make_llama
+from worker.batch import Batch
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
 from worker.worker import Worker
@@ -74,3 +78,28 @@ def test_a_starving_adapter_is_served_though_others_have_a_backlog(
     order = [result.id for result in client.follow(submission)]
     assert len(order) == len(jobs) + 1
     assert order.index("starving") < len(jobs) // 2
+
+
+def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker()
+    submission = client.submit([job("first", "a", 400), job("second", "a", 400)])
+    forward, num_calls = Engine.forward, count()
+
+    def forward_after_a_stall(engine: Engine, batch: Batch) -> torch.Tensor:
+        """The batch number 20 takes so long that another worker sweeps the leases."""
+        if next(num_calls) == 20:
+            for job_id in ("first", "second"):
+                queue.client.zadd(queue.keys.leases, {job_id: 1}, xx=True)
+            assert queue.sweep(max_attempts=3) == (2, 0)
+        return forward(engine, batch)
+
+    monkeypatch.setattr(Engine, "forward", forward_after_a_stall)
+    assert worker.run() == 0
+    assert client.status(submission).counts["done"] == 2
+    assert next(num_calls) > 400
+    assert {len(result.token_ids) for result in client.results(submission)} == {400}
+    for job_id in ("first", "second"):
+        assert queue.client.hget(queue.keys.job(job_id), "attempts") == "2"
+    assert worker._leases.request(()).in_use == []

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from broker.job_queue import JobQueue
+from broker.job_queue import JobQueue, Lease
 from schemas.worker_state import WorkerState
 from worker.leases import Leases
 
@@ -40,7 +40,7 @@ class Keeper:
         self._lease_seconds = lease_seconds
         self._period = min(lease_seconds / 3, HEARTBEAT_SECONDS)
         self._next_renewal = time.monotonic() + lease_seconds / 3
-        self._lost: set[str] = set()
+        self._lost: set[Lease] = set()
         self._lost_lock = threading.Lock()
         self._stopping = threading.Event()
 
@@ -60,8 +60,8 @@ class Keeper:
         """End the wait between two rounds."""
         self._stopping.set()
 
-    def take_lost(self) -> set[str]:
-        """Ids of jobs whose lease was lost since the last call."""
+    def take_lost(self) -> set[Lease]:
+        """The leases that were lost since the last call."""
         if not self._lost:
             return set()
         with self._lost_lock:
@@ -72,11 +72,10 @@ class Keeper:
         held = self._leases.held()
         lost = self._queue.renew(self._worker_id, held, lease_seconds=self._lease_seconds)
         self._next_renewal = time.monotonic() + self._lease_seconds / 3
-        # A job committed since `held` was read is not lost.
-        lost &= {lease.job_id for lease in self._leases.held()}
+        # One committed since `held` was read is not lost.
+        lost = self._leases.remove(lost)
         if lost:
-            log.warning("leases_lost", jobs=sorted(lost))
-            self._leases.remove(lost)
+            log.warning("leases_lost", jobs=sorted(lease.job_id for lease in lost))
             with self._lost_lock:
                 self._lost |= lost
 

@@ -26,18 +26,23 @@ class Leases:
     def add(self, claims: Iterable[Claim]) -> None:
         with self._lock:
             for claim in claims:
+                # A job that was lost, in a stall or a restart of the server, may come back.
+                self._forget(claim.lease.job_id)
                 self._held[claim.lease.job_id] = claim
                 if claim.adapter:
                     self._jobs_by_adapter[claim.adapter] += 1
                     self._in_use_since.setdefault(claim.adapter, time.monotonic())
 
-    def remove(self, job_ids: Iterable[str]) -> None:
-        """Forget jobs that were committed, handed back or lost."""
+    def remove(self, leases: Iterable[Lease]) -> set[Lease]:
+        """Forget jobs that were committed, handed back or lost; returns the leases that were held.
+
+        A newer lease of the same job stays.
+        """
         with self._lock:
-            for job_id in job_ids:
-                claim = self._held.pop(job_id, None)
-                if claim and claim.adapter:
-                    self._forget_use(claim.adapter)
+            held = {lease for lease in leases if self._is_held(lease)}
+            for lease in held:
+                self._forget(lease.job_id)
+            return held
 
     def held(self) -> list[Lease]:
         with self._lock:
@@ -70,7 +75,15 @@ class Leases:
             self._draining = min(candidates, key=lambda name: self._in_use_since[name])
             return self._draining
 
-    def _forget_use(self, adapter: str) -> None:
+    def _is_held(self, lease: Lease) -> bool:
+        claim = self._held.get(lease.job_id)
+        return claim is not None and claim.lease == lease
+
+    def _forget(self, job_id: str) -> None:
+        claim = self._held.pop(job_id, None)
+        if claim is None or claim.adapter is None:
+            return
+        adapter = claim.adapter
         self._jobs_by_adapter[adapter] -= 1
         if self._jobs_by_adapter[adapter] == 0:
             del self._jobs_by_adapter[adapter]

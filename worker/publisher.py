@@ -64,7 +64,7 @@ class Publisher:
             self._worker_id, [(claim.lease, result) for claim, result in chunk]
         )
         del self._uncommitted[: len(chunk)]
-        self._leases.remove(claim.lease.job_id for claim, _ in chunk)
+        self._leases.remove(claim.lease for claim, _ in chunk)
         for (claim, _), is_recorded in zip(chunk, recorded, strict=True):
             if not is_recorded:
                 log.warning("lease_lost", job=claim.lease.job_id, at="commit")

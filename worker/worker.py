@@ -11,7 +11,7 @@ import redis
 import structlog
 
 from broker.connection import connect
-from broker.job_queue import Claim, JobQueue
+from broker.job_queue import Claim, JobQueue, Lease
 from schemas.worker_state import WorkerState
 from worker.background import BackgroundLoop
 from worker.claimer import Claimer
@@ -94,12 +94,9 @@ class Worker:
 
     def step(self) -> None:
         """One turn of the way of data: claims, sequences, batch, forward, tokens, results."""
-        idle = not self._sequences
-        for claim, sequence in self._claimer.take(wait=_IDLE_WAIT if idle else 0.0):
-            self._sequences[sequence.job.id] = claim, sequence
-            self._engine.add(sequence)
-        for job_id in self._keeper.take_lost():
-            self._drop(job_id)
+        self._take_in(wait=0.0 if self._sequences else _IDLE_WAIT)
+        for lease in self._keeper.take_lost():
+            self._drop(lease)
         batch = self._engine.schedule()
         if batch is None:
             return
@@ -123,21 +120,19 @@ class Worker:
         """Hand back what has not begun, and finish what has, as far as the time allows."""
         _stop(self._claim_loop)
         log.info("worker_stops", running=len(self._engine.scheduler.running))
-        for claim, sequence in self._claimer.take():
-            self._sequences[sequence.job.id] = claim, sequence
-            self._engine.add(sequence)
-        waiting = [s.job.id for _, s in self._sequences.values() if s.started is None]
+        self._take_in()
+        waiting = [claim for claim, s in self._sequences.values() if s.started is None]
         self._hand_back(waiting, attempt_counts=False)
         while self._sequences and not self._failed and time.monotonic() < (self._stop_by or 0):
             self.step()
-        self._hand_back(list(self._sequences), attempt_counts=False)
+        self._hand_back(self._claims(), attempt_counts=False)
 
     def _end(self) -> int:
         for loop in (self._claim_loop, self._keep_loop):
             self._keeper.stop()
             _stop(loop)
         if self._failed:
-            self._hand_back(list(self._sequences), attempt_counts=True)
+            self._hand_back(self._claims(), attempt_counts=True)
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -149,11 +144,23 @@ class Worker:
         log.info("worker_ended", worker=self.id, batches=self._engine.counters.batches)
         return 1 if self._failed else 0
 
-    def _hand_back(self, job_ids: list[str], *, attempt_counts: bool) -> None:
-        leases = [self._sequences[job_id][0].lease for job_id in job_ids]
-        for job_id in job_ids:
-            self._drop(job_id)
-        self._leases.remove(job_ids)
+    def _take_in(self, *, wait: float = 0.0) -> None:
+        """Move claimed jobs into the engine; if there are none, wait up to so many seconds."""
+        for claim, sequence in self._claimer.take(wait=wait):
+            # A job that was lost and claimed again may still run under its former lease.
+            if former := self._sequences.get(sequence.job.id):
+                self._drop(former[0].lease)
+            self._sequences[sequence.job.id] = claim, sequence
+            self._engine.add(sequence)
+
+    def _claims(self) -> list[Claim]:
+        return [claim for claim, _ in self._sequences.values()]
+
+    def _hand_back(self, claims: list[Claim], *, attempt_counts: bool) -> None:
+        leases = [claim.lease for claim in claims]
+        for lease in leases:
+            self._drop(lease)
+        self._leases.remove(leases)
         if not leases:
             return
         try:
@@ -162,8 +169,11 @@ class Worker:
         except redis.RedisError as error:
             log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
 
-    def _drop(self, job_id: str) -> None:
-        if held := self._sequences.pop(job_id, None):
+    def _drop(self, lease: Lease) -> None:
+        """Forget the sequence that runs under this lease, if there is one."""
+        held = self._sequences.get(lease.job_id)
+        if held and held[0].lease == lease:
+            del self._sequences[lease.job_id]
             self._engine.drop(held[1])
 
     def _thread_failed(self) -> None:
