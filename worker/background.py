@@ -15,16 +15,24 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
 
 
 class BackgroundLoop(threading.Thread):
-    """Calls ``turn`` again and again until it is stopped.
+    """Calls ``turn`` again and again, ``interval`` seconds after its end, until it is stopped.
 
     While Redis is away it keeps trying; what the engine has goes on. Any other error is a bug: it
     is kept in ``failure`` and ``on_failure`` is called, so that the worker ends instead of hanging.
     """
 
-    def __init__(self, name: str, turn: Callable[[], None], on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        turn: Callable[[], None],
+        on_failure: Callable[[], None],
+        *,
+        interval: float = 0.0,
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self._turn = turn
         self._on_failure = on_failure
+        self._interval = interval
         self._stopping = threading.Event()
         self.failure: Exception | None = None
 
@@ -34,6 +42,7 @@ class BackgroundLoop(threading.Thread):
             try:
                 self._turn()
                 pause = _FIRST_PAUSE
+                self._stopping.wait(self._interval)
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 log.warning("redis_away", thread=self.name, error=str(error), next_try_in=pause)
                 self._stopping.wait(pause)

@@ -38,27 +38,22 @@ class Keeper:
         self._leases = leases
         self._state = state
         self._lease_seconds = lease_seconds
-        self._period = min(lease_seconds / 3, HEARTBEAT_SECONDS)
+        self.interval = min(lease_seconds / 3, HEARTBEAT_SECONDS)
+        """Seconds between two turns."""
         self._next_renewal = time.monotonic() + lease_seconds / 3
         self._lost: set[Lease] = set()
         self._lost_lock = threading.Lock()
-        self._stopping = threading.Event()
 
     def turn(self) -> None:
-        """One round: report, renew if it is time, sweep; then wait for the next one."""
+        """Report, renew if it is time, sweep."""
         self.report()
         if time.monotonic() >= self._next_renewal:
             self._renew()
         self._sweep()
-        self._stopping.wait(self._period)
 
     def report(self) -> None:
         """Write the worker's observed state, its sign of life."""
         self._queue.heartbeat(self._state(), alive_seconds=ALIVE_SECONDS)
-
-    def stop(self) -> None:
-        """End the wait between two rounds."""
-        self._stopping.set()
 
     def take_lost(self) -> set[Lease]:
         """The leases that were lost since the last call."""

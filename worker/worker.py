@@ -68,7 +68,9 @@ class Worker:
         )
         self._claim_loop = BackgroundLoop("claim", self._claimer.turn, self._thread_failed)
         self._publish_loop = BackgroundLoop("publish", self._publisher.turn, self._thread_failed)
-        self._keep_loop = BackgroundLoop("keep", self._keeper.turn, self._thread_failed)
+        self._keep_loop = BackgroundLoop(
+            "keep", self._keeper.turn, self._thread_failed, interval=self._keeper.interval
+        )
         self._sequences: dict[str, tuple[Claim, Sequence]] = {}
         """By job id, from the engine's taking it in to its end."""
         self._summary = StepSummary(engine)
@@ -128,9 +130,8 @@ class Worker:
         self._hand_back(self._claims(), attempt_counts=False)
 
     def _end(self) -> int:
-        for loop in (self._claim_loop, self._keep_loop):
-            self._keeper.stop()
-            _stop(loop)
+        _stop(self._claim_loop)
+        _stop(self._keep_loop)
         if self._failed:
             self._hand_back(self._claims(), attempt_counts=True)
         deadline = time.monotonic() + _FLUSH_SECONDS
