@@ -168,9 +168,15 @@ class JobQueue:
         lost = self._run("renew", worker, round(lease_seconds * 1000), *_flat(leases))
         return {lease for lease in leases if lease.job_id in lost}
 
-    def release(self, worker: str, leases: Iterable[Lease], *, attempt_counts: bool) -> int:
-        """Hand jobs back to be run by any worker; returns how many were still held."""
-        return int(self._run("release", worker, int(attempt_counts), *_flat(leases)))
+    def release(
+        self, worker: str, leases: Iterable[Lease], *, attempt_counts: bool, max_attempts: int
+    ) -> tuple[int, int]:
+        """Hand jobs back to be run by any worker, or give up those tried ``max_attempts`` times;
+        returns the two numbers."""
+        again, given_up = self._run(
+            "release", worker, int(attempt_counts), max_attempts, *_flat(leases)
+        )
+        return again, given_up
 
     def sweep(self, *, max_attempts: int) -> tuple[int, int]:
         """Make the jobs of expired leases wait again, or give up those tried ``max_attempts``

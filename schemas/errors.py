@@ -53,7 +53,7 @@ class JobError(LorryError):
 
     Codes: ``unknown_adapter``, ``no_tokenizer``, ``no_chat_template``, ``bad_prompt``,
     ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``, and
-    ``attempts_exhausted`` (recorded by the sweep).
+    ``attempts_exhausted`` (of a job given up on).
     """
 
     def __init__(self, code: str, message: str) -> None:

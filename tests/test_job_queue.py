@@ -281,7 +281,7 @@ def test_a_job_handed_back_waits_again_without_having_used_an_attempt(
     join(queue)
     submit(queue, jobs(1, "a"))
     (job,) = claim(queue)
-    assert queue.release("w", [job.lease], attempt_counts=False) == 1
+    assert queue.release("w", [job.lease], attempt_counts=False, max_attempts=1) == (1, 0)
     assert reader.submission("sub").counts["waiting"] == 1
     (again,) = claim(queue)
     assert again.attempts == 1
@@ -302,6 +302,22 @@ def test_a_job_whose_workers_die_is_given_up_after_its_attempts(
     assert dead.error.code == "attempts_exhausted"
     assert queue.client.xlen(queue.keys.dead) == 1
     assert reader.submission("sub").is_complete
+    assert keys_left(queue) == set()
+
+
+def test_a_job_that_is_handed_back_after_failures_is_given_up_after_its_attempts(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(1, "a"))
+    for outcome in ((1, 0), (1, 0), (0, 1)):
+        (job,) = claim(queue)
+        assert queue.release("w", [job.lease], attempt_counts=True, max_attempts=3) == outcome
+    (dead,) = reader.results(reader.job_ids("sub"))
+    assert dead.status == "dead"
+    assert dead.error is not None
+    assert dead.error.code == "attempts_exhausted"
+    assert queue.client.xlen(queue.keys.dead) == 1
     assert keys_left(queue) == set()
 
 

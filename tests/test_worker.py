@@ -63,6 +63,10 @@ def job(id_: str, lora: str | None = None, max_tokens: int = 4) -> dict[str, obj
     return {"id": id_, "lora": lora, "prompt_token_ids": [1, 2, 3], "max_tokens": max_tokens}
 
 
+def status(client: Client, id_: str) -> str:
+    return next(client.results(id_)).status
+
+
 @pytest.mark.parametrize("others", [["a"], ["a", "a2"]], ids=["one slot", "two slots"])
 def test_a_starving_adapter_is_served_though_others_have_a_backlog(
     client: Client,
@@ -103,3 +107,42 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
     for job_id in ("first", "second"):
         assert queue.client.hget(queue.keys.job(job_id), "attempts") == "2"
     assert worker._leases.request(()).in_use == []
+
+
+def test_a_job_that_crashes_the_engine_ends_dead_and_those_that_waited_behind_it_end_done(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Engine.forward
+
+    def forward_unless_poisoned(engine: Engine, batch: Batch) -> torch.Tensor:
+        if any(item.sequence.job.id == "poison" for item in batch.scheduled):
+            raise RuntimeError("poison")
+        return forward(engine, batch)
+
+    monkeypatch.setattr(Engine, "forward", forward_unless_poisoned)
+    client.submit([job("poison"), *(job(f"innocent-{i}") for i in range(6))])
+    assert [make_worker(max_running_requests=1).run() for _ in range(4)] == [1, 1, 1, 0]
+    assert status(client, "poison") == "dead"
+    assert queue.client.hget(queue.keys.job("poison"), "attempts") == "3"
+    for i in range(6):
+        assert status(client, f"innocent-{i}") == "done"
+        assert queue.client.hget(queue.keys.job(f"innocent-{i}"), "attempts") == "1"
+
+
+def test_jobs_that_ran_beside_one_that_crashes_the_engine_all_end(
+    client: Client, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Engine.forward
+
+    def forward_unless_poisoned(engine: Engine, batch: Batch) -> torch.Tensor:
+        if any(s.job.id == "poison" and len(s.output_ids) == 3 for s in batch.sampled):
+            raise RuntimeError("poison")
+        return forward(engine, batch)
+
+    monkeypatch.setattr(Engine, "forward", forward_unless_poisoned)
+    jobs = [job("poison", max_tokens=9), job("long", max_tokens=9), job("short", max_tokens=2)]
+    submission = client.submit(jobs)
+    assert [make_worker().run() for _ in range(4)] == [1, 1, 1, 0]
+    assert client.status(submission).is_complete
+    assert status(client, "poison") == "dead"
+    assert status(client, "short") == "done"

@@ -60,6 +60,11 @@ class Sequence:
         """Tokens it can come to."""
         return len(self.prompt_ids) + self.max_new_tokens
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was ever let into a batch; it may wait again, having been preempted."""
+        return self.phase is not Phase.WAITING or self.started is not None
+
     def token_ids(self, start: int, end: int) -> list[int]:
         """Prompt and output as one row, from ``start`` to before ``end``."""
         n_prompt = len(self.prompt_ids)

@@ -17,7 +17,7 @@ from worker.background import BackgroundLoop
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
 from worker.engine import Engine
-from worker.keeper import Keeper
+from worker.keeper import MAX_ATTEMPTS, Keeper
 from worker.leases import Leases
 from worker.publisher import Finished, Publisher
 from worker.sequence import Sequence
@@ -89,7 +89,6 @@ class Worker:
                 self.step()
             self._drain()
         except Exception:
-            # A job may be to blame. Each attempt counts, so that it cannot go round for ever.
             log.exception("engine_failed")
             self._failed = True
         return self._end()
@@ -120,20 +119,18 @@ class Worker:
 
     def _drain(self) -> None:
         """Hand back what has not begun, and finish what has, as far as the time allows."""
-        _stop(self._claim_loop)
         log.info("worker_stops", running=len(self._engine.scheduler.running))
-        self._take_in()
-        waiting = [claim for claim, s in self._sequences.values() if s.started is None]
-        self._hand_back(waiting, attempt_counts=False)
+        self._stop_claiming()
         while self._sequences and not self._failed and time.monotonic() < (self._stop_by or 0):
             self.step()
         self._hand_back(self._claims(), attempt_counts=False)
 
     def _end(self) -> int:
-        _stop(self._claim_loop)
+        self._stop_claiming()
         _stop(self._keep_loop)
-        if self._failed:
-            self._hand_back(self._claims(), attempt_counts=True)
+        # What is left here ran when the engine failed, and may be to blame. The attempt counts, so
+        # that no job goes round for ever.
+        self._hand_back(self._claims(), attempt_counts=True)
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -154,6 +151,13 @@ class Worker:
             self._sequences[sequence.job.id] = claim, sequence
             self._engine.add(sequence)
 
+    def _stop_claiming(self) -> None:
+        """Claim no more, and hand back what has not begun."""
+        _stop(self._claim_loop)
+        self._take_in()
+        waiting = [claim for claim, s in self._sequences.values() if not s.has_begun]
+        self._hand_back(waiting, attempt_counts=False)
+
     def _claims(self) -> list[Claim]:
         return [claim for claim, _ in self._sequences.values()]
 
@@ -165,8 +169,10 @@ class Worker:
         if not leases:
             return
         try:
-            released = self._queue.release(self.id, leases, attempt_counts=attempt_counts)
-            log.info("jobs_handed_back", jobs=released)
+            again, given_up = self._queue.release(
+                self.id, leases, attempt_counts=attempt_counts, max_attempts=MAX_ATTEMPTS
+            )
+            log.info("jobs_handed_back", waiting_again=again, given_up=given_up)
         except redis.RedisError as error:
             log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
 

@@ -64,3 +64,28 @@ local function requeue(id)
   redis.call('HDEL', JOB .. id, 'worker', 'entry')
   set_state(id, 'waiting')
 end
+
+-- Ends a job that has been tried often enough.
+local function give_up(id)
+  local adapter, entry, attempts =
+    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry', 'attempts'))
+  local message = 'given up after ' .. attempts ..
+    ' attempts: each time its worker ended or stalled before the result was recorded'
+  redis.call('HSET', JOB .. id, 'error_code', 'attempts_exhausted', 'error_message', message,
+    'finished', text(now_ms()))
+  set_state(id, 'dead')
+  redis.call('ZREM', LEASES, id)
+  drop_entry(adapter, entry)
+  redis.call('XADD', DEAD, '*', 'id', id, 'reason', message, 'attempts', attempts)
+end
+
+-- Takes a running job away from its worker. Returns true if it waits again, false if that was the
+-- last of its attempts.
+local function try_again(id, max_attempts)
+  if tonumber(redis.call('HGET', JOB .. id, 'attempts')) >= max_attempts then
+    give_up(id)
+    return false
+  end
+  requeue(id)
+  return true
+end

@@ -1,15 +1,14 @@
--- Hands jobs back: they wait again.
---   ARGV: worker, '1' if the attempt counts, else '0', then (id, entry) a job
---   Returns how many were handed back.
-local worker, counts = ARGV[1], ARGV[2] == '1'
-local released = 0
-for i = 3, #ARGV, 2 do
+-- Hands jobs back. They wait again, or, once they have been tried often enough, are given up on.
+--   ARGV: worker, '1' if this attempt counts, else '0', attempts allowed, then (id, entry) a job
+--   Returns {number made to wait again, number given up}.
+local worker, counts, max_attempts = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
+local again, given_up = 0, 0
+for i = 4, #ARGV, 2 do
   local id = ARGV[i]
   if holds_lease(worker, id, ARGV[i + 1]) then
     if not counts then redis.call('HINCRBY', JOB .. id, 'attempts', -1) end
-    requeue(id)
-    released = released + 1
+    if try_again(id, max_attempts) then again = again + 1 else given_up = given_up + 1 end
   end
 end
-if released > 0 then redis.call('PUBLISH', WAKE, worker) end
-return released
+if again > 0 then redis.call('PUBLISH', WAKE, worker) end
+return { again, given_up }
