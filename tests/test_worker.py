@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from broker.job_queue import JobQueue
+from broker.job_queue import Claims, JobQueue
 from producer.client import Client
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch
@@ -65,6 +67,23 @@ def job(id_: str, lora: str | None = None, max_tokens: int = 4) -> dict[str, obj
 
 def status(client: Client, id_: str) -> str:
     return next(client.results(id_)).status
+
+
+def test_a_burst_worker_stays_for_jobs_that_wait_for_a_slot(
+    client: Client, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = JobQueue.claim
+
+    def claim_over_a_slow_network(queue: JobQueue, *args: Any, **named: Any) -> Claims:
+        """The claim sent while a job holds the only slot is answered when that job is done."""
+        claims = claim(queue, *args, **named)
+        time.sleep(0.3)
+        return claims
+
+    monkeypatch.setattr(JobQueue, "claim", claim_over_a_slow_network)
+    submission = client.submit([job("first", "a"), job("second", "b")])
+    assert make_worker(max_loras_per_batch=1).run() == 0
+    assert client.status(submission).counts["done"] == 2
 
 
 @pytest.mark.parametrize("others", [["a"], ["a", "a2"]], ids=["one slot", "two slots"])

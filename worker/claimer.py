@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 import structlog
 from pydantic import ValidationError
 
-from broker.job_queue import Claim, ClaimRequest, JobQueue
+from broker.job_queue import Claim, JobQueue
 from schemas.errors import JobError
 from schemas.job import Job
 from worker.leases import Leases
@@ -52,12 +52,12 @@ class Claimer:
         self._ready: SimpleQueue[tuple[Claim, Sequence]] = SimpleQueue()
         self._wake = queue.client.pubsub(ignore_subscribe_messages=True)
         self.found_nothing = False
-        """Whether the last claim found no job that this worker can run."""
+        """Whether the last claim found no job that this worker can run, and it held none that kept
+        others waiting for their slot."""
 
     def turn(self) -> None:
         """Claim once; wait a little if there was nothing to claim or no room for it."""
-        request = self._leases.request(self._resident())
-        if not request.num_jobs or not self._claim(request):
+        if not self._claim():
             self._wait()
 
     def take(self, *, wait: float = 0.0) -> list[tuple[Claim, Sequence]]:
@@ -70,16 +70,21 @@ class Claimer:
         except Empty:
             return ready
 
-    def _claim(self, request: ClaimRequest) -> bool:
+    def _claim(self) -> bool:
+        """False if there was nothing to claim or no room for it."""
+        holds_nothing = not len(self._leases)
+        request = self._leases.request(self._resident())
+        if not request.num_jobs:
+            return False
         claims = self._queue.claim(
             self._worker_id, request, lease_seconds=self._lease_seconds, patience=PATIENCE
         )
+        self.found_nothing = holds_nothing and not claims.jobs
         if drained := self._leases.drain_for(claims.starving):
             log.info("adapter_drains", adapter=drained, makes_room_for=claims.starving)
         self._leases.add(claims.jobs)
         for claim in claims.jobs:
             self._prepare(claim)
-        self.found_nothing = not claims.jobs and claims.starving is None
         return bool(claims.jobs)
 
     def _prepare(self, claim: Claim) -> None:

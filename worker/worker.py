@@ -115,7 +115,7 @@ class Worker:
 
     def _is_drained(self) -> bool:
         """Whether a worker in --burst has nothing left to do."""
-        return self._config.burst and self._claimer.found_nothing and not len(self._leases)
+        return self._config.burst and self._claimer.found_nothing
 
     def _drain(self) -> None:
         """Hand back what has not begun, and finish what has, as far as the time allows."""
