@@ -283,6 +283,9 @@ def test_a_job_handed_back_waits_again_without_having_used_an_attempt(
     (job,) = claim(queue)
     assert queue.release("w", [job.lease], attempt_counts=False, max_attempts=1) == (1, 0)
     assert reader.submission("sub").counts["waiting"] == 1
+    (waiting,) = reader.results([job.lease.job_id])
+    assert waiting.timings.started is None
+    assert waiting.worker is None
     (again,) = claim(queue)
     assert again.attempts == 1
 

@@ -61,7 +61,7 @@ local function requeue(id)
   enqueue(id, adapter) -- Before the old entry goes, so that the new one differs from it.
   drop_entry(adapter, entry)
   redis.call('ZREM', LEASES, id)
-  redis.call('HDEL', JOB .. id, 'worker', 'entry')
+  redis.call('HDEL', JOB .. id, 'worker', 'entry', 'claimed')
   set_state(id, 'waiting')
 end
 
