@@ -48,6 +48,16 @@ def connect(url: str, *, retries: int = 0) -> redis.Redis:
         ) from error
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether a command may succeed later: its server is away, full, or takes no writes for now."""
+    if isinstance(error, redis.ResponseError):
+        # A full disk (MISCONF) has no class; in a pipeline the driver puts its own words before.
+        code = str(error).rpartition("caused error: ")[2]
+        is_full = isinstance(error, redis.OutOfMemoryError) or code.startswith("MISCONF")
+        return is_full or isinstance(error, redis.ReadOnlyError)
+    return isinstance(error, redis.ConnectionError | redis.TimeoutError)
+
+
 @contextmanager
 def server_errors(url: str) -> Iterator[None]:
     """Turns what the driver raises into one sentence with the server's name and the remedy."""

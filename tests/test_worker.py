@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
+import redis
 import torch
+from structlog.testing import capture_logs
 
 from broker.job_queue import Claims, JobQueue
 from producer.client import Client
@@ -63,6 +68,34 @@ def client(redis_url: str, queue_name: str) -> Iterator[Client]:
 
 def job(id_: str, lora: str | None = None, max_tokens: int = 4) -> dict[str, object]:
     return {"id": id_, "lora": lora, "prompt_token_ids": [1, 2, 3], "max_tokens": max_tokens}
+
+
+@contextmanager
+def full_memory(server: redis.Redis) -> Iterator[None]:
+    server.config_set("maxmemory", "1")
+    yield
+    server.config_set("maxmemory", "0")
+
+
+@contextmanager
+def full_disk(server: redis.Redis) -> Iterator[None]:
+    """A snapshot fails for good reason: a folder has its name."""
+    snapshot = Path(server.config_get("dir")["dir"]) / "dump.rdb"
+    (snapshot / "not empty").mkdir(parents=True)
+    server.config_set("save", "3600 1000000")
+    server.bgsave()
+    while server.info("persistence")["rdb_last_bgsave_status"] == "ok":
+        time.sleep(0.01)
+    yield
+    server.config_set("save", "")
+    shutil.rmtree(snapshot)
+
+
+@contextmanager
+def read_only(server: redis.Redis) -> Iterator[None]:
+    server.replicaof("127.0.0.1", "1")
+    yield
+    server.replicaof("NO", "ONE")
 
 
 def status(client: Client, id_: str) -> str:
@@ -165,3 +198,32 @@ def test_jobs_that_ran_beside_one_that_crashes_the_engine_all_end(
     assert client.status(submission).is_complete
     assert status(client, "poison") == "dead"
     assert status(client, "short") == "done"
+
+
+@pytest.mark.parametrize("trouble", [full_memory, full_disk, read_only])
+def test_a_worker_waits_for_a_server_that_refuses_writes(
+    client: Client,
+    queue: JobQueue,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: Callable[[redis.Redis], AbstractContextManager[None]],
+) -> None:
+    worker = make_worker(max_running_requests=4)
+    submission = client.submit([job(f"job-{i}") for i in range(40)])
+    forward, num_calls = Engine.forward, count()
+    troubles = ExitStack()
+    end_of_trouble = Timer(1.0, troubles.close)
+
+    def forward_in_trouble(engine: Engine, batch: Batch) -> torch.Tensor:
+        if next(num_calls) == 5:
+            troubles.enter_context(trouble(queue.client))
+            end_of_trouble.start()
+        return forward(engine, batch)
+
+    monkeypatch.setattr(Engine, "forward", forward_in_trouble)
+    with capture_logs() as logs:
+        exit_status = worker.run()
+    end_of_trouble.join()
+    assert exit_status == 0
+    assert ("redis_away", "publish") in {(entry["event"], entry.get("thread")) for entry in logs}
+    assert client.status(submission).counts["done"] == 40

@@ -5,20 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import redis
 import structlog
+
+from broker.connection import may_pass
 
 log = structlog.get_logger()
 
-#: Seconds to the next try while the server is away: doubled from the first to the last.
+#: Seconds to the next try while the server cannot be used: doubled from the first to the last.
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
 
 
 class BackgroundLoop(threading.Thread):
     """Calls ``turn`` again and again, ``interval`` seconds after its end, until it is stopped.
 
-    While Redis is away it keeps trying; what the engine has goes on. Any other error is a bug: it
-    is kept in ``failure`` and ``on_failure`` is called, so that the worker ends instead of hanging.
+    While Redis is away, full or read-only it keeps trying; what the engine has goes on. Any other
+    error is a bug: it is kept in ``failure`` and ``on_failure`` is called, so that the worker ends
+    instead of hanging.
     """
 
     def __init__(
@@ -43,15 +45,15 @@ class BackgroundLoop(threading.Thread):
                 self._turn()
                 pause = _FIRST_PAUSE
                 self._stopping.wait(self._interval)
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except Exception as error:
+                if not may_pass(error):
+                    log.exception("thread_failed", thread=self.name)
+                    self.failure = error
+                    self._on_failure()
+                    return
                 log.warning("redis_away", thread=self.name, error=str(error), next_try_in=pause)
                 self._stopping.wait(pause)
                 pause = min(2 * pause, _LAST_PAUSE)
-            except Exception as error:
-                log.exception("thread_failed", thread=self.name)
-                self.failure = error
-                self._on_failure()
-                return
 
     def stop(self) -> None:
         """Ask for the end; ``join`` waits for it."""

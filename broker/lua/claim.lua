@@ -96,7 +96,7 @@ local function read(adapter, count)
   end
   local found = group_read()
   if type(found) == 'table' and found.err then
-    if not string.find(found.err, 'NOGROUP', 1, true) then error(found.err) end
+    if not string.find(found.err, 'NOGROUP', 1, true) then error(found) end
     redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
     found = group_read()
   end
