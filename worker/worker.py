@@ -81,9 +81,9 @@ class Worker:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
         self._queue.announce(self._engine.adapters.records)
         self._keeper.report()
+        log.info("worker_ready", worker=self.id, queue=self._config.queue)
         for loop in (self._claim_loop, self._publish_loop, self._keep_loop):
             loop.start()
-        log.info("worker_ready", worker=self.id, queue=self._config.queue)
         try:
             while not self._failed and self._stop_by is None and not self._is_drained():
                 self.step()
