@@ -262,7 +262,7 @@ def test_a_folder_without_a_tokenizer_serves_token_ids_and_refuses_text(
 
 
 def test_a_token_outside_the_vocabulary_is_refused(model_folder: Path) -> None:
-    with pytest.raises(JobError, match="holds 211; the model's vocabulary has 211"):
+    with pytest.raises(JobError, match="holds token 211; the model's vocabulary has 211"):
         make_engine(model_folder, {}).sequence_of(Job(id="a", prompt_token_ids=[1, 211]))
 
 

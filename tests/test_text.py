@@ -27,7 +27,9 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Tokenizer:
+def make_tokenizer(
+    folder: Path, template: str | None = TEMPLATE, vocab_size: int = 340
+) -> Tokenizer:
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
         SENTENCES, vocab_size=340, special_tokens=[END], show_progress=False
@@ -41,7 +43,7 @@ def make_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Tokenizer:
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer(folder, vocab_size=340)
+    return Tokenizer(folder, vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,25 @@ def test_messages_of_which_the_template_makes_nothing_are_refused(tmp_path: Path
     template = "{% for message in messages if message.role == 'user' %}{{ message }}{% endfor %}"
     with pytest.raises(JobError) as error:
         make_tokenizer(tmp_path, template).encode(chat(("system", "be brief")))
+    assert error.value.code == "bad_prompt"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "hello lorry"},
+        {"messages": [{"role": "user", "content": "hello lorry"}]},
+        {"prompt_token_ids": [1, 300]},
+    ],
+    ids=["text", "chat", "tokens"],
+)
+def test_a_token_that_the_model_does_not_have_is_refused(
+    tmp_path: Path, fields: dict[str, object]
+) -> None:
+    """A tokenizer may know more tokens than the model has embeddings."""
+    tokenizer = make_tokenizer(tmp_path, vocab_size=60)
+    with pytest.raises(JobError, match=r"holds token \d+; the model's vocabulary has 60") as error:
+        tokenizer.encode(job(**fields))
     assert error.value.code == "bad_prompt"
 
 

@@ -34,15 +34,14 @@ class Tokenizer:
 
     def encode(self, job: Job) -> list[int]:
         """The prompt's token ids; raises JobError if the job has none that the model can read."""
-        if job.prompt_token_ids is not None:
-            return self._checked(job.prompt_token_ids)
-        tokenizer = self._present("send prompt_token_ids")
-        if job.messages is not None:
-            return self._chat(tokenizer, job)
-        with self._lock:
-            ids: list[int] = tokenizer(job.prompt)["input_ids"]
-        if not ids:
-            raise JobError("bad_prompt", "the prompt is empty")
+        ids = self._ids_of(job)
+        # A tokenizer may know tokens that were added to it and never to the model.
+        if max(ids) >= self._vocab_size:
+            raise JobError(
+                "bad_prompt",
+                f"the prompt holds token {max(ids)}; the model's vocabulary has"
+                f" {self._vocab_size} tokens",
+            )
         return ids
 
     def decode(self, token_ids: list[int]) -> str | None:
@@ -65,14 +64,17 @@ class Tokenizer:
             )
         return self._tokenizer
 
-    def _checked(self, token_ids: list[int]) -> list[int]:
-        if max(token_ids) >= self._vocab_size:
-            raise JobError(
-                "bad_prompt",
-                f"prompt_token_ids holds {max(token_ids)}; the model's vocabulary has"
-                f" {self._vocab_size} tokens",
-            )
-        return token_ids
+    def _ids_of(self, job: Job) -> list[int]:
+        if job.prompt_token_ids is not None:
+            return job.prompt_token_ids
+        tokenizer = self._present("send prompt_token_ids")
+        if job.messages is not None:
+            return self._chat(tokenizer, job)
+        with self._lock:
+            ids: list[int] = tokenizer(job.prompt)["input_ids"]
+        if not ids:
+            raise JobError("bad_prompt", "the prompt is empty")
+        return ids
 
     def _chat(self, tokenizer: PreTrainedTokenizerFast, job: Job) -> list[int]:
         if not tokenizer.chat_template:
