@@ -27,9 +27,7 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(
-    folder: Path, template: str | None = TEMPLATE, vocab_size: int = 340
-) -> Tokenizer:
+def make_tokenizer(folder: Path, template: object = TEMPLATE, vocab_size: int = 340) -> Tokenizer:
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
         SENTENCES, vocab_size=340, special_tokens=[END], show_progress=False
@@ -88,6 +86,23 @@ def test_messages_are_refused_by_a_model_without_a_chat_template(tmp_path: Path)
 def test_messages_that_the_template_refuses_are_refused_in_its_words(tokenizer: Tokenizer) -> None:
     with pytest.raises(JobError, match="refuses the messages: no tools here") as error:
         tokenizer.encode(chat(("tool", "42")))
+    assert error.value.code == "bad_prompt"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 + messages[0].content }}", "unsupported operand type"),
+        ([{"name": "rag", "template": TEMPLATE}], "no default specified"),
+        ("{% if %}", "Expected an expression"),
+    ],
+    ids=["TypeError", "no default", "syntax"],
+)
+def test_a_chat_template_that_fails_in_its_own_way_refuses_the_messages(
+    tmp_path: Path, template: object, reason: str
+) -> None:
+    with pytest.raises(JobError, match="refuses the messages: .*" + reason) as error:
+        make_tokenizer(tmp_path, template).encode(chat(("user", "hello")))
     assert error.value.code == "bad_prompt"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from schemas.errors import BadInput, JobError
@@ -88,7 +87,7 @@ class Tokenizer:
                 encoded = tokenizer.apply_chat_template(
                     messages, add_generation_prompt=True, tokenize=True, return_dict=True
                 )
-        except TemplateError as error:
+        except Exception as error:  # The template is the model's code, and may fail in any way.
             raise JobError(
                 "bad_prompt", f"the model's chat template refuses the messages: {error}"
             ) from error
