@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import ByteLevelBPETokenizer
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer, decoders, models
+from tokenizers import Tokenizer as RustTokenizer
 
 from schemas.errors import JobError
 from schemas.job import Job
+from worker.stop_strings import StopSearch
 from worker.text import Tokenizer
 
 SENTENCES = [
@@ -44,9 +49,34 @@ def make_tokenizer(folder: Path, template: object = TEMPLATE, vocab_size: int = 
     return Tokenizer(folder, vocab_size)
 
 
+def make_byte_fallback_tokenizer(folder: Path) -> Tokenizer:
+    """Like Llama 2's: what it has no word for is bytes, and a run of bytes is text as a whole."""
+    words = [END, "▁", "▁a", "a", "b", "▁the", "lorry", "é", "!", "▁."]
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = RustTokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.add_special_tokens([END])
+    strip = decoders.Strip(" ", left=1, right=0)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer(folder, vocab_size=len(tokens))
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module", params=[make_tokenizer, make_byte_fallback_tokenizer])
+def any_tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    make: Callable[[Path], Tokenizer] = request.param
+    return make(tmp_path_factory.mktemp("tokenizer"))
 
 
 def job(**fields: object) -> Job:
@@ -160,6 +190,17 @@ def run_until_stop(
     return None
 
 
+def run_until_whole_text_stops(
+    tokenizer: Tokenizer, token_ids: list[int], stops: list[str]
+) -> tuple[int, str] | None:
+    """The same by decoding the whole answer after every token."""
+    for number in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(token_ids[:number]) or ""
+        if positions := [text.index(stop) for stop in stops if stop in text]:
+            return number, text[: min(positions)]
+    return None
+
+
 def test_a_stop_string_inside_one_token_is_found(tokenizer: Tokenizer) -> None:
     ids = ids_of(tokenizer, "hello world")
     assert tokenizer.decode(ids[-1:]) == " world"
@@ -250,3 +291,41 @@ def test_the_text_before_a_stop_string_is_that_of_decoding_the_whole(
     found = run_until_stop(tokenizer, ids, [stop])
     assert found is not None
     assert found[1] == whole[: whole.index(stop)]
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data())
+def test_a_stop_string_is_found_when_and_where_the_whole_text_holds_it(
+    any_tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+    """Also among tokens that are no text, or no character yet."""
+    texts = st.sampled_from(["🚚", "你好", "é a", "lorry!", "\n", END])
+    pieces = texts.map(lambda text: ids_of(any_tokenizer, text)) | st.tuples(st.integers(0, 265))
+    ids = [token for piece in data.draw(st.lists(pieces, min_size=1)) for token in piece]
+    whole = any_tokenizer.decode(ids) or "!"
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stops = [whole[start : start + data.draw(st.integers(1, 9))], "never there"]
+    assume("\N{REPLACEMENT CHARACTER}" not in stops[0])
+    found = run_until_stop(any_tokenizer, ids, stops)
+    assert found == run_until_whole_text_stops(any_tokenizer, ids, stops)
+
+
+def test_bytes_that_are_no_text_end_no_search(any_tokenizer: Tokenizer) -> None:
+    ids = [*range(256), *ids_of(any_tokenizer, "a!")]
+    found = run_until_stop(any_tokenizer, ids, ["a!"])
+    assert found == run_until_whole_text_stops(any_tokenizer, ids, ["a!"])
+    assert found is not None
+
+
+def test_what_a_search_decodes_does_not_grow_with_the_answer() -> None:
+    lengths = []
+
+    def decode(token_ids: list[int]) -> str:
+        lengths.append(len(token_ids))
+        return "".join(map(chr, token_ids))
+
+    search = StopSearch(["stop"], decode)
+    for _ in range(1000):
+        assert search.text_before_stop(ord("\N{REPLACEMENT CHARACTER}")) is None
+    assert max(lengths) == 8
+    assert len(lengths) <= 5 * 1000

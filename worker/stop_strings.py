@@ -1,25 +1,53 @@
-"""Finds a stop string in an answer while it grows."""
+"""Finds a stop string in an answer while it grows.
+
+It is found with the token that completes it in the answer's text, as decoding the whole answer
+gives it; only the last few tokens are decoded for that. Not so for a stop string that holds the
+character U+FFFD, which stands for bytes that are no text: later bytes may change those.
+"""
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from collections.abc import Callable, Iterator
+
+#: Bytes of the longest character. A tokenizer may give each of them a token of its own.
+_CHARACTER_BYTES = 4
+
+#: What a decoder writes for bytes that are no character.
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class StopSearch:
     """Watches one answer. A stop string may begin and end inside tokens, so text is searched."""
 
-    def __init__(self, stops: list[str], tokenizer: Tokenizer) -> None:
+    def __init__(self, stops: list[str], decode: Callable[[list[int]], str]) -> None:
+        """``decode`` is what makes the answer's text of its tokens."""
         self._stops = stops
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._overlap = max(len(stop) for stop in stops) - 1
-        self._text = ""
+        self._decode = decode
+        self._token_ids: list[int] = []
+        # A token is at least one byte of text; of the first, a decoder may strip a space.
+        self._max_tokens = max(len(stop.encode()) for stop in stops) + 1
 
     def text_before_stop(self, token_id: int) -> str | None:
         """Add a token; returns the text up to the first stop string, or None if there is none."""
-        searched_from = max(0, len(self._text) - self._overlap)
-        self._text += self._stream.step(self._tokenizer, token_id) or ""
-        found = [self._text.find(stop, searched_from) for stop in self._stops]
-        positions = [position for position in found if position >= 0]
-        return self._text[: min(positions)] if positions else None
+        # Special tokens have no text. Twice, for a decoder strips the space that begins a text.
+        if not self._decode([token_id, token_id]):
+            return None
+        self._token_ids.append(token_id)
+        if not any(stop in text for text in self._last_texts() for stop in self._stops):
+            return None
+        text = self._decode(self._token_ids)
+        positions = [text.index(stop) for stop in self._stops if stop in text]
+        return text[: min(positions)] if positions else None
+
+    def _last_texts(self) -> Iterator[str]:
+        """The end of the answer, in which a stop string stands that the last token completed.
+
+        Begun inside a character, it may lack more than that character: a decoder may take a run of
+        bytes as a whole. So it is begun anew, until it begins with a character.
+        """
+        tail = self._token_ids[-(self._max_tokens + _CHARACTER_BYTES - 1) :]
+        for start in range(_CHARACTER_BYTES):
+            text = self._decode(tail[start:])
+            yield text
+            if not text.startswith(_NO_CHARACTER):
+                return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -45,16 +46,11 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str | None:
         """The text of an answer, without special tokens; None without a tokenizer."""
-        if self._tokenizer is None:
-            return None
-        with self._lock:
-            text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
+        return None if self._tokenizer is None else self._decode(self._tokenizer, token_ids)
 
     def stop_search(self, stops: list[str]) -> StopSearch:
         """A search for stop strings in one answer; raises JobError without a tokenizer."""
-        return StopSearch(stops, self._present("leave out stop").backend_tokenizer)
+        return StopSearch(stops, partial(self._decode, self._present("leave out stop")))
 
     def _present(self, remedy: str) -> PreTrainedTokenizerFast:
         if self._tokenizer is None:
@@ -74,6 +70,12 @@ class Tokenizer:
         if not ids:
             raise JobError("bad_prompt", "the prompt is empty")
         return ids
+
+    def _decode(self, tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
+        with self._lock:
+            text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     def _chat(self, tokenizer: PreTrainedTokenizerFast, job: Job) -> list[int]:
         if not tokenizer.chat_template:
