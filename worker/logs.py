@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 
 import structlog
+from structlog.dev import ConsoleRenderer, plain_traceback
+from structlog.processors import ExceptionRenderer, JSONRenderer, TimeStamper, add_log_level
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
 log = structlog.get_logger()
@@ -12,16 +15,20 @@ log = structlog.get_logger()
 
 def configure_logs() -> None:
     """Send all logs to standard error."""
-    on_terminal = sys.stderr.isatty()
-    render = structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer()
-    processors: list[Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="%H:%M:%S" if on_terminal else "iso"),
-    ]
-    if not on_terminal:
-        processors.append(structlog.processors.dict_tracebacks)
+    # An exception is told without local variables: prompts are among them, and the server's URL.
+    if sys.stderr.isatty():
+        processors: list[Processor] = [
+            TimeStamper(fmt="%H:%M:%S"),
+            ConsoleRenderer(exception_formatter=plain_traceback),
+        ]
+    else:
+        processors = [
+            TimeStamper(fmt="iso"),
+            ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
+            JSONRenderer(),
+        ]
     structlog.configure(
-        processors=[*processors, render],
+        processors=[add_log_level, *processors],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
