@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+from urllib.parse import quote
 
 import redis
 
@@ -63,7 +64,7 @@ class EmbeddedServer:
         self._pid_file = self.folder / "valkey.pid"
         self._server_lock = self.folder / "server.lock"
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"unix://{self._socket}"
+        self.url = f"unix://{quote(str(self._socket))}"
         if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH:
             raise ServerUnavailable(
                 f"The path {self._socket} is too long for a Unix socket ({MAX_SOCKET_PATH} bytes)."

@@ -178,3 +178,10 @@ def test_a_server_that_cannot_start_is_an_error_that_names_its_log(folder: Path)
     (folder / "appendonlydir").write_text("no folder")
     with pytest.raises(ServerUnavailable, match=r"did not start; .*valkey\.log tells why"):
         EmbeddedServer(folder)
+
+
+@pytest.mark.parametrize("name", ["my state", "a#b", "a?b", "a%20b", "zustände"])
+def test_the_folder_may_have_any_name(folder: Path, name: str) -> None:
+    with EmbeddedServer(folder / name) as server, connect(server.url) as client:
+        assert client.ping()
+        assert (folder / name / "valkey.sock").is_socket()
