@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from producer.advice import no_worker
@@ -34,6 +35,9 @@ class NoBar:
 
     def update(self, completed: int, note: str = "") -> None:
         pass
+
+    def taken_away(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def bar_for(what: str, total: int | None = None) -> Bar | NoBar:

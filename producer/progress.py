@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -30,15 +32,17 @@ class Bar:
 
     def __init__(self, what: str, total: int | None) -> None:
         """``total`` is None while nobody knows it."""
+        console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn(what),
+            TextColumn(what, markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("[red]{task.fields[note]}"),
             RateColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_interactive,  # A dumb terminal cannot take a bar away.
             redirect_stdout=False,  # What goes to stdout must stay there.
         )
         self._task = self._progress.add_task(what, total=total, note="")
@@ -58,6 +62,9 @@ class Bar:
     def update(self, completed: int, note: str = "") -> None:
         self._progress.update(self._task, completed=completed, note=note)
 
-    def print_above(self, text: str) -> None:
-        """Print lines to the terminal without tearing the bar."""
-        self._progress.console.print(text, end="", soft_wrap=True, markup=False, highlight=False)
+    @contextmanager
+    def taken_away(self) -> Iterator[None]:
+        """While others write to the terminal."""
+        self._progress.stop()
+        yield
+        self._progress.start()

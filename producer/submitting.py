@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 import typer
 
 from producer.advice import counted
-from producer.bars import NoBar, Watcher, bar_for, shown
+from producer.bars import Watcher, bar_for, shown
 from producer.client import Client
 from producer.lines import numbered_lines
 from producer.messages import notice, say, warn
@@ -127,9 +127,6 @@ def _write_in_order(client: Client, spool: Spool, output: Output, watcher: Watch
             spool.submission, on_wake=lambda: watcher.look_at(spool.submission, bar)
         )
         for result in found:
-            line = result.model_dump_json() + "\n"
-            if isinstance(bar, NoBar) or not output.is_terminal:
-                output.write(line)
-            else:
-                bar.print_above(line)
+            with bar.taken_away() if output.is_terminal else nullcontext():
+                output.write(result.model_dump_json() + "\n")
     output.complete()

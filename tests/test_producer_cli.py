@@ -36,13 +36,15 @@ class Producer:
         place = ("--redis-url", self.redis_url, "--queue", self.queue)
         return CliRunner().invoke(app, [*args, *place], input=stdin)
 
-    def start(self, *args: str) -> subprocess.Popen[str]:
+    def start(
+        self, *args: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         """The same in a process of its own."""
         place = ("--redis-url", self.redis_url, "--queue", self.queue)
         return subprocess.Popen(
             [sys.executable, "-m", "producer.cli", *args, *place],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
         )
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import threading
+import time
+import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +53,15 @@ def meanwhile(action: Callable[[], None]) -> Iterator[None]:
     thread.start()
     yield
     thread.join()
+
+
+def read_terminal(master: int) -> str:
+    """What is written to a terminal until nobody has it open any more."""
+    parts = []
+    with open(master, "rb", buffering=0) as file, suppress(OSError):  # So its end is told.
+        while part := file.read(65536):
+            parts.append(part)
+    return b"".join(parts).decode()
 
 
 def one_after_another(worker: Worker, *ids: str) -> Callable[[], None]:
@@ -350,6 +364,29 @@ def test_submit_and_wait_writes_results_in_input_order_to_stdout(
     assert outcome.exit_code == 0
     assert ids_of(outcome.stdout) == ["a", "b", "c"]
     assert "Submitted 3 jobs as sub-" in outcome.stderr
+
+
+def test_results_on_a_terminal_are_the_same_bytes_beside_a_bar(
+    producer: Producer, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stdout and stderr are a terminal each, so that it can be told what goes where."""
+    monkeypatch.setenv("TERM", "xterm")
+    file = prompts(tmp_path, *(json.dumps(line) for line in named("a", "b")))
+    (out, out_end), (err, err_end) = pty.openpty(), pty.openpty()
+    tty.setraw(out_end)  # A terminal would show "\r\n" for "\n".
+    with ThreadPoolExecutor() as pool:
+        shown, told = pool.submit(read_terminal, out), pool.submit(read_terminal, err)
+        with producer.start("submit", file, "--wait", stdout=out_end, stderr=err_end) as process:
+            os.close(out_end)
+            os.close(err_end)
+            while not worker.claim():
+                time.sleep(0.01)
+            for id_ in ("b", "a"):
+                worker.finish(id_, text=":dog: [red]x[/red] 🐶 " + 200 * "-")
+    assert process.returncode == 0
+    assert shown.result() == producer("results", "a", "b").stdout
+    assert "finished" in told.result()
+    assert "---" not in told.result()
 
 
 def test_submit_and_wait_ends_with_1_if_a_job_failed(
