@@ -216,9 +216,10 @@ def wait(
 
 def main() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # A name need not fit the locale.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # Who closed it (`>&-`) wants nothing of it.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the program.
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # A name need not fit the locale.
     # Asked to end, it leaves in order, so that the embedded server does not outlive its last user.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app(prog_name="producer")

@@ -253,6 +253,20 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_written_to_in_vain(producer: Producer, closed: str) -> None:
+    close = {"stdout": ">&-", "stderr": "2>&-"}[closed]
+    place = ("--redis-url", producer.redis_url, "--queue", producer.queue)
+    outcome = subprocess.run(
+        ["sh", "-c", f'"$@" {close}', "sh", sys.executable, "-m", "producer.cli", "status", *place],
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 0
+    assert outcome.stdout if closed == "stderr" else outcome.stderr.startswith("Using server at")
+    assert "Traceback" not in outcome.stderr
+
+
 def test_ctrl_c_while_waiting_ends_with_130_and_says_how_to_go_on(
     producer: Producer, queue: JobQueue, tmp_path: Path
 ) -> None:
