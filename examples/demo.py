@@ -7,7 +7,6 @@ started.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -40,7 +39,7 @@ COUNTERS_TIMEOUT = 6.0
 
 
 class DemoError(LorryError):
-    """The worker ended or never came up."""
+    """The worker ended, never came up, or fell silent."""
 
 
 @contextmanager
@@ -96,9 +95,12 @@ def final_state(client: Client, output_tokens: int) -> WorkerState:
     """The worker's counters, once they have caught up with the results."""
     deadline = time.monotonic() + COUNTERS_TIMEOUT
     while True:
-        (state,) = client.overview().workers
-        if state.output_tokens >= output_tokens or time.monotonic() > deadline:
-            return state
+        workers = client.overview().workers
+        is_over = time.monotonic() > deadline
+        if workers and (workers[0].output_tokens >= output_tokens or is_over):
+            return workers[0]
+        if is_over:
+            raise DemoError("All jobs have ended, but the worker does not report any more.")
         time.sleep(0.1)
 
 
@@ -179,5 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.pop("REDIS_URL", None)  # The demo uses a server of its own.
     main()
