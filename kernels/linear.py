@@ -16,7 +16,7 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor) -> None:
         """weight: [out_features, in_features]."""
-        self._is_packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._is_packed = _can_pack(weight)
         # The operators that torch's own compiler uses for frozen weights on a CPU.
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
@@ -27,3 +27,14 @@ class Linear:
         if self._is_packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
         return F.linear(x, self._weight)
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN has a product for the weight's type on this CPU; F.linear always has one."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True

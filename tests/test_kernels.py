@@ -18,7 +18,7 @@ from kernels.sample import sample
 from kernels.silu_and_mul import silu_and_mul
 
 #: The largest relative error of one rounding to float32, and to bfloat16.
-ROUNDING, BF16_ROUNDING = 2.0**-24, 2.0**-8
+ROUNDING, FP16_ROUNDING, BF16_ROUNDING = 2.0**-24, 2.0**-11, 2.0**-8
 
 #: Stands wherever an operation must not look. Finite, since a masked value still counts as 0 times
 #: itself; so large that a trace of it drowns everything else.
@@ -125,11 +125,17 @@ def test_linear_is_its_formula(num_rows: int) -> None:
     assert ((actual.double() - expected).abs() <= bound).all()
 
 
-def test_linear_of_bfloat16_sums_in_float32() -> None:
-    x, weight = normal(49, FEATURES).bfloat16(), normal(67, FEATURES, seed=1).bfloat16()
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.bfloat16, BF16_ROUNDING), (torch.float16, FP16_ROUNDING)],
+    ids=["bfloat16", "float16"],
+)
+def test_linear_of_a_short_type_sums_in_float32(dtype: torch.dtype, rounding: float) -> None:
+    """On every CPU, also where oneDNN has no product for the type."""
+    x, weight = normal(49, FEATURES).to(dtype), normal(67, FEATURES, seed=1).to(dtype)
     expected = x.double() @ weight.double().t()
     # One rounding of the sum; the products' own errors in float32 are far below it.
-    bound = expected.abs() * BF16_ROUNDING + 1e-3
+    bound = expected.abs() * rounding + 1e-3
     assert_within(Linear(weight)(x), expected, bound)
 
 
