@@ -82,7 +82,7 @@ def rq_seconds(url: str, number: int) -> float:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=30_000)
+    parser.add_argument("--jobs", type=int, default=20_000)
     num_jobs = parser.parse_args().jobs
     console = Console(stderr=True)
     sent, finished, rq = [], [], []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,17 @@ def test_stop_strings_end_an_answer_before_them(engine: Engine) -> None:
     assert stopped.stop_text == text[: text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert len(stopped.output_ids) < len(whole.output_ids)
+
+
+def test_the_readmes_sample_is_what_the_committed_adapter_answers(engine: Engine) -> None:
+    readme = Path("README.md").read_text()
+    (sample,) = re.findall(r'^({"id".*"text":".*"), \.\.\.}$', readme, re.MULTILINE)
+    result = json.loads(sample + "}")
+    line = int(result["id"].rpartition(".")[2])
+    prompt = json.loads(Path("examples/prompts-sql.jsonl").read_text().splitlines()[line - 1])
+    (sequence,) = run(
+        engine, [Job.model_validate({"id": "sample", "lora": "sql"} | prompt)], join_every=1
+    )
+    assert result["text"] == engine.tokenizer.decode(sequence.output_ids)
+    assert sequence.adapter
+    assert result["revision"] == sequence.adapter.revision
