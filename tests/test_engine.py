@@ -162,6 +162,21 @@ def test_rank_stabilized_adapters_are_scaled_as_peft_scales_them(
     assert run(engine, jobs) == expected(Oracle(model_folder, {"rs": adapter}), jobs)
 
 
+def test_an_adapter_of_some_layers_leaves_the_others_as_they_are(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """Also in the slot where an adapter of all layers was before."""
+    adapters = {
+        name: make_adapter(
+            model_folder, tmp_path / name, rank=6, seed=seed, layers_to_transform=layers
+        )
+        for seed, (name, layers) in enumerate({"all": None, "two": [0, 2], "one": 1}.items())
+    }
+    jobs = [Job(id=name, lora=name, prompt_token_ids=[1, 2, 3], max_tokens=30) for name in adapters]
+    engine = make_engine(model_folder, adapters, max_loras_per_batch=1)
+    assert run(engine, jobs) == expected(Oracle(model_folder, adapters), jobs)
+
+
 def test_sharded_weights_are_read(model_folder: Path, tmp_path: Path, oracle: Oracle) -> None:
     from transformers import LlamaForCausalLM
 

@@ -150,7 +150,6 @@ def test_the_revision_changes_with_the_config(
     [
         ("use_dora", True, "DoRA"),
         ("modules_to_save", ["lm_head"], "fully trained modules"),
-        ("layers_to_transform", [0, 1], "a choice of layers"),
         ("layer_replication", [[0, 2], [1, 3]], "replicated layers"),
         ("rank_pattern", {"q_proj": 5}, "ranks by module"),
         ("alpha_pattern", {"q_proj": 5}, "alphas by module"),

@@ -41,7 +41,6 @@ _INNOCENT_INIT = (True, False, "gaussian", "eva", "orthogonal")
 _REFUSED_SETTINGS = {
     "use_dora": "DoRA",
     "modules_to_save": "fully trained modules",
-    "layers_to_transform": "a choice of layers",
     "layer_replication": "replicated layers",
     "rank_pattern": "ranks by module",
     "alpha_pattern": "alphas by module",
@@ -55,27 +54,31 @@ _REFUSED_SETTINGS = {
     "arrow_config": "Arrow routing",
 }
 
-#: Settings that matter to training or to other tools and not to the result.
-_IGNORED_SETTINGS = frozenset(
-    {
-        *(
-            "auto_mapping",
-            "base_model_name_or_path",
-            "corda_config",
-            "eva_config",
-            "exclude_modules",
-        ),
-        *("inference_mode", "init_lora_weights", "layers_pattern", "loftq_config", "lora_dropout"),
-        *(
-            "lora_ga_config",
-            "megatron_config",
-            "megatron_core",
-            "peft_version",
-            "qalora_group_size",
-        ),
-        *("revision", "runtime_config", "target_modules", "task_type", "ensure_weight_tying"),
-    }
-)
+#: Settings that matter to training or to other tools and not to the result. Which modules of which
+#: layers an adapter changes, its weights tell.
+_IGNORED_SETTINGS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
 
 
 class PeftConfig(BaseModel):
