@@ -52,6 +52,7 @@ class NullEngine(Engine):
         self.slots = None
         self.tokenizer = Tokenizer(Path("no-such-folder"), vocab_size=1)
         self.counters = EngineCounters()
+        self._done: list[Sequence] = []
         self.scheduler = Scheduler(
             PagePool(1), max_running=MAX_RUNNING, max_prefill_tokens=1, max_adapters=8
         )
@@ -65,18 +66,16 @@ class NullEngine(Engine):
         sequences = list(self.scheduler.waiting)
         return NullBatch(sequences, frozenset()) if sequences else None
 
-    def forward(self, batch: NullBatch) -> torch.Tensor:  # type: ignore[override]
-        return torch.empty(0)
-
-    def sample(self, logits: torch.Tensor, batch: NullBatch) -> list[int]:  # type: ignore[override]
-        return []
-
-    def advance(self, batch: NullBatch, token_ids: list[int]) -> list[Sequence]:  # type: ignore[override]
+    def launch(self, batch: NullBatch) -> None:  # type: ignore[override]
         self.scheduler.waiting.clear()
         self.counters.batches += 1
         for sequence in batch.sequences:
             sequence.finish_reason = "stop"
-        return batch.sequences
+        self._done = batch.sequences
+
+    def collect(self, *, all_launched: bool = False) -> list[Sequence]:
+        done, self._done = self._done, []
+        return done
 
 
 def main() -> None:

@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton's kernels are compiled where there is a GPU, and interpreted elsewhere. Triton looks at
+# this when a kernel is defined, so it is set before any of ours is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from broker.connection import connect
 from broker.embedded import EmbeddedServer
 from broker.job_queue import JobQueue

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kernels.lora_expand import lora_expand
+from kernels.lora_expand import lora_expand_torch
+from kernels.lora_segments import Segment
 from kernels.lora_shrink import lora_shrink
 from schemas.errors import BadInput
 from schemas.job import Job
@@ -45,7 +48,7 @@ TOLERANCE = 26 * 300 * 2.0**-24
 def random_adapter(
     name: str,
     *,
-    rank: int = 2,
+    rank: int = MAX_RANK,
     modules: Collection[str] = LINEAR_MODULES,
     seed: int = 0,
     pinned: bool = False,
@@ -72,16 +75,17 @@ def make_slots(num_slots: int, modules: Collection[str] = LINEAR_MODULES) -> Ada
     )
 
 
-def assert_slot_computes(slots: AdapterSlots, slot: int, adapter: Adapter) -> None:
+def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
     """Every layer's and group's product equals the formula in float64; 0 for a module that the
     adapter leaves alone."""
-    segments = [slots.segment(slot, 0, 4)]
+    segments = [Segment(0, 4, slots.first_rank(adapter), adapter.rank)]
     for layer, groups in enumerate(slots.weights):
         for group, weights in groups.items():
             modules = LINEAR_GROUPS[group]
             x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(layer))
             y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
-            lora_expand(y, lora_shrink(x, weights.a, segments, len(modules)), weights.b, segments)
+            h = lora_shrink(x, weights.a, segments, len(modules))
+            lora_expand_torch(y, h, weights.b, segments, weights.part_sizes)
             expected = []
             for module in modules:
                 if factors := adapter.factors.get((layer, module)):
@@ -98,7 +102,48 @@ def assert_slot_computes(slots: AdapterSlots, slot: int, adapter: Adapter) -> No
 
 def test_adapters_take_empty_slots_first() -> None:
     slots = make_slots(3)
-    assert {slots.place(random_adapter(name), ()) for name in "abc"} == {0, 1, 2}
+    assert {slots.place(random_adapter(name), ()) for name in "abc"} == {0, MAX_RANK, 2 * MAX_RANK}
+
+
+def test_small_adapters_share_the_room_of_a_large_one() -> None:
+    slots = make_slots(1)
+    ranks = {"a": 3, "b": 1, "c": 2}
+    for name, rank in ranks.items():
+        slots.place(random_adapter(name, rank=rank), ())
+    assert slots.resident == ["a", "b", "c"]
+
+
+def test_a_large_adapter_takes_the_place_of_small_ones_that_are_not_in_use() -> None:
+    slots = make_slots(2)
+    used, *others = (random_adapter(name, rank=4) for name in "abcd")
+    for adapter in (used, *others):
+        slots.place(adapter, ())
+    large = random_adapter("large", seed=1)
+    assert slots.place(large, in_use={used, large}) == MAX_RANK
+    assert slots.resident == ["a", "b", "large"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 9), max_size=2)), max_size=40))
+def test_whatever_is_in_use_an_adapter_finds_a_place_of_its_own(
+    uses: list[tuple[int, list[int]]],
+) -> None:
+    """Three slots: each step places one adapter, of any rank, while up to two of those that stand
+    in a slot are in use."""
+    slots = make_slots(3, modules=())
+    adapters = [Adapter(f"{rank}", "", "", 1 + rank % MAX_RANK, {}) for rank in range(10)]
+    for number, others in uses:
+        in_use = {adapters[n] for n in others if f"{n}" in slots.resident} | {adapters[number]}
+        before = {a: slots.first_rank(a) for a in in_use if a.name in slots.resident}
+        slots.place(adapters[number], in_use)
+        assert {a: slots.first_rank(a) for a in before} == before
+        ranks = [
+            rank
+            for a in adapters
+            if a.name in slots.resident
+            for rank in range(slots.first_rank(a), slots.first_rank(a) + a.rank)
+        ]
+        assert len(ranks) == len(set(ranks))
+        assert set(ranks) <= set(range(slots.capacity))
 
 
 def test_the_least_recently_used_adapter_is_evicted() -> None:
@@ -150,7 +195,8 @@ def test_placing_again_does_not_load_again() -> None:
 def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
     slots, old, new = make_slots(2), random_adapter("a"), random_adapter("a", seed=5)
     slots.place(old, ())
-    assert_slot_computes(slots, slots.place(new, in_use={old, new}), new)
+    slots.place(new, in_use={old, new})
+    assert_slot_computes(slots, new)
 
 
 # --- What a slot computes -----------------------------------------------------------------------
@@ -164,16 +210,18 @@ def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
 )
 def test_a_slot_computes_its_adapters_product(rank: int, modules: tuple[str, ...]) -> None:
     slots, adapter = make_slots(2), random_adapter("a", rank=rank, modules=modules)
-    assert_slot_computes(slots, slots.place(adapter, ()), adapter)
+    slots.place(adapter, ())
+    assert_slot_computes(slots, adapter)
 
 
 def test_each_slot_computes_its_own_adapters_product() -> None:
     slots = make_slots(4)
     ranks = {"a": 1, "b": 3, "c": MAX_RANK, "d": 2}
     adapters = [random_adapter(name, rank=rank, seed=rank) for name, rank in ranks.items()]
-    places = [slots.place(adapter, ()) for adapter in adapters]
-    for slot, adapter in zip(places, adapters, strict=True):
-        assert_slot_computes(slots, slot, adapter)
+    for adapter in adapters:
+        slots.place(adapter, ())
+    for adapter in adapters:
+        assert_slot_computes(slots, adapter)
 
 
 @pytest.mark.parametrize("modules", [LINEAR_MODULES, ("k_proj",), ("gate_proj", "down_proj")])
@@ -183,16 +231,18 @@ def test_a_smaller_adapter_over_a_larger_one_leaves_no_trace_of_it(
     slots = make_slots(1)
     slots.place(random_adapter("large", rank=MAX_RANK, seed=1), ())
     small = random_adapter("small", rank=3, modules=modules, seed=2)
-    assert_slot_computes(slots, slots.place(small, ()), small)
+    slots.place(small, ())
+    assert_slot_computes(slots, small)
 
 
 def test_loading_a_slot_leaves_its_neighbours_alone() -> None:
     slots = make_slots(3)
     a, b, c, d = (random_adapter(name, rank=MAX_RANK, seed=ord(name)) for name in "abcd")
-    places = [slots.place(adapter, ()) for adapter in (a, b, c)]
+    for adapter in (a, b, c):
+        slots.place(adapter, ())
     slots.place(d, in_use={a, c, d})
-    assert_slot_computes(slots, places[0], a)
-    assert_slot_computes(slots, places[2], c)
+    assert_slot_computes(slots, a)
+    assert_slot_computes(slots, c)
 
 
 def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
@@ -208,11 +258,10 @@ def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
         (LINEAR_MODULES, list(LINEAR_GROUPS)),
     ],
 )
-def test_a_slot_names_the_groups_that_its_adapter_changes(
+def test_an_adapter_names_the_groups_that_it_changes(
     modules: tuple[str, ...], groups: list[str]
 ) -> None:
-    slots = make_slots(2)
-    assert slots.groups(slots.place(random_adapter("a", modules=modules), ())) == groups
+    assert random_adapter("a", modules=modules).linear_groups == groups
 
 
 # --- An adapter that spoils its own answers -----------------------------------------------------

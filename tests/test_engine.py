@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from schemas.errors import JobError
 from schemas.job import Job
@@ -13,6 +14,9 @@ from tests.tiny_models import Oracle, make_adapter, make_llama
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
 from worker.sequence import Sequence
+
+#: `make test-gpu` runs these tests on a GPU; in float32, so that greedy tokens are the oracle's.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 #: Rank and target modules of each adapter: odd ranks, and subsets that leave out parts of a fused
 #: projection.
@@ -50,7 +54,12 @@ def oracle(model_folder: Path, adapters: dict[str, Path]) -> Oracle:
 
 def make_engine(model_folder: Path, adapters: dict[str, Path], **flags: object) -> Engine:
     loras = tuple(LoraPath(lora_name=n, lora_path=str(path)) for n, path in adapters.items())
-    settings = {"max_total_tokens": 4096, "chunked_prefill_size": 32, "device": "cpu"}
+    settings = {
+        "max_total_tokens": 4096,
+        "chunked_prefill_size": 32,
+        "max_running_requests": 24,
+        "device": DEVICE,
+    }
     return Engine(WorkerConfig(model_path=model_folder, lora_paths=loras, **(settings | flags)))
 
 

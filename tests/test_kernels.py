@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kernels.linear import Linear
-from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import Segment, lora_shrink
-from kernels.paged_attention import length_mask, paged_attention_decode, paged_attention_prefill
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rotary_kv_write import rotary_kv_write
+from kernels.lora_expand import lora_expand_torch, lora_expand_triton
+from kernels.lora_segments import LoraRows, LoraTile, Segment, lora_tiles
+from kernels.lora_shrink import lora_shrink
+from kernels.paged_attention_decode import (
+    paged_attention_decode_torch,
+    paged_attention_decode_triton,
+)
+from kernels.paged_attention_prefill import (
+    PrefillChunk,
+    paged_attention_prefill_torch,
+    paged_attention_prefill_triton,
+    prefill_tiles,
+)
+from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton
+from kernels.rotary_kv_write import rotary_kv_write_torch, rotary_kv_write_triton
 from kernels.sample import sample
-from kernels.silu_and_mul import silu_and_mul
+from kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton, silu_and_mul_with_lora
+
+Operation = Callable[..., Any]
 
 #: The largest relative error of one rounding to float32, and to bfloat16.
 ROUNDING, FP16_ROUNDING, BF16_ROUNDING = 2.0**-24, 2.0**-11, 2.0**-8
@@ -36,11 +50,13 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Ten
     assert excess.max() <= 0, f"off by up to {excess.max():.3g} beyond the bound"
 
 
-# --- rms_norm, add_rms_norm ---------------------------------------------------------------------
+# --- add_rms_norm -------------------------------------------------------------------------------
 
 ROWS, FEATURES = 7, 577
 #: Large beside the mean square of the rows below, so that its place in the formula shows.
 EPS = 0.03
+
+rms_norms = pytest.mark.parametrize("add_rms_norm", [add_rms_norm_torch, add_rms_norm_triton])
 
 
 def expected_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -48,64 +64,71 @@ def expected_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return wide / (wide.pow(2).sum(-1, keepdim=True) / FEATURES + EPS).sqrt() * weight.double()
 
 
-def test_rms_norm_is_its_formula() -> None:
-    x, weight = 0.2 * normal(ROWS, FEATURES), normal(FEATURES, seed=1)
-    expected = expected_rms_norm(x, weight)
+@rms_norms
+def test_add_rms_norm_normalizes_the_sum(add_rms_norm: Operation) -> None:
+    x, residual, weight = (0.2 * normal(ROWS, FEATURES, seed=s) for s in range(3))
+    expected = expected_rms_norm(x + residual, weight[0])
+    actual = add_rms_norm(x, residual, weight[0], EPS)
     # Half the error of the mean, which adds FEATURES roundings at worst, and a few products.
-    assert_within(
-        rms_norm(x, weight, EPS), expected, expected.abs() * (FEATURES / 2 + 4) * ROUNDING
-    )
+    assert_within(actual, expected, expected.abs() * (FEATURES / 2 + 4) * ROUNDING)
 
 
-def test_rms_norm_leaves_its_input_alone() -> None:
-    x = normal(ROWS, FEATURES)
-    before = x.clone()
-    rms_norm(x, torch.full((FEATURES,), 3.0), EPS)
+@rms_norms
+def test_add_rms_norm_adds_to_the_residual_in_place_and_leaves_its_input_alone(
+    add_rms_norm: Operation,
+) -> None:
+    x, residual = normal(ROWS, FEATURES), normal(ROWS, FEATURES, seed=1)
+    before, expected = x.clone(), residual + x
+    add_rms_norm(x, residual, torch.full((FEATURES,), 3.0), EPS)
+    assert residual.equal(expected)
     assert x.equal(before)
 
 
-def test_rms_norm_of_bfloat16_adds_no_more_than_two_roundings() -> None:
+@rms_norms
+def test_add_rms_norm_reads_rows_at_any_stride(add_rms_norm: Operation) -> None:
+    wide = normal(ROWS, FEATURES + 9)
+    x, residual, weight = wide[:, :FEATURES], normal(ROWS, FEATURES, seed=1), normal(FEATURES)
+    apart = add_rms_norm(x, residual.clone(), weight, EPS)
+    assert apart.equal(add_rms_norm(x.contiguous(), residual.clone(), weight, EPS))
+
+
+def test_add_rms_norm_of_bfloat16_adds_no_more_than_two_roundings() -> None:
     x, weight = normal(ROWS, FEATURES).bfloat16(), normal(FEATURES, seed=1).bfloat16()
     expected = expected_rms_norm(x, weight)
-    assert_within(rms_norm(x, weight, EPS), expected, expected.abs() * 2 * BF16_ROUNDING)
+    actual = add_rms_norm_torch(torch.zeros_like(x), x.clone(), weight, EPS)
+    assert_within(actual, expected, expected.abs() * 2 * BF16_ROUNDING)
 
 
-def test_rms_norm_of_float16_squares_in_float32() -> None:
+@rms_norms
+def test_add_rms_norm_of_float16_squares_in_float32(add_rms_norm: Operation) -> None:
     x = (1000 * normal(ROWS, FEATURES)).half()  # Its squares are beyond float16's 65504.
     expected = expected_rms_norm(x, torch.ones(FEATURES))
-    assert_within(rms_norm(x, torch.ones(FEATURES).half(), EPS), expected, expected.abs() * 2e-3)
-
-
-def test_add_rms_norm_adds_to_the_residual_in_place() -> None:
-    x, residual = normal(ROWS, FEATURES), normal(ROWS, FEATURES, seed=1)
-    expected = residual + x
-    add_rms_norm(x, residual, normal(FEATURES, seed=2), EPS)
-    assert residual.equal(expected)
-
-
-def test_add_rms_norm_normalizes_the_sum() -> None:
-    x, residual, weight = (normal(ROWS, FEATURES, seed=s) for s in range(3))
-    expected = expected_rms_norm(x + residual, weight[0])
-    actual = add_rms_norm(x, residual, weight[0], EPS)
-    assert_within(actual, expected, expected.abs() * (FEATURES / 2 + 4) * ROUNDING)
+    actual = add_rms_norm(torch.zeros_like(x), x.clone(), torch.ones(FEATURES).half(), EPS)
+    assert_within(actual, expected, expected.abs() * 2e-3)
 
 
 # --- silu_and_mul -------------------------------------------------------------------------------
 
+silus = pytest.mark.parametrize("silu_and_mul", [silu_and_mul_torch, silu_and_mul_triton])
 
-def test_silu_and_mul_is_its_formula() -> None:
-    gate_up = 4 * normal(5, 2 * 101)
+
+@silus
+def test_silu_and_mul_is_its_formula(silu_and_mul: Operation) -> None:
+    gate_up = 4 * normal(5, 2 * 101 + 3)[:, : 2 * 101]
     gate, up = gate_up[:, :101].double(), gate_up[:, 101:].double()
     expected = gate / (1 + torch.exp(-gate)) * up
     assert_within(silu_and_mul(gate_up), expected, expected.abs() * 16 * ROUNDING)
 
 
-def test_silu_and_mul_stays_finite_for_large_gates() -> None:
+@silus
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # Numpy, under Triton.
+def test_silu_and_mul_stays_finite_for_large_gates(silu_and_mul: Operation) -> None:
     gate_up = torch.tensor([[-1e4, -200.0, 200.0, 1e4, 2.0, 2.0, 2.0, 2.0]])
     assert silu_and_mul(gate_up).tolist() == [[0.0, 0.0, 400.0, 2e4]]
 
 
-def test_silu_and_mul_leaves_its_input_alone() -> None:
+@silus
+def test_silu_and_mul_leaves_its_input_alone(silu_and_mul: Operation) -> None:
     gate_up = normal(5, 22)
     before = gate_up.clone()
     silu_and_mul(gate_up)
@@ -159,23 +182,24 @@ def by_row(cache: torch.Tensor) -> torch.Tensor:
 class Rotary:
     """Five rows written to scattered places of a poisoned cache, and what went in and came out."""
 
+    rotary_kv_write: Operation
     q_heads: int
     kv_heads: int
     head_dim: int = 14
 
     def __post_init__(self) -> None:
         heads = self.q_heads + 2 * self.kv_heads
-        qkv = normal(5, heads * self.head_dim)
+        qkv = normal(5, heads * self.head_dim + 3)[:, :-3]
         angles = 100 * normal(5, self.head_dim // 2, seed=1)
         self.cos, self.sin = angles.cos(), angles.sin()
         self.rows = torch.tensor([113, 0, 41, 7, 42])
         shape = (NUM_PAGES, self.kv_heads, PAGE_SIZE, self.head_dim)
         self.k_cache, self.v_cache = torch.full(shape, POISON), torch.full(shape, -POISON)
-        by_head = qkv.view(5, heads, self.head_dim)
+        by_head = qkv.unflatten(1, (heads, self.head_dim))
         self.q = by_head[:, : self.q_heads]
         self.k = by_head[:, self.q_heads : -self.kv_heads]
         self.v = by_head[:, -self.kv_heads :]
-        self.returned = rotary_kv_write(
+        self.returned = self.rotary_kv_write(
             qkv, self.cos, self.sin, self.k_cache, self.v_cache, self.rows
         )
 
@@ -194,28 +218,37 @@ class Rotary:
 ROTARY_BOUND = torch.tensor(3 * 10 * ROUNDING)
 
 heads_of_rotary = pytest.mark.parametrize(("q_heads", "kv_heads"), [(6, 2), (3, 3), (5, 1)])
+rotaries = pytest.mark.parametrize("op", [rotary_kv_write_torch, rotary_kv_write_triton])
 
 
+@rotaries
 @heads_of_rotary
-def test_rotary_kv_write_returns_the_queries_turned(q_heads: int, kv_heads: int) -> None:
-    rotary = Rotary(q_heads, kv_heads)
+def test_rotary_kv_write_returns_the_queries_turned(
+    op: Operation, q_heads: int, kv_heads: int
+) -> None:
+    rotary = Rotary(op, q_heads, kv_heads)
     assert_within(rotary.returned, rotary.turned(rotary.q), ROTARY_BOUND)
 
 
+@rotaries
 @heads_of_rotary
-def test_rotary_kv_write_stores_the_keys_turned(q_heads: int, kv_heads: int) -> None:
-    rotary = Rotary(q_heads, kv_heads)
+def test_rotary_kv_write_stores_the_keys_turned(op: Operation, q_heads: int, kv_heads: int) -> None:
+    rotary = Rotary(op, q_heads, kv_heads)
     assert_within(rotary.written(rotary.k_cache), rotary.turned(rotary.k), ROTARY_BOUND)
 
 
+@rotaries
 @heads_of_rotary
-def test_rotary_kv_write_stores_the_values_as_they_are(q_heads: int, kv_heads: int) -> None:
-    rotary = Rotary(q_heads, kv_heads)
+def test_rotary_kv_write_stores_the_values_as_they_are(
+    op: Operation, q_heads: int, kv_heads: int
+) -> None:
+    rotary = Rotary(op, q_heads, kv_heads)
     assert rotary.written(rotary.v_cache).equal(rotary.v)
 
 
-def test_rotary_kv_write_leaves_the_other_cache_rows_alone() -> None:
-    rotary = Rotary(6, 2)
+@rotaries
+def test_rotary_kv_write_leaves_the_other_cache_rows_alone(op: Operation) -> None:
+    rotary = Rotary(op, 6, 2)
     others = torch.ones(NUM_PAGES * PAGE_SIZE, dtype=torch.bool)
     others[rotary.rows] = False
     assert (by_row(rotary.k_cache)[others] == POISON).all()
@@ -256,8 +289,14 @@ class PagedCache:
                 self.v_cache[page, :, place] = self.values[-1][row]
 
     def page_table(self) -> torch.Tensor:
-        widest = max(len(pages) for pages in self.pages)
-        return torch.tensor([p + [self.unused] * (widest - len(p)) for p in self.pages])
+        """A line a sequence, in reverse, behind one that nobody uses; the ends name poison."""
+        lines = [[self.unused] * NUM_PAGES for _ in range(len(self.pages) + 1)]
+        for line, pages in zip(reversed(lines), self.pages, strict=False):
+            line[: len(pages)] = pages
+        return torch.tensor(lines, dtype=torch.int32)
+
+    def lines(self) -> list[int]:
+        return list(range(len(self.pages), 0, -1))
 
 
 def expected_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -270,44 +309,86 @@ def expected_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     return out
 
 
+decodes = pytest.mark.parametrize(
+    "attend", [paged_attention_decode_torch, paged_attention_decode_triton]
+)
+
+
+@decodes
 @attention_heads
+@pytest.mark.parametrize("lengths", [[1, 5, 23, 7, 11], [101], [66, 1]], ids=str)
 def test_decode_attention_is_its_formula_over_each_whole_sequence(
-    q_heads: int, kv_heads: int
+    attend: Operation, q_heads: int, kv_heads: int, lengths: list[int]
 ) -> None:
-    lengths = [1, 5, 23, 7, 11]
     cache = PagedCache(lengths, kv_heads)
     q = normal(len(lengths), q_heads, HEAD_DIM, seed=9)
-    table, numbers = cache.page_table(), torch.tensor(lengths)
-    mask = length_mask(numbers, table.shape[1] * PAGE_SIZE, torch.float32)
-    actual = paged_attention_decode(q, cache.k_cache, cache.v_cache, table, numbers, mask, SCALE)
+    lines, numbers = (torch.tensor(n, dtype=torch.int32) for n in (cache.lines(), lengths))
+    actual = torch.full_like(q, POISON)
+    table = cache.page_table()
+    attend(q, cache.k_cache, cache.v_cache, table, lines, numbers, max(lengths), actual, SCALE)
     cached = zip(q, cache.keys, cache.values, strict=True)
     assert_within(actual, torch.stack([expected_attention(*c) for c in cached]), ATTENTION_BOUND)
 
 
+def attend_torch(cache: PagedCache, q: torch.Tensor, chunks: list[PrefillChunk]) -> torch.Tensor:
+    out = torch.full_like(q, POISON)
+    table = cache.page_table()
+    paged_attention_prefill_torch(q, cache.k_cache, cache.v_cache, table, chunks, out, SCALE)
+    return out
+
+
+def attend_triton(cache: PagedCache, q: torch.Tensor, chunks: list[PrefillChunk]) -> torch.Tensor:
+    out = torch.full_like(q, POISON)
+    table, tiles = cache.page_table(), torch.tensor(prefill_tiles(chunks), dtype=torch.int32)
+    paged_attention_prefill_triton(q, cache.k_cache, cache.v_cache, table, tiles, out, SCALE)
+    return out
+
+
+prefills = pytest.mark.parametrize("attend", [attend_torch, attend_triton])
+
+
+@prefills
 @attention_heads
-@pytest.mark.parametrize(("length", "num_rows"), [(1, 1), (5, 5), (23, 23), (23, 8), (11, 1)])
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [([1], [1]), ([5], [5]), ([23], [8]), ([11], [1]), ([23, 7, 40], [23, 3, 39]), ([90], [70])],
+    ids=str,
+)
 def test_prefill_attention_is_its_formula_over_the_keys_up_to_each_query(
-    q_heads: int, kv_heads: int, length: int, num_rows: int
+    attend: Operation, q_heads: int, kv_heads: int, lengths: list[int], rows: list[int]
 ) -> None:
-    cache = PagedCache([length], kv_heads)
-    q = normal(num_rows, q_heads, HEAD_DIM, seed=9)
-    pages = torch.tensor(cache.pages[0])
-    actual = paged_attention_prefill(q, cache.k_cache, cache.v_cache, pages, length, SCALE)
-    ends = range(length - num_rows + 1, length + 1)
-    expected = [
-        expected_attention(query, cache.keys[0][:end], cache.values[0][:end])
-        for query, end in zip(q, ends, strict=True)
-    ]
-    assert_within(actual, torch.stack(expected), ATTENTION_BOUND)
+    cache = PagedCache(lengths, kv_heads)
+    first, chunks, expected = 2, [], []
+    q = normal(sum(rows) + 3, q_heads, HEAD_DIM, seed=9)
+    for line, length, num_rows, keys, values in zip(
+        cache.lines(), lengths, rows, cache.keys, cache.values, strict=True
+    ):
+        chunks.append(PrefillChunk(first, first + num_rows, line, length))
+        for row in range(num_rows):
+            end = length - num_rows + row + 1
+            expected.append(expected_attention(q[first + row], keys[:end], values[:end]))
+        first += num_rows
+    actual = attend(cache, q, chunks)
+    assert_within(actual[2:first], torch.stack(expected), ATTENTION_BOUND)
+    assert (actual[:2] == POISON).all()
+    assert (actual[first:] == POISON).all()
 
 
-@pytest.mark.parametrize("num_cached", [1, 5, 12, 22])
-def test_prefill_after_a_cached_prefix_gives_what_the_whole_prefill_gives(num_cached: int) -> None:
+@pytest.mark.parametrize("attend", [paged_attention_decode_triton, attend_triton])
+def test_nothing_beyond_a_sequences_end_is_read(attend: Operation) -> None:
+    """NaN, as a sequence of too large numbers leaves it behind, in the rest of its last page."""
     cache = PagedCache([23], 2)
-    q, pages = normal(23, 6, HEAD_DIM, seed=9), torch.tensor(cache.pages[0])
-    whole = paged_attention_prefill(q, cache.k_cache, cache.v_cache, pages, 23, SCALE)
-    rest = paged_attention_prefill(q[num_cached:], cache.k_cache, cache.v_cache, pages, 23, SCALE)
-    assert_within(rest, whole[num_cached:].double(), 2 * ATTENTION_BOUND)
+    for kv in (cache.k_cache, cache.v_cache):
+        kv[kv.abs() == POISON] = float("nan")
+    q = normal(1, 6, HEAD_DIM, seed=9)
+    if attend is attend_triton:
+        actual = attend(cache, q, [PrefillChunk(0, 1, 1, 23)])
+    else:
+        actual, one = torch.empty_like(q), torch.tensor([1], dtype=torch.int32)
+        table = cache.page_table()
+        attend(q, cache.k_cache, cache.v_cache, table, one, 23 * one, 23, actual, SCALE)
+    expected = expected_attention(q[0], cache.keys[0], cache.values[0])
+    assert_within(actual, expected[None], ATTENTION_BOUND)
 
 
 # --- lora_shrink, lora_expand -------------------------------------------------------------------
@@ -329,24 +410,31 @@ class Loras:
     def __init__(self, n_parts: int) -> None:
         self.n_parts = n_parts
         self.a = torch.full((n_parts * CAPACITY, IN_FEATURES), POISON)
-        self.b = [torch.full((CAPACITY, out), POISON) for out in OUT_FEATURES[:n_parts]]
+        self.sizes = OUT_FEATURES[:n_parts]
+        self.b = torch.full((CAPACITY, sum(self.sizes)), POISON)
         self.factors: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         for number, (rank, first) in enumerate(zip(RANKS, FIRST_RANKS, strict=True)):
-            own = []
-            for part, out in enumerate(OUT_FEATURES[:n_parts]):
+            own, column = [], 0
+            for part, out in enumerate(self.sizes):
                 a = 100.0**number * normal(rank, IN_FEATURES, seed=10 * number + part)
                 b = normal(rank, out, seed=10 * number + part + 5)
                 row = n_parts * first + part * rank
                 self.a[row : row + rank] = a
-                self.b[part][first : first + rank] = b
+                self.b[first : first + rank, column : column + out] = b
                 own.append((a, b))
+                column += out
             self.factors.append(own)
 
     def segment(self, number: int, first_row: int, end_row: int) -> Segment:
         return Segment(first_row, end_row, FIRST_RANKS[number], RANKS[number])
 
-    def apply(self, y: torch.Tensor, x: torch.Tensor, segments: list[Segment]) -> None:
-        lora_expand(y, lora_shrink(x, self.a, segments, self.n_parts), self.b, segments)
+    def apply_torch(self, y: torch.Tensor, x: torch.Tensor, segments: list[Segment]) -> None:
+        h = lora_shrink(x, self.a, segments, self.n_parts)
+        lora_expand_torch(y, h, self.b, segments, self.sizes)
+
+    def apply_triton(self, y: torch.Tensor, x: torch.Tensor, segments: list[Segment]) -> None:
+        h = lora_shrink(x, self.a, segments, self.n_parts)
+        lora_expand_triton(y, h, self.b, tiles_of(segments), self.sizes)
 
     def expected(
         self, y: torch.Tensor, x: torch.Tensor, segments: list[Segment]
@@ -361,6 +449,14 @@ class Loras:
                 magnitude[place] += rows.abs() @ a.double().abs().t() @ b.double().abs()
                 column += b.shape[1]
         return out, magnitude * (IN_FEATURES + max(RANKS) + 2) * ROUNDING
+
+
+def tiles_of(segments: list[Segment]) -> torch.Tensor:
+    """With an empty tile behind, as in a CUDA graph for more of them."""
+    return torch.tensor([*lora_tiles(segments), LoraTile(0, 0, 0, 0)], dtype=torch.int32)
+
+
+applies = pytest.mark.parametrize("apply", [Loras.apply_torch, Loras.apply_triton])
 
 
 def inputs(n_parts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -379,30 +475,37 @@ def many_segments(loras: Loras) -> list[Segment]:
     return segments
 
 
+@applies
 @parts
 @pytest.mark.parametrize("number", range(len(RANKS)), ids=[f"rank {rank}" for rank in RANKS])
-def test_shrink_then_expand_adds_the_product_of_one_adapter(n_parts: int, number: int) -> None:
+def test_shrink_then_expand_adds_the_product_of_one_adapter(
+    apply: Operation, n_parts: int, number: int
+) -> None:
     loras, (y, x) = Loras(n_parts), inputs(n_parts)
     segments = [loras.segment(number, 0, NUM_ROWS)]
     expected, bound = loras.expected(y, x, segments)
-    loras.apply(y, x, segments)
+    apply(loras, y, x, segments)
     assert_within(y, expected, bound)
 
 
+@applies
 @parts
-def test_each_of_many_segments_gets_its_own_adapters_product(n_parts: int) -> None:
+def test_each_of_many_segments_gets_its_own_adapters_product(
+    apply: Operation, n_parts: int
+) -> None:
     loras, (y, x) = Loras(n_parts), inputs(n_parts)
     segments = many_segments(loras)
     expected, bound = loras.expected(y, x, segments)
-    loras.apply(y, x, segments)
+    apply(loras, y, x, segments)
     assert_within(y, expected, bound)
 
 
+@applies
 @parts
-def test_rows_outside_the_segments_keep_every_bit(n_parts: int) -> None:
+def test_rows_outside_the_segments_keep_every_bit(apply: Operation, n_parts: int) -> None:
     loras, (y, x) = Loras(n_parts), inputs(n_parts)
     segments, before = many_segments(loras), y.clone()
-    loras.apply(y, x, segments)
+    apply(loras, y, x, segments)
     outside = torch.ones(NUM_ROWS, dtype=torch.bool)
     for segment in segments:
         outside[segment.first_row : segment.end_row] = False
@@ -411,14 +514,34 @@ def test_rows_outside_the_segments_keep_every_bit(n_parts: int) -> None:
 
 
 @parts
-def test_shrink_lays_the_parts_side_by_side_at_the_adapters_own_rank(n_parts: int) -> None:
+def test_shrink_lays_its_columns_as_the_rows_of_a(n_parts: int) -> None:
     loras, (_, x) = Loras(n_parts), inputs(n_parts)
     segments = [loras.segment(1, 2, 9), loras.segment(2, 9, 30)]
     h = lora_shrink(x, loras.a, segments, n_parts)
     a = torch.cat([a for a, _ in loras.factors[1]]).double()
-    rows = x[2:9].double()
+    rows, first = x[2:9].double(), n_parts * FIRST_RANKS[1]
     bound = rows.abs() @ a.abs().t() * IN_FEATURES * ROUNDING
-    assert_within(h[2:9, : n_parts * RANKS[1]], rows @ a.t(), bound)
+    assert_within(h[2:9, first : first + n_parts * RANKS[1]], rows @ a.t(), bound)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_silu_and_mul_with_lora_is_expand_and_then_silu_and_mul(backend: str) -> None:
+    loras = Loras(2)
+    segments = many_segments(loras)
+    loras.sizes, loras.b = (19, 19), normal(CAPACITY, 38, seed=3)
+    gate_up = normal(NUM_ROWS, 40, seed=1)[:, :38]
+    h = 1e-3 * normal(NUM_ROWS, 2 * CAPACITY, seed=4)
+    every_row = [
+        Segment(row, row + 1, 0, 0)
+        for row in range(NUM_ROWS)
+        if not any(first <= row < end for first, end, _, _ in segments)
+    ]
+    tiles = tiles_of([*segments, *every_row]) if backend == "triton" else None
+    rows = LoraRows(segments, tiles, CAPACITY)
+    actual = silu_and_mul_with_lora(gate_up.clone(), h, loras.b, rows)
+    lora_expand_torch(gate_up, h, loras.b, segments, loras.sizes)
+    expected = silu_and_mul_torch(gate_up.double())
+    assert_within(actual, expected, torch.full_like(expected, 200 * ROUNDING))
 
 
 # --- sample -------------------------------------------------------------------------------------

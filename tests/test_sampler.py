@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from schemas.job import Job
-from worker.sampler import NO_TOKEN, job_seed, sample_batch, uniform
+from worker.sampler import NO_TOKEN, choose_largest, draw, job_seed, uniform
 from worker.sequence import Sequence
 
 LARGEST_SEED = 2**64 - 1
@@ -29,6 +29,12 @@ def split_mix(state: int) -> Iterator[int]:
 def sequence(**settings: object) -> Sequence:
     job = Job.model_validate({"id": "a", "prompt_token_ids": [1], **settings})
     return Sequence(job, [1], job.max_tokens)
+
+
+def sample_batch(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    tokens = choose_largest(logits)
+    draw(tokens, logits, sequences)
+    return tokens.tolist()
 
 
 def test_uniform_draws_the_numbers_of_split_mix() -> None:

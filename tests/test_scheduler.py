@@ -27,7 +27,7 @@ def make_sequence(prompt: int, answer: int, adapter: Adapter | None = None) -> S
 
 
 def advance(scheduler: Scheduler, batch: list[ScheduledSequence]) -> None:
-    """What ``Engine.advance`` does with a batch, every sequence going on to its last token."""
+    """What ``Engine`` does with a batch, every sequence going on to its last token."""
     for sequence, num_rows, _ in batch:
         sequence.num_cached += num_rows
         if sequence.num_cached == sequence.num_tokens:
@@ -103,7 +103,7 @@ def loads(draw: st.DrawFn) -> Load:
 
 @dataclass(frozen=True)
 class Step:
-    """A batch, between ``schedule`` and ``advance``."""
+    """A batch, between ``schedule`` and its tokens."""
 
     batch: list[ScheduledSequence]
     decoding: list[Sequence]

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import redis
-import torch
 from structlog.testing import capture_logs
 
 from broker.job_queue import Claims, JobQueue
@@ -141,17 +140,17 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
 ) -> None:
     worker = make_worker()
     submission = client.submit([job("first", "a", 400), job("second", "a", 400)])
-    forward, num_calls = Engine.forward, count()
+    launch, num_calls = Engine.launch, count()
 
-    def forward_after_a_stall(engine: Engine, batch: Batch) -> torch.Tensor:
+    def launch_after_a_stall(engine: Engine, batch: Batch) -> None:
         """The batch number 20 takes so long that another worker sweeps the leases."""
         if next(num_calls) == 20:
             for job_id in ("first", "second"):
                 queue.client.zadd(queue.keys.leases, {job_id: 1}, xx=True)
             assert queue.sweep(max_attempts=3) == (2, 0)
-        return forward(engine, batch)
+        launch(engine, batch)
 
-    monkeypatch.setattr(Engine, "forward", forward_after_a_stall)
+    monkeypatch.setattr(Engine, "launch", launch_after_a_stall)
     assert worker.run() == 0
     assert client.status(submission).counts["done"] == 2
     assert next(num_calls) > 400
@@ -164,14 +163,14 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
 def test_a_job_that_crashes_the_engine_ends_dead_and_those_that_waited_behind_it_end_done(
     client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Engine.forward
+    launch = Engine.launch
 
-    def forward_unless_poisoned(engine: Engine, batch: Batch) -> torch.Tensor:
+    def launch_unless_poisoned(engine: Engine, batch: Batch) -> None:
         if any(item.sequence.job.id == "poison" for item in batch.scheduled):
             raise RuntimeError("poison")
-        return forward(engine, batch)
+        launch(engine, batch)
 
-    monkeypatch.setattr(Engine, "forward", forward_unless_poisoned)
+    monkeypatch.setattr(Engine, "launch", launch_unless_poisoned)
     client.submit([job("poison"), *(job(f"innocent-{i}") for i in range(6))])
     assert [make_worker(max_running_requests=1).run() for _ in range(4)] == [1, 1, 1, 0]
     assert status(client, "poison") == "dead"
@@ -184,14 +183,14 @@ def test_a_job_that_crashes_the_engine_ends_dead_and_those_that_waited_behind_it
 def test_jobs_that_ran_beside_one_that_crashes_the_engine_all_end(
     client: Client, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Engine.forward
+    launch = Engine.launch
 
-    def forward_unless_poisoned(engine: Engine, batch: Batch) -> torch.Tensor:
+    def launch_unless_poisoned(engine: Engine, batch: Batch) -> None:
         if any(s.job.id == "poison" and len(s.output_ids) == 3 for s in batch.sampled):
             raise RuntimeError("poison")
-        return forward(engine, batch)
+        launch(engine, batch)
 
-    monkeypatch.setattr(Engine, "forward", forward_unless_poisoned)
+    monkeypatch.setattr(Engine, "launch", launch_unless_poisoned)
     jobs = [job("poison", max_tokens=9), job("long", max_tokens=9), job("short", max_tokens=2)]
     submission = client.submit(jobs)
     assert [make_worker().run() for _ in range(4)] == [1, 1, 1, 0]
@@ -210,17 +209,17 @@ def test_a_worker_waits_for_a_server_that_refuses_writes(
 ) -> None:
     worker = make_worker(max_running_requests=4)
     submission = client.submit([job(f"job-{i}") for i in range(40)])
-    forward, num_calls = Engine.forward, count()
+    launch, num_calls = Engine.launch, count()
     troubles = ExitStack()
     end_of_trouble = Timer(1.0, troubles.close)
 
-    def forward_in_trouble(engine: Engine, batch: Batch) -> torch.Tensor:
+    def launch_in_trouble(engine: Engine, batch: Batch) -> None:
         if next(num_calls) == 5:
             troubles.enter_context(trouble(queue.client))
             end_of_trouble.start()
-        return forward(engine, batch)
+        launch(engine, batch)
 
-    monkeypatch.setattr(Engine, "forward", forward_in_trouble)
+    monkeypatch.setattr(Engine, "launch", launch_in_trouble)
     with capture_logs() as logs:
         exit_status = worker.run()
     end_of_trouble.join()

@@ -1,4 +1,4 @@
-"""The sequences of one forward pass, as the tensors that the model reads."""
+"""The sequences of one forward pass, as the numbers that the model reads."""
 
 from __future__ import annotations
 
@@ -6,29 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from kernels.lora_shrink import Segment
-from kernels.paged_attention import length_mask
+from kernels.lora_segments import Segment
+from kernels.paged_attention_prefill import PrefillChunk
 from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
-from worker.kv_cache import PAGE_SIZE
-from worker.model.config import LINEAR_GROUPS
 from worker.scheduler import ScheduledSequence
 from worker.sequence import Sequence
 
-#: Stands for "no slot": a sequence of the base model.
-NO_SLOT = -1
+#: Stands for a token that an earlier batch chooses: the device has it, the host not yet.
+IN_FLIGHT = -1
 
+#: The segment of rows without adapter has this rank.
+NO_RANK = 0
 
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Rows of one sequence's prompt, its pages, and its keys up to the last of those rows."""
-
-    first_row: int
-    end_row: int
-    pages: torch.Tensor
-    length: int
+Int32s = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -36,109 +30,120 @@ class Batch:
     """One row a token. The rows of decoding sequences stand first, one each, then the chunks of
     those in prefill; within both, sequences of one adapter stand together.
 
-    Device tensors: token_ids, positions, cache_rows [rows]; sampled_rows [sampled];
-    page_table [decode rows, max pages], lengths [decode rows], length_mask.
+    ``token_ids``, ``lines`` (of the page table) and ``positions`` have a number for each row;
+    ``page_updates`` are [line, place in the line, page], new since the last batch.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    cache_rows: torch.Tensor
-    sampled_rows: torch.Tensor
-    num_decode_rows: int
-    page_table: torch.Tensor
-    lengths: torch.Tensor
-    length_mask: torch.Tensor
-    prefill_chunks: list[PrefillChunk]
-    lora_segments: dict[str, list[Segment]]
-    """For each linear group the rows whose adapter changes it."""
     scheduled: list[ScheduledSequence]
     """The sequences with their numbers of rows, in the order of the rows."""
     sampled: list[Sequence]
-    """Those that get a token from this pass, in the order of ``sampled_rows``."""
+    """Those that get a token from this pass."""
+    sampled_rows: list[int]
+    """Their rows, in the same order."""
     adapters: frozenset[Adapter]
+    token_ids: Int32s
+    lines: Int32s
+    positions: Int32s
+    page_updates: Int32s
+    num_decode_rows: int
+    chunks: list[PrefillChunk]
+    segments: list[Segment]
+    """All rows; those without adapter have rank ``NO_RANK``."""
+    group_segments: dict[str, list[Segment]]
+    """For each linear group that an adapter of the batch changes, the segments of such adapters."""
+
+    num_ranks: int
+    """Ranks of the slots up to the last one of the batch's adapters."""
 
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def max_decode_length(self) -> int:
+        """Keys of the longest decoding sequence."""
+        return int(self.positions[: self.num_decode_rows].max(initial=-1)) + 1
 
-def build_batch(
-    scheduled: list[ScheduledSequence],
-    slots: AdapterSlots | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Batch:
+
+def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) -> Batch:
     """Lay out the rows of a batch; loads adapters into slots where they are missing."""
     adapters = frozenset(item.sequence.adapter for item in scheduled if item.sequence.adapter)
-    slot_of = {adapter: slots.place(adapter, adapters) for adapter in adapters} if slots else {}
+    if slots:
+        for adapter in adapters:
+            slots.place(adapter, adapters)
 
-    def slot(item: ScheduledSequence) -> int:
+    def first_rank(item: ScheduledSequence) -> int:
         adapter = item.sequence.adapter
-        return slot_of[adapter] if adapter else NO_SLOT
+        return slots.first_rank(adapter) if slots and adapter else -1
 
-    ordered = sorted(scheduled, key=lambda item: (item.is_prefill, slot(item)))
-    decoding = [item.sequence for item in ordered if not item.is_prefill]
+    ordered = sorted(scheduled, key=lambda item: (item.is_prefill, first_rank(item)))
     token_ids: list[int] = []
     positions: list[int] = []
-    cache_rows: list[int] = []
     chunks = []
     sampled, sampled_rows = [], []
     for sequence, num_rows, is_prefill in ordered:
         start, end = sequence.num_cached, sequence.num_cached + num_rows
         first_row = len(token_ids)
-        token_ids += sequence.token_ids(start, end)
-        positions += range(start, end)
-        cache_rows += [
-            sequence.pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-            for position in range(start, end)
-        ]
+        if sequence.num_in_flight:
+            token_ids.append(IN_FLIGHT)
+            positions.append(start)
+        else:
+            token_ids += sequence.token_ids(start, end)
+            positions += range(start, end)
         if is_prefill:
-            pages = torch.tensor(sequence.pages, device=device)
-            chunks.append(PrefillChunk(first_row, len(token_ids), pages, end))
+            chunks.append(PrefillChunk(first_row, len(token_ids), sequence.line, end))
         if end == sequence.num_tokens:
             sampled.append(sequence)
             sampled_rows.append(len(token_ids) - 1)
-    page_table = _page_table(decoding, device)
-    lengths = torch.tensor([sequence.num_tokens for sequence in decoding], device=device)
+    segments, group_segments = _segments(ordered, first_rank, slots)
     return Batch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        cache_rows=torch.tensor(cache_rows, device=device),
-        sampled_rows=torch.tensor(sampled_rows, dtype=torch.long, device=device),
-        num_decode_rows=len(decoding),
-        page_table=page_table,
-        lengths=lengths,
-        length_mask=length_mask(lengths, page_table.shape[1] * PAGE_SIZE, dtype),
-        prefill_chunks=chunks,
-        lora_segments=_segments(ordered, slot, slots),
         scheduled=ordered,
         sampled=sampled,
+        sampled_rows=sampled_rows,
         adapters=adapters,
+        token_ids=np.array(token_ids, np.int32),
+        lines=np.repeat(
+            np.array([item.sequence.line for item in ordered], np.int32),
+            [item.num_rows for item in ordered],
+        ),
+        positions=np.array(positions, np.int32),
+        page_updates=_page_updates(ordered),
+        num_decode_rows=len(ordered) - len(chunks),
+        chunks=chunks,
+        segments=segments,
+        group_segments=group_segments,
+        num_ranks=slots.num_ranks(adapters) if slots else 0,
     )
 
 
-def _page_table(decoding: list[Sequence], device: torch.device) -> torch.Tensor:
-    widest = max((len(sequence.pages) for sequence in decoding), default=0)
-    rows = [
-        # A page of its own fills a row up: what stands in another's, NaN even, must not be read.
-        sequence.pages + sequence.pages[:1] * (widest - len(sequence.pages))
-        for sequence in decoding
-    ]
-    return torch.tensor(rows, dtype=torch.long, device=device).view(len(decoding), widest)
+def _page_updates(scheduled: list[ScheduledSequence]) -> Int32s:
+    """[updates, 3]; the sequences' pages count as told from now on."""
+    updates = []
+    for sequence, _, _ in scheduled:
+        for place in range(sequence.num_pages_told, len(sequence.pages)):
+            updates.append((sequence.line, place, sequence.pages[place]))
+        sequence.num_pages_told = len(sequence.pages)
+    return np.array(updates, np.int32).reshape(-1, 3)
 
 
 def _segments(
     ordered: list[ScheduledSequence],
-    slot: Callable[[ScheduledSequence], int],
+    first_rank: Callable[[ScheduledSequence], int],
     slots: AdapterSlots | None,
-) -> dict[str, list[Segment]]:
-    segments: dict[str, list[Segment]] = {group: [] for group in LINEAR_GROUPS}
+) -> tuple[list[Segment], dict[str, list[Segment]]]:
+    segments: list[Segment] = []
+    by_group: dict[str, list[Segment]] = {}
     first_row = 0
-    for number, items in groupby(ordered, key=slot):
-        end_row = first_row + sum(item.num_rows for item in items)
-        if slots and number != NO_SLOT:
-            segment = slots.segment(number, first_row, end_row)
-            for group in slots.groups(number):
-                segments[group].append(segment)
+    for _, items in groupby(ordered, key=first_rank):
+        run = list(items)
+        end_row = first_row + sum(item.num_rows for item in run)
+        adapter = run[0].sequence.adapter
+        if slots and adapter:
+            segment = Segment(first_row, end_row, first_rank(run[0]), adapter.rank)
+            for group in adapter.linear_groups:
+                by_group.setdefault(group, []).append(segment)
+        else:
+            segment = Segment(first_row, end_row, 0, NO_RANK)
+        segments.append(segment)
         first_row = end_row
-    return segments
+    return segments, by_group

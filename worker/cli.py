@@ -91,7 +91,7 @@ def _add_batch_flags(batch: argparse._ArgumentGroup) -> None:
         "--mem-fraction-static",
         type=float,
         metavar="F",
-        help="or: its part of the free memory (0.5; GPU: 0.85)",
+        help="or: its part of the free memory (0.5); GPU: part of the card for all (0.85)",
     )
 
 

@@ -126,6 +126,8 @@ class WorkerConfig(BaseModel):
             raise ValueError("--max-total-tokens and --mem-fraction-static exclude each other")
         if self.resolved_device.type == "cpu" and self.lora_backend == "triton":
             raise ValueError("--lora-backend triton needs --device cuda; on a CPU it is torch")
+        if self.resolved_device.type == "cuda" and self.lora_backend == "torch":
+            raise ValueError("--lora-backend torch needs --device cpu; on a GPU it is triton")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device; leave it out, or use cpu")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import psutil
@@ -13,21 +14,23 @@ from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry, load_registry
-from worker.adapters.slots import AdapterSlots
+from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
 from worker.kv_cache import PAGE_SIZE, KVCache, PagePool, num_pages
 from worker.model.config import ModelConfig
 from worker.model.decoder import Decoder
-from worker.model.weights import load_weights, random_weights
-from worker.sampler import NO_TOKEN, sample_batch
+from worker.model.weights import DecoderWeights, load_weights, random_weights
+from worker.model_runner import Launched, ModelRunner
+from worker.sampler import NO_TOKEN
 from worker.scheduler import Scheduler
-from worker.sequence import Sequence
+from worker.sequence import Phase, Sequence
 from worker.text import Tokenizer
 
 log = structlog.get_logger()
 
-#: Part of the memory that may be used, if --mem-fraction-static does not say.
+#: If --mem-fraction-static does not say: on a CPU the part of the free memory that the KV cache
+#: takes, on a GPU the part of the card for weights, slots and KV cache.
 DEFAULT_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.85}
 
 
@@ -38,6 +41,8 @@ class EngineCounters:
     batches: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    device_seconds: float = 0.0
+    """Time in which a GPU worked on batches."""
     max_adapters_in_batch: int = 0
     """Largest number of distinct adapters in one batch."""
 
@@ -53,15 +58,25 @@ class Engine:
         self.context_length = _context_length(config, model)
         self.tokenizer = Tokenizer(config.model_path, model.vocab_size)
         self.adapters = load_registry(config, model, self.dtype)
-        if config.load_format == "dummy":
-            weights = random_weights(model, self.device, self.dtype)
-        else:
-            weights = load_weights(config.model_path, model, self.device, self.dtype)
-        self.slots = _make_slots(config, model, self.adapters, self.device, self.dtype)
+        weights, self.slots = _load(config, model, self.adapters, self.device, self.dtype)
         pool = PagePool(_num_pages(config, model, self.dtype, self.context_length))
-        self._cache = KVCache(model, pool.num_pages, self.device, self.dtype)
+        # One page more than the pool hands out, for rows that belong to no sequence.
+        self._cache = KVCache(model, pool.num_pages + 1, self.device, self.dtype)
         lora = self.slots.weights if self.slots else None
-        self._decoder = Decoder(model, weights, self._cache, lora, self.context_length)
+        self._runner = ModelRunner(
+            Decoder(model, weights, self._cache, lora, self.context_length),
+            max_running=config.running_limit,
+            max_pages=num_pages(self.context_length),
+            unused_page=pool.num_pages,
+            device=self.device,
+        )
+        self._runner.capture_graphs(
+            max_adapters=config.max_loras_per_batch,
+            num_ranks=self.slots.capacity if self.slots else 0,
+        )
+        self._launched: deque[Launched] = deque()
+        # While a GPU computes a batch the next one is scheduled and launched behind it.
+        self._max_launched = 1 if self.device.type == "cuda" else 0
         self._eos_token_ids = model.eos_token_ids
         self.scheduler = Scheduler(
             pool,
@@ -80,6 +95,7 @@ class Engine:
             kv_cache_tokens=pool.num_pages * PAGE_SIZE,
             adapters=sorted(self.adapters.revisions),
             slots=self.slots.num_slots if self.slots else 0,
+            slot_ranks=self.slots.capacity if self.slots else 0,
         )
 
     def sequence_of(self, job: Job) -> Sequence:
@@ -100,7 +116,7 @@ class Engine:
             adapter,
             self.tokenizer.stop_search(job.stop) if job.stop else None,
         )
-        capacity = self.scheduler.pool.num_pages * PAGE_SIZE
+        capacity = self.kv_capacity
         if sequence.max_tokens > capacity:
             raise JobError(
                 "kv_cache_too_small",
@@ -114,49 +130,68 @@ class Engine:
         self.scheduler.add(sequence)
 
     def schedule(self) -> Batch | None:
-        """The next batch, laid out; None if there is nothing to do."""
+        """The next batch, laid out; None if there is nothing to launch."""
         scheduled = self.scheduler.schedule()
+        new_pages = self.scheduler.pool.take_new()
         if not scheduled:
             return None
-        if new_pages := self.scheduler.pool.take_new():
+        if new_pages and self.device.type == "cpu":
             self._cache.clear(new_pages)
         now = time.monotonic()
         for item in scheduled:
             item.sequence.started = item.sequence.started or now
-        return build_batch(scheduled, self.slots, self.device, self.dtype)
+        return build_batch(scheduled, self.slots)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits of the batch's sampled rows."""
-        return self._decoder.forward(batch)
-
-    def sample(self, logits: torch.Tensor, batch: Batch) -> list[int]:
-        """The next token of each sampled sequence."""
-        return sample_batch(logits, batch.sampled)
-
-    def advance(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
-        """Enter a batch's outcome into its sequences; returns those that are finished by it."""
-        now = time.monotonic()
+    def launch(self, batch: Batch) -> None:
+        """Start a batch: forward pass and choice of tokens."""
+        self._launched.append(self._runner.launch(batch))
         for sequence, num_rows, _ in batch.scheduled:
             sequence.num_cached += num_rows
+        for sequence in batch.sampled:
+            sequence.num_in_flight += 1
+        self._count(batch)
+
+    def collect(self, *, all_launched: bool = False) -> list[Sequence]:
+        """Enter the tokens of launched batches; returns the sequences that are finished by them.
+
+        On a GPU the newest batch is left to run, unless ``all_launched``.
+        """
         finished = []
-        for sequence, token_id in zip(batch.sampled, token_ids, strict=True):
+        while len(self._launched) > (0 if all_launched else self._max_launched):
+            finished += self._collect(self._launched.popleft())
+        return finished
+
+    def step(self) -> list[Sequence]:
+        """Launch a batch and collect; returns the sequences that are finished."""
+        batch = self.schedule()
+        if batch:
+            self.launch(batch)
+        return self.collect(all_launched=batch is None)
+
+    def _collect(self, launched: Launched) -> list[Sequence]:
+        token_ids = launched.token_ids()
+        self.counters.device_seconds += launched.device_seconds()
+        now = time.monotonic()
+        finished = []
+        for sequence, token_id in zip(launched.batch.sampled, token_ids, strict=True):
+            sequence.num_in_flight -= 1
+            if sequence.phase is Phase.FINISHED:
+                continue  # It was dropped, or its last token was in flight when this was launched.
+            self.counters.output_tokens += 1
             if self._is_finished(sequence, token_id, now):
                 sequence.finished = now
                 self.scheduler.finish(sequence)
                 finished.append(sequence)
-        self._count(batch)
         return finished
-
-    def step(self) -> list[Sequence]:
-        """One batch from start to end; returns the sequences that it finished."""
-        batch = self.schedule()
-        if batch is None:
-            return []
-        return self.advance(batch, self.sample(self.forward(batch), batch))
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it stands."""
         self.scheduler.finish(sequence)
+
+    @property
+    def kv_capacity(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.scheduler.pool.num_pages * PAGE_SIZE
 
     @property
     def resident(self) -> list[str]:
@@ -197,7 +232,6 @@ class Engine:
     def _count(self, batch: Batch) -> None:
         counters = self.counters
         counters.batches += 1
-        counters.output_tokens += len(batch.sampled)
         counters.prompt_tokens += sum(item.num_rows for item in batch.scheduled if item.is_prefill)
         counters.max_adapters_in_batch = max(counters.max_adapters_in_batch, len(batch.adapters))
 
@@ -211,27 +245,40 @@ def _context_length(config: WorkerConfig, model: ModelConfig) -> int:
     return wanted
 
 
-def _make_slots(
+def _load(
     config: WorkerConfig,
     model: ModelConfig,
     adapters: AdapterRegistry,
     device: torch.device,
     dtype: torch.dtype,
-) -> AdapterSlots | None:
-    """None for a worker without adapters."""
+) -> tuple[DecoderWeights, AdapterSlots | None]:
+    """The base weights, and the slots; None for a worker without adapters."""
+    max_rank = config.max_lora_rank or adapters.max_rank
+    target_modules = config.lora_target_modules or adapters.target_modules
+    # On a GPU the slots' A stand behind the base weights, so that one product makes both.
+    is_stacked = bool(config.lora_paths) and device.type == "cuda"
+    capacity = rank_capacity(config.max_loras_per_batch, max_rank) if is_stacked else 0
+    spare = spare_rows(target_modules, capacity)
+    if config.load_format == "dummy":
+        weights = random_weights(model, device, dtype, spare)
+    else:
+        weights = load_weights(config.model_path, model, device, dtype, spare)
     if not config.lora_paths:
-        return None
+        return weights, None
     slots = AdapterSlots(
         model,
         num_slots=config.max_loras_per_batch,
-        max_rank=config.max_lora_rank or adapters.max_rank,
-        target_modules=config.lora_target_modules or adapters.target_modules,
+        max_rank=max_rank,
+        target_modules=target_modules,
         device=device,
         dtype=dtype,
+        stacked=weights if is_stacked else None,
     )
+    for adapter in adapters.all:
+        slots.prepare(adapter)
     for adapter in adapters.pinned:
         slots.place(adapter, in_use=())
-    return slots
+    return weights, slots
 
 
 def _num_pages(
@@ -240,12 +287,15 @@ def _num_pages(
     """Pages of the KV cache: as many as the flags say, or the memory holds, or all can use."""
     if config.max_total_tokens is not None:
         return num_pages(config.max_total_tokens)
-    if config.resolved_device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
+    device = config.resolved_device.type
+    fraction = config.mem_fraction_static or DEFAULT_MEMORY_FRACTION[device]
+    if device == "cuda":
+        # Of the whole card, the weights and slots that stand there already included.
+        free, total = torch.cuda.mem_get_info()
+        budget = int(total * fraction) - (total - free)
     else:
-        free = psutil.virtual_memory().available
-    fraction = config.mem_fraction_static or DEFAULT_MEMORY_FRACTION[config.resolved_device.type]
-    tokens = int(free * fraction) // model.kv_bytes_per_token(dtype)
+        budget = int(psutil.virtual_memory().available * fraction)
+    tokens = budget // model.kv_bytes_per_token(dtype)
     if tokens < PAGE_SIZE:
         raise BadInput("--mem-fraction-static: no memory is left for the KV cache; raise it")
     return min(tokens // PAGE_SIZE, config.running_limit * num_pages(context_length))

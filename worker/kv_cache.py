@@ -33,10 +33,11 @@ class KVCache:
         ]
 
     def clear(self, pages: list[int]) -> None:
-        """Zero pages before a new owner gets them.
+        """Zero pages before a new owner gets them, where the kernels are the torch twins.
 
-        What another sequence left there is masked, but a sequence that overflowed left NaN, and
-        0 * NaN is NaN: one bad adapter would spoil its successors' answers.
+        They mask what another sequence left there, but a sequence that overflowed left NaN, and
+        0 * NaN is NaN: one bad adapter would spoil its successors' answers. The Triton kernels do
+        not even read it.
         """
         index = torch.tensor(pages, device=self.layers[0][0].device)
         for keys, values in self.layers:

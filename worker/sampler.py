@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 
@@ -16,34 +17,42 @@ NO_TOKEN = -1
 _MASK = 2**64 - 1
 
 
-def sample_batch(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """One token id a sequence. logits: [sequences, vocabulary] float32.
+def choose_largest(logits: torch.Tensor) -> torch.Tensor:
+    """The token of the largest logit of each row; NO_TOKEN for a row that is not finite.
 
-    Greedy sequences take the largest logit. The others draw with a number that depends on their
-    seed and position alone, so neither neighbours nor a second run change what they get. A row
-    whose logits are not finite gives NO_TOKEN.
+    logits: [rows, vocabulary]; returns [rows] int32.
     """
+    # NaN counts as the largest.
     largest, tokens = logits.max(dim=-1)
+    return tokens.where(largest.isfinite(), NO_TOKEN).int()
+
+
+def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> None:
+    """Replaces the tokens of sequences that want to be drawn for.
+
+    A draw is made with a number that depends on the job's seed and the token's position alone, so
+    neither neighbours nor a second run change what a job gets. NO_TOKEN stays.
+
+    tokens: [sequences] int32, what ``choose_largest`` made of the logits [sequences, vocabulary]
+    """
     drawing = [row for row, sequence in enumerate(sequences) if sequence.job.temperature > 0]
-    if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        jobs = [sequences[row].job for row in drawing]
-        draws = [
-            uniform(job_seed(sequences[row].job), len(sequences[row].output_ids)) for row in drawing
-        ]
+    if not drawing:
+        return
+    rows = torch.tensor(drawing, device=logits.device)
+    drawn_for = [sequences[row] for row in drawing]
 
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
+    def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)
 
-        tokens[rows] = sample(
-            logits[rows],
-            temperature=column([job.temperature for job in jobs], torch.float64),
-            top_k=column([job.top_k for job in jobs], torch.int64),
-            top_p=column([job.top_p for job in jobs], torch.float64),
-            uniform=column(draws, torch.float64),
-        )
-    chosen: list[int] = tokens.where(largest.isfinite(), NO_TOKEN).tolist()
-    return chosen
+    draws = [uniform(job_seed(s.job), s.num_generated) for s in drawn_for]
+    drawn = sample(
+        logits[rows].float(),
+        temperature=column((s.job.temperature for s in drawn_for), torch.float64),
+        top_k=column((s.job.top_k for s in drawn_for), torch.int64),
+        top_p=column((s.job.top_p for s in drawn_for), torch.float64),
+        uniform=column(draws, torch.float64),
+    )
+    tokens[rows] = drawn.int().where(tokens[rows] != NO_TOKEN, NO_TOKEN)
 
 
 def job_seed(job: Job) -> int:

@@ -45,17 +45,20 @@ class Scheduler:
         self._max_prefill_tokens = max_prefill_tokens
         self._max_adapters = max_adapters
         self._pinned = frozenset(pinned)
+        self._free_lines = list(range(max_running - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
         """Take in a sequence that fits into the cache by itself."""
         self.waiting.append(sequence)
 
     def schedule(self) -> list[ScheduledSequence]:
-        """The next batch; empty only if nothing runs and nothing waits."""
+        """The next batch; empty only if nothing waits, and no running sequence needs a token that
+        is not in flight."""
         scheduled: list[ScheduledSequence] = []
         budget = self._max_prefill_tokens
         for sequence in list(self.running):
-            if sequence.phase is Phase.RUNNING:  # Else it was preempted for an older one.
+            # Else it was preempted for an older one, or gets its last token from a launched batch.
+            if sequence.phase is Phase.RUNNING and sequence.num_generated < sequence.max_new_tokens:
                 budget -= self._advance(sequence, budget, scheduled)
         self._admit(budget, scheduled)
         return scheduled
@@ -63,10 +66,9 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands, and free its pages."""
         if sequence.phase is Phase.RUNNING:
-            self.running.remove(sequence)
+            self._stop_running(sequence)
         elif sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
-        self._give_pages_back(sequence)
         sequence.phase = Phase.FINISHED
 
     @property
@@ -88,7 +90,8 @@ class Scheduler:
         passed_over: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._max_running:
             sequence = self.waiting.popleft()
-            if self._is_one_adapter_too_many(sequence, adapters):
+            # A preempted sequence is computed anew once all its tokens are known.
+            if sequence.num_in_flight or self._is_one_adapter_too_many(sequence, adapters):
                 passed_over.append(sequence)
                 continue
             # Room for the whole prompt and a page to go on, unless it has the cache to itself.
@@ -97,6 +100,7 @@ class Scheduler:
                 self.waiting.appendleft(sequence)
                 break
             sequence.phase = Phase.RUNNING
+            sequence.line = self._free_lines.pop()
             self.running.append(sequence)
             if sequence.adapter:
                 adapters.add(sequence.adapter)
@@ -124,12 +128,13 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._give_pages_back(sequence)
+        self._stop_running(sequence)
         sequence.phase = Phase.WAITING
         self.waiting.appendleft(sequence)
 
-    def _give_pages_back(self, sequence: Sequence) -> None:
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free_lines.append(sequence.line)
         self.pool.free(sequence.pages)
         sequence.pages = []
-        sequence.num_cached = 0
+        sequence.num_pages_told = sequence.num_cached = 0

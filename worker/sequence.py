@@ -24,8 +24,9 @@ class Phase(Enum):
 class Sequence:
     """Tokens, pages and progress of one job.
 
-    The cache holds keys and values of the first ``num_cached`` tokens. A sequence whose cache
-    lacks only its newest token is decoding; one that lacks more is (again) in prefill.
+    The cache holds keys and values of the first ``num_cached`` tokens, those that a launched batch
+    is about to write included. A sequence whose cache lacks only its newest token is decoding; one
+    that lacks more is (again) in prefill.
     """
 
     job: Job
@@ -35,7 +36,13 @@ class Sequence:
     stop_search: StopSearch | None = None
     output_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    num_pages_told: int = 0
+    """Pages that stand in the device's page table."""
     num_cached: int = 0
+    num_in_flight: int = 0
+    """Tokens that launched batches choose, and that are not known here yet."""
+    line: int = -1
+    """While it runs, its line of the page table."""
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
     error: JobError | None = None
@@ -49,7 +56,11 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + self.num_generated
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.output_ids) + self.num_in_flight
 
     @property
     def num_uncached(self) -> int:

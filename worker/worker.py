@@ -99,14 +99,12 @@ class Worker:
         for lease in self._keeper.take_lost():
             self._drop(lease)
         batch = self._engine.schedule()
-        if batch is None:
-            return
-        logits = self._engine.forward(batch)
-        token_ids = self._engine.sample(logits, batch)
-        for sequence in self._engine.advance(batch, token_ids):
+        if batch:
+            self._engine.launch(batch)
+            self._summary.log_if_due(len(batch.adapters))
+        for sequence in self._engine.collect(all_launched=batch is None):
             claim, _ = self._sequences.pop(sequence.job.id)
             self._publisher.publish(Finished(claim, sequence))
-        self._summary.log_if_due(len(batch.adapters))
 
     def stop(self) -> None:
         """Ask for the end: once, and what runs may finish; twice, and it is handed back."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from schemas.errors import BadInput
-from worker.model.config import LINEAR_MODULES, ModelConfig
+from worker.model.config import LINEAR_GROUPS, LINEAR_MODULES, ModelConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -121,6 +121,15 @@ class Adapter:
     @cached_property
     def target_modules(self) -> frozenset[str]:
         return frozenset(module for _, module in self.factors)
+
+    @cached_property
+    def linear_groups(self) -> list[str]:
+        """The groups of fused linear modules that it changes."""
+        return [
+            group
+            for group, parts in LINEAR_GROUPS.items()
+            if not self.target_modules.isdisjoint(parts)
+        ]
 
 
 def load_adapter(

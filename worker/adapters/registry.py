@@ -39,6 +39,10 @@ class AdapterRegistry:
         }
 
     @property
+    def all(self) -> list[Adapter]:
+        return list(self._adapters.values())
+
+    @property
     def pinned(self) -> list[Adapter]:
         return [adapter for adapter in self._adapters.values() if adapter.pinned]
 

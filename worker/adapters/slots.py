@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 
 import torch
 
-from kernels.lora_shrink import Segment
 from worker.adapters.peft_format import Adapter
 from worker.model.config import LINEAR_GROUPS, ModelConfig
 from worker.model.lora_linear import LoraWeights
+from worker.model.weights import DecoderWeights
+
+#: Where the adapter's A and B of one linear group of one layer stand on the host.
+_Place = tuple[int, str]
+
+
+def rank_capacity(num_slots: int, max_rank: int) -> int:
+    """Ranks that the slots hold together."""
+    return num_slots * _rank_class(max_rank)
+
+
+def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]:
+    """Rows of A that ``capacity`` ranks take in each linear group that adapters may change."""
+    return {
+        group: len(parts) * capacity
+        for group, parts in LINEAR_GROUPS.items()
+        if not set(parts).isdisjoint(target_modules)
+    }
 
 
 class AdapterSlots:
-    """``num_slots`` places of ``max_rank`` ranks each, over all layers and linear groups.
+    """Room for ``num_slots`` adapters of ``max_rank`` ranks, over all layers and linear groups.
 
-    Weights of a group without any of ``target_modules`` are left out altogether.
+    An adapter takes as many ranks as the next power of two, at a multiple of that; so a smaller
+    one leaves room for others, and whatever ``num_slots - 1`` adapters are in use, one of any rank
+    finds a place that none of them touches. Linear groups without any of ``target_modules`` have no
+    weights at all.
     """
 
     def __init__(
@@ -27,98 +48,139 @@ class AdapterSlots:
         target_modules: Collection[str],
         device: torch.device,
         dtype: torch.dtype,
+        stacked: DecoderWeights | None = None,
     ) -> None:
-        self._max_rank = max_rank
-        self._adapters: list[Adapter | None] = [None] * num_slots
-        self._last_used = [0] * num_slots
+        """``stacked``: base weights with ``spare_rows`` behind them for A; without it, A has memory
+        of its own."""
+        self.num_slots = num_slots
+        self.capacity = rank_capacity(num_slots, max_rank)
+        self._model = model
+        self._device = device
+        self._dtype = dtype
+        self._first_ranks: dict[Adapter, int] = {}
+        self._last_used: dict[Adapter, int] = {}
         self._clock = 0
-        groups = {
-            group: parts
-            for group, parts in LINEAR_GROUPS.items()
-            if not set(parts).isdisjoint(target_modules)
-        }
-
-        def zeros(rows: int, columns: int) -> torch.Tensor:
-            return torch.zeros(rows, columns, device=device, dtype=dtype)
-
-        capacity = num_slots * max_rank
+        self.num_loads = 0
+        self._on_host: dict[Adapter, dict[_Place, tuple[torch.Tensor, torch.Tensor]]] = {}
+        base: list[dict[str, torch.Tensor]] = [{}] * model.num_layers
+        if stacked:
+            base = [layer.linears for layer in stacked.layers]
         self.weights: list[dict[str, LoraWeights]] = [
             {
-                group: LoraWeights(
-                    zeros(len(parts) * capacity, model.linear_shape(parts[0])[1]),
-                    tuple(zeros(capacity, model.linear_shape(part)[0]) for part in parts),
-                )
-                for group, parts in groups.items()
+                group: self._make_weights(group, linears.get(group))
+                for group in spare_rows(target_modules, self.capacity)
             }
-            for _ in range(model.num_layers)
+            for linears in base
         ]
-
-    @property
-    def num_slots(self) -> int:
-        return len(self._adapters)
 
     @property
     def resident(self) -> list[str]:
         """Names of the adapters that stand in a slot."""
-        return [adapter.name for adapter in self._adapters if adapter]
+        return [adapter.name for adapter in self._first_ranks]
+
+    def first_rank(self, adapter: Adapter) -> int:
+        """Where a resident adapter's ranks begin."""
+        return self._first_ranks[adapter]
+
+    def num_ranks(self, adapters: Collection[Adapter]) -> int:
+        """Ranks up to the last one of these resident adapters."""
+        return max(
+            (self._first_ranks[a] + _rank_class(a.rank) for a in adapters),
+            default=0,
+        )
+
+    def prepare(self, adapter: Adapter) -> None:
+        """Lay out an adapter in page-locked host memory, for a GPU to copy while it computes."""
+        if self._device.type == "cuda":
+            self._on_host[adapter] = self._pack(adapter, page_locked=True)
 
     def place(self, adapter: Adapter, in_use: Collection[Adapter]) -> int:
-        """The slot that holds the adapter; loads it, if need be, over the least recently used one.
+        """The first rank of the adapter, which is loaded, if need be, over the least recently used.
 
-        ``in_use`` are adapters whose slots must stay. At most ``num_slots`` adapters, this one
-        among them, are in use or pinned; the scheduler sees to that.
+        ``in_use`` are adapters that must stay. At most ``num_slots`` adapters, this one among them,
+        are in use or pinned; the scheduler sees to that.
         """
         self._clock += 1
-        slot = self._find(adapter)
-        if slot is None:
-            slot = self._least_recently_used(in_use)
-            self._load(slot, adapter)
-        self._last_used[slot] = self._clock
-        return slot
+        self._last_used[adapter] = self._clock
+        if adapter not in self._first_ranks:
+            first = self._make_room(_rank_class(adapter.rank), in_use)
+            self._load(adapter, first)
+            self.num_loads += 1
+            self._first_ranks[adapter] = first
+        return self._first_ranks[adapter]
 
-    def groups(self, slot: int) -> list[str]:
-        """The linear groups that the adapter of ``slot`` changes."""
-        adapter = self._adapters[slot]
-        assert adapter is not None
-        return [
-            group
-            for group, parts in LINEAR_GROUPS.items()
-            if not adapter.target_modules.isdisjoint(parts)
-        ]
-
-    def segment(self, slot: int, first_row: int, end_row: int) -> Segment:
-        """Rows of a batch that run on the adapter of ``slot``."""
-        adapter = self._adapters[slot]
-        assert adapter is not None
-        return Segment(first_row, end_row, slot * self._max_rank, adapter.rank)
-
-    def _find(self, adapter: Adapter) -> int | None:
-        return next((i for i, held in enumerate(self._adapters) if held is adapter), None)
-
-    def _least_recently_used(self, in_use: Collection[Adapter]) -> int:
-        free = [
-            slot
-            for slot, held in enumerate(self._adapters)
-            if held is None or (held not in in_use and not held.pinned)
-        ]
-        if not free:
+    def _make_room(self, size: int, in_use: Collection[Adapter]) -> int:
+        """Evict what stands in the place of so many ranks that was left unused for longest."""
+        best: tuple[int, int] | None = None
+        for first in range(0, self.capacity, size):
+            held = self._held_in(first, size)
+            if any(adapter in in_use or adapter.pinned for adapter in held):
+                continue
+            candidate = max((self._last_used[a] for a in held), default=0), first
+            best = candidate if best is None else min(best, candidate)
+        if best is None:
             raise RuntimeError(f"all {self.num_slots} slots are in use")
-        return min(free, key=lambda slot: (self._adapters[slot] is not None, self._last_used[slot]))
+        for adapter in self._held_in(best[1], size):
+            del self._first_ranks[adapter], self._last_used[adapter]
+        return best[1]
 
-    def _load(self, slot: int, adapter: Adapter) -> None:
+    def _held_in(self, first: int, size: int) -> list[Adapter]:
+        return [
+            adapter
+            for adapter, start in self._first_ranks.items()
+            if start < first + size and first < start + _rank_class(adapter.rank)
+        ]
+
+    def _load(self, adapter: Adapter, first: int) -> None:
         """Copy an adapter's factors; modules that it leaves alone become zero."""
-        first, end = slot * self._max_rank, slot * self._max_rank + adapter.rank
-        for layer, groups in enumerate(self.weights):
-            for group, weights in groups.items():
-                parts = LINEAR_GROUPS[group]
-                a = weights.a[len(parts) * first : len(parts) * end].chunk(len(parts))
-                for index, module in enumerate(parts):
-                    factors = adapter.factors.get((layer, module))
-                    b = weights.b[index][first:end]
-                    if factors is None:
-                        a[index].zero_()
-                        b.zero_()
-                    else:
-                        a[index].copy_(factors.a)
-                        b.copy_(factors.b)
-        self._adapters[slot] = adapter
+        end = first + adapter.rank
+        packed = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
+        for (layer, group), (a, b) in packed.items():
+            weights = self.weights[layer][group]
+            parts = len(weights.part_sizes)
+            weights.a[parts * first : parts * end].copy_(a, non_blocking=True)
+            weights.b[first:end].copy_(b, non_blocking=True)
+
+    def _pack(
+        self, adapter: Adapter, *, page_locked: bool
+    ) -> dict[_Place, tuple[torch.Tensor, torch.Tensor]]:
+        """For each layer and group A [parts * rank, in_features] and B [rank, out_features]."""
+        shapes = [
+            (layer, group, len(weights.part_sizes) * adapter.rank, *weights.a.shape[1:], weights)
+            for layer, groups in enumerate(self.weights)
+            for group, weights in groups.items()
+        ]
+        sizes = ((rows * columns, adapter.rank * w.b.shape[1]) for _, _, rows, columns, w in shapes)
+        counts = list(chain.from_iterable(sizes))
+        # One piece of memory: page-locking is slow by the piece.
+        memory = torch.zeros(sum(counts), dtype=self._dtype, pin_memory=page_locked)
+        pieces = iter(torch.split(memory, counts))
+        packed = {}
+        for layer, group, rows, columns, weights in shapes:
+            a = next(pieces).view(rows, columns)
+            b = next(pieces).view(adapter.rank, -1)
+            columns_of = torch.split(b, weights.part_sizes, dim=1)
+            for part, module in enumerate(LINEAR_GROUPS[group]):
+                if factors := adapter.factors.get((layer, module)):
+                    a[part * adapter.rank : (part + 1) * adapter.rank] = factors.a
+                    columns_of[part].copy_(factors.b)
+            packed[layer, group] = a, b
+        return packed
+
+    def _make_weights(self, group: str, stacked: torch.Tensor | None) -> LoraWeights:
+        parts = LINEAR_GROUPS[group]
+        part_sizes = tuple(self._model.linear_shape(part)[0] for part in parts)
+
+        def zeros(rows: int, columns: int) -> torch.Tensor:
+            return torch.zeros(rows, columns, device=self._device, dtype=self._dtype)
+
+        if stacked is None:
+            a = zeros(len(parts) * self.capacity, self._model.linear_shape(parts[0])[1])
+        else:
+            a = stacked[sum(part_sizes) :]
+        return LoraWeights(a, zeros(self.capacity, sum(part_sizes)), part_sizes, stacked)
+
+
+def _rank_class(rank: int) -> int:
+    """The next power of two."""
+    return 1 << (rank - 1).bit_length()

@@ -108,6 +108,10 @@ class ModelConfig:
             "down_proj": (self.hidden_size, self.intermediate_size),
         }[module]
 
+    def out_features(self, group: str) -> int:
+        """Columns of the product of one of ``LINEAR_GROUPS``."""
+        return sum(self.linear_shape(part)[0] for part in LINEAR_GROUPS[group])
+
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one token takes in the KV cache over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize

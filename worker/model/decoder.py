@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from kernels.linear import Linear
-from kernels.paged_attention import paged_attention_decode, paged_attention_prefill
+from kernels.lora_segments import LoraRows
+from kernels.paged_attention_decode import paged_attention_decode
+from kernels.paged_attention_prefill import PrefillRows, paged_attention_prefill
 from kernels.rms_norm import add_rms_norm
 from kernels.rotary_kv_write import rotary_kv_write
-from kernels.silu_and_mul import silu_and_mul
-from worker.batch import Batch
+from kernels.silu_and_mul import silu_and_mul, silu_and_mul_with_lora
 from worker.kv_cache import KVCache
 from worker.model.config import LINEAR_GROUPS, ModelConfig
 from worker.model.lora_linear import LoraLinear, LoraWeights
 from worker.model.weights import DecoderWeights, LayerWeights
+
+
+@dataclass(frozen=True)
+class DecoderInput:
+    """The rows of a batch on the device: those of decoding sequences, then chunks of prompts.
+
+    token_ids, positions, cache_rows: [rows] integers
+    lines, lengths: [decode rows] int32, lines of the page table and numbers of keys
+    max_length: at least the largest of ``lengths``
+    page_table: [lines, max_pages] int32
+    prefill: the chunks; None if there are none
+    lora: for each linear group that an adapter changes, the rows of the adapters
+    sampled_rows: [sampled] integers, the rows whose logits are wanted; None for all
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    cache_rows: torch.Tensor
+    lines: torch.Tensor
+    lengths: torch.Tensor
+    max_length: int
+    page_table: torch.Tensor
+    prefill: PrefillRows | None
+    lora: Mapping[str, LoraRows]
+    sampled_rows: torch.Tensor | None
 
 
 class Decoder:
@@ -43,16 +72,16 @@ class Decoder:
         self._cos, self._sin = angles.cos(), angles.sin()
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [sampled rows, vocabulary] in float32; the keys and values go into the cache."""
+    def forward(self, batch: DecoderInput) -> torch.Tensor:
+        """Logits [sampled rows, vocabulary]; the keys and values go into the cache."""
         residual = F.embedding(batch.token_ids, self._embedding)
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         update = torch.zeros_like(residual)
         for layer in self._layers:
             update = layer.forward(update, residual, cos, sin, batch)
-        rows = batch.sampled_rows
-        normed = add_rms_norm(update[rows], residual[rows], self._norm, self._eps)
-        return self._head(normed).float()
+        if batch.sampled_rows is not None:
+            update, residual = update[batch.sampled_rows], residual[batch.sampled_rows]
+        return self._head(add_rms_norm(update, residual, self._norm, self._eps))
 
 
 class _Layer:
@@ -69,7 +98,8 @@ class _Layer:
         self._input_norm = weights.input_norm
         self._post_attention_norm = weights.post_attention_norm
         self._qkv, self._o, self._gate_up, self._down = (
-            LoraLinear(weights.linears[group], lora.get(group)) for group in LINEAR_GROUPS
+            LoraLinear(weights.linears[group][: config.out_features(group)], lora.get(group))
+            for group in LINEAR_GROUPS
         )
 
     def forward(
@@ -78,31 +108,39 @@ class _Layer:
         residual: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        batch: Batch,
+        batch: DecoderInput,
     ) -> torch.Tensor:
         """Adds the update of the layer before to ``residual``, in place; returns its own."""
-        loras = batch.lora_segments
+        lora = batch.lora
         x = add_rms_norm(update, residual, self._input_norm, self._eps)
-        q = rotary_kv_write(self._qkv(x, loras["qkv_proj"]), cos, sin, *self._kv, batch.cache_rows)
-        attention = self._o(self._attend(q, batch), loras["o_proj"])
+        qkv = self._qkv(x, lora.get("qkv_proj"))
+        q = rotary_kv_write(qkv, cos, sin, *self._kv, batch.cache_rows)
+        attention = self._o(self._attend(q, batch), lora.get("o_proj"))
         x = add_rms_norm(attention, residual, self._post_attention_norm, self._eps)
-        return self._down(silu_and_mul(self._gate_up(x, loras["gate_up_proj"])), loras["down_proj"])
+        return self._down(self._activate(x, lora.get("gate_up_proj")), lora.get("down_proj"))
 
-    def _attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, batch: DecoderInput) -> torch.Tensor:
         """[rows, q_heads * head_dim]; the rows of decoding sequences stand before the others."""
+        n_decode = len(batch.lengths)
         out = torch.empty_like(q)
-        if n_decode := batch.num_decode_rows:
-            out[:n_decode] = paged_attention_decode(
+        if n_decode:
+            paged_attention_decode(
                 q[:n_decode],
                 *self._kv,
                 batch.page_table,
+                batch.lines,
                 batch.lengths,
-                batch.length_mask,
+                batch.max_length,
+                out[:n_decode],
                 self._scale,
             )
-        for chunk in batch.prefill_chunks:
-            rows = slice(chunk.first_row, chunk.end_row)
-            out[rows] = paged_attention_prefill(
-                q[rows], *self._kv, chunk.pages, chunk.length, self._scale
-            )
+        if batch.prefill:
+            paged_attention_prefill(q, *self._kv, batch.page_table, batch.prefill, out, self._scale)
         return out.flatten(1)
+
+    def _activate(self, x: torch.Tensor, rows: LoraRows | None) -> torch.Tensor:
+        lora = self._gate_up.lora
+        if rows is None or lora is None:
+            return silu_and_mul(self._gate_up(x, None))
+        gate_up, h = self._gate_up.shrink(x, rows)
+        return silu_and_mul_with_lora(gate_up, h, lora.b, rows)

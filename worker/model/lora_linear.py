@@ -5,33 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from kernels.linear import Linear
 from kernels.lora_expand import lora_expand
-from kernels.lora_shrink import Segment, lora_shrink
+from kernels.lora_segments import LoraRows
+from kernels.lora_shrink import lora_shrink
 
 
 @dataclass(frozen=True)
 class LoraWeights:
     """The slots' weights for one linear group of one layer.
 
-    a: [parts * rank_capacity, in_features]; b: for each part [rank_capacity, out_features].
+    a: [parts * rank_capacity, in_features]
+    b: [rank_capacity, out_features], the parts side by side
+    stacked: on a GPU [out_features + parts * rank_capacity, in_features]: the base weight, and
+        behind it ``a``, which is a view of it
     """
 
     a: torch.Tensor
-    b: tuple[torch.Tensor, ...]
+    b: torch.Tensor
+    part_sizes: tuple[int, ...]
+    stacked: torch.Tensor | None = None
 
 
 class LoraLinear:
     """``y = x W^T``, plus ``x A^T B`` of its adapter for each row that has one."""
 
     def __init__(self, weight: torch.Tensor, lora: LoraWeights | None) -> None:
+        """weight: [out_features, in_features]; ``lora`` is None where no adapter can change it."""
         self._linear = Linear(weight)
-        self._lora = lora
+        self.lora = lora
 
-    def __call__(self, x: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
-        y = self._linear(x)
-        if segments and self._lora:
-            h = lora_shrink(x, self._lora.a, segments, len(self._lora.b))
-            lora_expand(y, h, self._lora.b, segments)
+    def __call__(self, x: torch.Tensor, rows: LoraRows | None) -> torch.Tensor:
+        """x: [rows, in_features]; returns [rows, out_features], rows at any stride."""
+        if rows is None or self.lora is None:
+            return self._linear(x)
+        y, h = self.shrink(x, rows)
+        lora_expand(y, h, self.lora.b, rows, self.lora.part_sizes)
         return y
+
+    def shrink(self, x: torch.Tensor, rows: LoraRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x W^T`` and the shrunk rows that ``lora_expand`` takes."""
+        assert self.lora is not None
+        if self.lora.stacked is None:
+            return self._linear(x), lora_shrink(x, self.lora.a, rows.segments, self.num_parts)
+        out_features = sum(self.lora.part_sizes)
+        # Ranks beyond the batch's adapters are left out; those between them come for nothing.
+        both = F.linear(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
+        return both[:, :out_features], both[:, out_features:]
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.lora.part_sizes) if self.lora else 0

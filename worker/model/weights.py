@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from schemas.errors import BadInput
 from worker.model.config import LINEAR_GROUPS, ModelConfig
 
 #: Where each fused linear stands in a Hugging Face state dict.
-_PARENTS = {
+PARENTS = {
     "qkv_proj": "self_attn",
     "o_proj": "self_attn",
     "gate_up_proj": "mlp",
@@ -22,9 +24,21 @@ _PARENTS = {
 }
 
 
+#: No linear group has spare rows.
+NO_ROWS: Mapping[str, int] = MappingProxyType({})
+
+
+def group_of(module: str) -> str:
+    """The group of fused linear modules that one of them belongs to."""
+    return next(group for group, parts in LINEAR_GROUPS.items() if module in parts)
+
+
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: norms [hidden_size], linears [out_features of all parts, in_features]."""
+    """One layer: norms [hidden_size], linears [out_features of all parts + spare, in_features].
+
+    What stands in the spare rows is for the adapters' slots to say.
+    """
 
     input_norm: torch.Tensor
     post_attention_norm: torch.Tensor
@@ -42,9 +56,16 @@ class DecoderWeights:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    spare_rows: Mapping[str, int] = NO_ROWS,
 ) -> DecoderWeights:
     """Read a model folder's safetensors, one file or sharded.
+
+    ``spare_rows``: for each linear group, rows to leave behind its weight; none where it is not
+    named.
 
     Raises BadInput, with the tensor's or file's name, for whatever is missing or of another shape.
     """
@@ -55,13 +76,16 @@ def load_weights(
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
         linears = {
-            group: torch.cat(
-                [
-                    reader.read(f"{prefix}{parent}.{part}.weight", config.linear_shape(part))
-                    for part in LINEAR_GROUPS[group]
-                ]
+            group: _with_spare_rows(
+                torch.cat(
+                    [
+                        reader.read(f"{prefix}{parent}.{part}.weight", config.linear_shape(part))
+                        for part in LINEAR_GROUPS[group]
+                    ]
+                ),
+                spare_rows.get(group, 0),
             )
-            for group, parent in _PARENTS.items()
+            for group, parent in PARENTS.items()
         }
         layers.append(
             LayerWeights(
@@ -77,7 +101,19 @@ def load_weights(
     return DecoderWeights(embedding, layers, norm, reader.read("lm_head.weight", embedding_shape))
 
 
-def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
+def _with_spare_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
+    if not count:
+        return weight
+    spare = weight.new_zeros(count, weight.shape[1])
+    return torch.cat([weight, spare])
+
+
+def random_weights(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    spare_rows: Mapping[str, int] = NO_ROWS,
+) -> DecoderWeights:
     """Weights of the right shapes and ordinary sizes, the same ones every time."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -88,12 +124,14 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
     def ones() -> torch.Tensor:
         return torch.ones(config.hidden_size, device=device, dtype=dtype)
 
-    def linear(parts: tuple[str, ...]) -> torch.Tensor:
-        shapes = [config.linear_shape(part) for part in parts]
-        return normal(sum(out for out, _ in shapes), shapes[0][1])
+    def linear(group: str, parts: tuple[str, ...]) -> torch.Tensor:
+        weight = normal(config.out_features(group), config.linear_shape(parts[0])[1])
+        return _with_spare_rows(weight, spare_rows.get(group, 0))
 
     layers = [
-        LayerWeights(ones(), ones(), {group: linear(p) for group, p in LINEAR_GROUPS.items()})
+        LayerWeights(
+            ones(), ones(), {group: linear(group, p) for group, p in LINEAR_GROUPS.items()}
+        )
         for _ in range(config.num_layers)
     ]
     embedding = normal(config.vocab_size, config.hidden_size)

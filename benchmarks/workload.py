@@ -1,0 +1,116 @@
+"""Runs files of jobs through the engine, without a queue, and prints one JSON line a run.
+
+    python -m benchmarks.workload MODEL JOBS.jsonl ... [--adapters FOLDER] [--load-format dummy]
+
+A file has job lines as `producer submit` takes them; FOLDER holds PEFT folders, whose names are the
+adapters'. All jobs of a file wait from the start. Of a file's runs the first warms up, and the last
+is the one to quote. `benchmarks.make_model` makes a model and adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from schemas.job import Job
+from worker.config import LoraPath, WorkerConfig
+from worker.engine import Engine, EngineCounters
+
+
+def read_jobs(path: Path) -> list[Job]:
+    with path.open(encoding="utf-8") as lines:
+        return [Job.model_validate_json(line) for line in lines]
+
+
+def lora_paths(folder: Path | None, jobs: list[Job]) -> tuple[LoraPath, ...]:
+    """The adapters that the jobs name."""
+    names = sorted({job.lora for job in jobs if job.lora})
+    if names and folder is None:
+        sys.exit(f"The jobs name adapters ({names[0]}, ...): give their folder by --adapters.")
+    return tuple(LoraPath(lora_name=n, lora_path=str((folder or Path()) / n)) for n in names)
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict[str, Any]:
+    """One run over all jobs, from an empty engine to an empty engine."""
+    engine.counters = EngineCounters()
+    loads_before = engine.slots.num_loads if engine.slots else 0
+    started = time.perf_counter()
+    for sequence in [engine.sequence_of(job) for job in jobs]:
+        engine.add(sequence)
+    running, adapters = [], []
+    num_left = len(jobs)
+    while num_left:
+        batch = engine.schedule()
+        if batch:
+            engine.launch(batch)
+            running.append(len(batch.scheduled))
+            adapters.append(len(batch.adapters))
+        num_left -= len(engine.collect(all_launched=batch is None))
+    seconds = time.perf_counter() - started
+    counters = engine.counters
+    return {
+        "output_tokens_per_s": round(counters.output_tokens / seconds, 1),
+        "total_tokens_per_s": round((counters.output_tokens + counters.prompt_tokens) / seconds, 1),
+        "jobs_per_s": round(len(jobs) / seconds, 2),
+        "seconds": round(seconds, 2),
+        "steps": len(running),
+        "gpu_busy": round(counters.device_seconds / seconds, 4),
+        "mean_running": round(sum(running) / len(running), 1),
+        "mean_adapters": round(sum(adapters) / len(adapters), 2),
+        "slot_loads": (engine.slots.num_loads if engine.slots else 0) - loads_before,
+    }
+
+
+def measure(
+    config: WorkerConfig, workloads: dict[str, list[Job]], runs: int
+) -> Iterator[dict[str, Any]]:
+    """The figures of each workload's runs."""
+    started = time.perf_counter()
+    engine = Engine(config)
+    fixed = {"start_up_s": round(time.perf_counter() - started, 1), "kv_tokens": engine.kv_capacity}
+    for name, jobs in workloads.items():
+        for number in range(1, runs + 1):
+            figures = {"workload": name, "run": number, **run(engine, jobs), **fixed}
+            if engine.device.type == "cuda":
+                figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            yield figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("jobs", type=Path, nargs="+")
+    parser.add_argument("--adapters", type=Path, metavar="FOLDER")
+    parser.add_argument("--runs", type=int, default=2)
+    for name, kind in (
+        *(("--load-format", str), ("--device", str), ("--dtype", str)),
+        *(("--max-loras-per-batch", int), ("--max-running-requests", int)),
+        *(("--mem-fraction-static", float), ("--chunked-prefill-size", int)),
+        *(("--context-length", int), ("--max-lora-rank", int)),
+    ):
+        parser.add_argument(name, type=kind)
+    flags = vars(parser.parse_args())
+    workloads = {path.stem: read_jobs(path) for path in flags.pop("jobs")}
+    folder, runs = flags.pop("adapters"), flags.pop("runs")
+    loras = lora_paths(folder, list(chain.from_iterable(workloads.values())))
+    model = flags.pop("model")
+    settings = {name: value for name, value in flags.items() if value is not None}
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    config = WorkerConfig(model_path=model, lora_paths=loras, **settings)
+    for figures in measure(config, workloads, runs):
+        print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()
