@@ -42,7 +42,7 @@ def connect(url: str, *, retries: int = 0, timeout: float = SOCKET_TIMEOUT) -> r
     except ValueError as error:
         # The driver's own words may quote a part of the password.
         raise ServerUnavailable(
-            "That is not the URL of a Redis server. One looks like"
+            "What --redis-url or REDIS_URL gives is not the URL of a Redis server. One looks like"
             " redis://[user:password@]host[:port][/database], rediss://... or unix:///path;"
             " in a password, write / ? # @ : % as %2F %3F %23 %40 %3A %25."
         ) from error

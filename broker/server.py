@@ -27,9 +27,9 @@ def use_server(url: str | None) -> Iterator[Server]:
     url = url or url_from_environment()
     if url is None:
         with EmbeddedServer() as embedded:
-            found = "started" if embedded.started_here else "found running"
-            yield Server(embedded.url, f"embedded server, {found}, data in {embedded.folder}")
+            found = "started now" if embedded.started_here else "found running"
+            yield Server(embedded.url, f"the embedded server, {found}; data in {embedded.folder}")
         return
     with server_errors(url), connect(url) as client:
         client.ping()
-    yield Server(url, f"server at {without_password(url)}")
+    yield Server(url, f"the server at {without_password(url)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from producer.advice import no_worker
 from producer.client import Client
-from producer.messages import warn
+from producer.messages import notice, warn
 from producer.status import Status, by_state, num_not_done
 from schemas.result import TERMINAL_STATES
 
@@ -21,35 +21,47 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.2
 WORKERS_LOOK_SECONDS = 5.0
 
+#: Seconds between two lines where there is no bar.
+LINE_SECONDS = 30.0
+
 Line = TypeVar("Line")
 
 
-class NoBar:
-    """Stands for a bar where stderr is no terminal."""
+class ProgressLines:
+    """Stands for a bar where stderr is no terminal: a line now and then."""
 
-    def __enter__(self) -> NoBar:
+    def __init__(self, what: str, total: int | None) -> None:
+        self._what = what
+        self._of_total = "" if total is None else f" of {total}"
+        self._next_line = time.monotonic() + LINE_SECONDS
+
+    def __enter__(self) -> ProgressLines:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def update(self, completed: int, note: str = "") -> None:
-        pass
+        if time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_SECONDS
+            notice(f"{self._what}: {completed}{self._of_total}{note and f', {note}'}")
 
     def taken_away(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-def bar_for(what: str, total: int | None = None) -> Bar | NoBar:
+def bar_for(what: str, total: int | None = None) -> Bar | ProgressLines:
     """A progress bar, if somebody can see it. Rich is imported only then: that takes 0.1 s."""
     if not sys.stderr.isatty():
-        return NoBar()
+        return ProgressLines(what, total)
     from producer.progress import Bar
 
     return Bar(what, total)
 
 
-def shown(lines: Iterable[tuple[int, Line]], bar: Bar | NoBar) -> Iterator[tuple[int, Line]]:
+def shown(
+    lines: Iterable[tuple[int, Line]], bar: Bar | ProgressLines
+) -> Iterator[tuple[int, Line]]:
     """The numbered lines, counted on the bar."""
     for number, line in lines:
         if number % 1000 == 0:
@@ -57,7 +69,7 @@ def shown(lines: Iterable[tuple[int, Line]], bar: Bar | NoBar) -> Iterator[tuple
         yield number, line
 
 
-def show(status: Status, bar: Bar | NoBar) -> None:
+def show(status: Status, bar: Bar | ProgressLines) -> None:
     """Show a status on a bar."""
     finished = sum(n for state, n in by_state(status).items() if state in TERMINAL_STATES)
     failed = num_not_done(status)
@@ -84,7 +96,7 @@ class Watcher:
             warn(no_worker(self._client.queue))
         self._has_warned = not has_worker
 
-    def look_at(self, id_: str, bar: Bar | NoBar) -> None:
+    def look_at(self, id_: str, bar: Bar | ProgressLines) -> None:
         """``look``, and show how far the submission is on the bar."""
         self.look()
         if time.monotonic() >= self._next_look:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from producer.messages import notice
 from schemas.errors import BadInput, LorryError
 
 
@@ -76,6 +77,7 @@ class Output:
                 self._file.close()
                 self.written_to.replace(self.path)
             self.written_to = self.path
+            notice(f"Results are in {self.path}")
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:

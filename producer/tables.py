@@ -159,7 +159,7 @@ def _workers(queue: str, found: Overview) -> RenderableType:
 def _adapters(found: Overview) -> RenderableType | None:
     if not found.unfinished:
         return None
-    table = _table("waiting adapter", "unfinished jobs", "workers that serve it")
+    table = _table("adapter", "unfinished jobs", "workers that serve it")
     for name, number in found.unfinished.items():
         serving = sum(name == BASE or name in worker.adapters for worker in found.workers)
         table.add_row(

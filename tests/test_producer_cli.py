@@ -165,7 +165,7 @@ def test_a_wrong_queue_name_is_refused(name: str, redis_url: str) -> None:
 
 def test_the_server_in_use_is_told_on_stderr_alone(producer: Producer) -> None:
     outcome = producer("status", "--json")
-    assert outcome.stderr == f"Using server at {producer.redis_url}\n"
+    assert outcome.stderr == f"Using the server at {producer.redis_url}\n"
     assert outcome.stdout.startswith("{")
 
 
@@ -176,7 +176,7 @@ def test_without_a_named_server_an_embedded_one_is_used(
     monkeypatch.delenv("REDIS_URL", raising=False)
     outcome = CliRunner().invoke(app, ["status"])
     assert outcome.exit_code == 0
-    assert f"Using embedded server, started, data in {embedded_folder}" in outcome.stderr
+    assert f"Using the embedded server, started now; data in {embedded_folder}" in outcome.stderr
 
 
 def test_the_environment_can_name_the_server(
@@ -249,7 +249,7 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(
         assert process.stdout
         process.stdout.close()
         assert process.stderr
-        assert process.stderr.read() == f"Using server at {producer.redis_url}\n"
+        assert process.stderr.read() == f"Using the server at {producer.redis_url}\n"
     assert process.returncode == 141
 
 
@@ -263,7 +263,9 @@ def test_a_closed_stream_is_written_to_in_vain(producer: Producer, closed: str) 
         text=True,
     )
     assert outcome.returncode == 0
-    assert outcome.stdout if closed == "stderr" else outcome.stderr.startswith("Using server at")
+    assert (
+        outcome.stdout if closed == "stderr" else outcome.stderr.startswith("Using the server at")
+    )
     assert "Traceback" not in outcome.stderr
 
 

@@ -93,7 +93,7 @@ class Claimer:
             job = _job_of(claim)
             self._ready.put((claim, self._sequence_of(job)))
         except JobError as error:
-            log.info("job_failed", job=claim.lease.job_id, code=error.code)
+            log.warning("job_failed", job=claim.lease.job_id, code=error.code)
             self._publisher.publish(Failed(claim, job, error))
 
     def _wait(self) -> None:

@@ -69,7 +69,10 @@ def _load(lora: LoraPath, model: ModelConfig, dtype: torch.dtype) -> Adapter:
     folder = Path(lora.lora_path)
     if not folder.is_dir():
         raise BadInput(f"--lora-paths {lora.lora_name}: there is no folder {folder}.")
-    return load_adapter(lora.lora_name, folder.resolve(), model, dtype, pinned=lora.pinned)
+    try:
+        return load_adapter(lora.lora_name, folder.resolve(), model, dtype, pinned=lora.pinned)
+    except BadInput as error:
+        raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
 
 
 def _check_limits(adapter: Adapter, config: WorkerConfig) -> None:
