@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fix bench
+.PHONY: help install demo test test-gpu check fix bench
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ demo: install ## Run real prompts through a real model and three adapters
 
 test: check ## Check the code and run all tests
 	$(BIN)/pytest -n 2
+
+test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
+	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_engine.py
 
 check: install ## Lint and check types
 	$(BIN)/ruff check .
