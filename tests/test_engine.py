@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,67 @@ def test_preempted_sequences_come_to_the_same_tokens(
     # More than fit: each sequence comes to at most 130 tokens.
     assert run(engine, jobs, join_every=20) == expected(oracle, jobs)
     assert engine.scheduler.pool.num_used == 0
+
+
+# --- Launched ahead, as on a GPU ----------------------------------------------------------------
+
+
+def launching_ahead(engine: Engine) -> Engine:
+    """Batches are launched before the tokens of the last one are known."""
+    engine._max_launched = 1
+    return engine
+
+
+@pytest.mark.parametrize("max_total_tokens", [4096, 192], ids=["roomy", "preempting"])
+def test_batches_launched_ahead_change_no_token(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle, max_total_tokens: int
+) -> None:
+    jobs = random_jobs(20)
+    engine = launching_ahead(make_engine(model_folder, adapters, max_total_tokens=max_total_tokens))
+    assert run(engine, jobs, join_every=20) == expected(oracle, jobs)
+    assert engine.scheduler.pool.num_used == 0
+
+
+def test_batches_launched_ahead_change_no_draw(
+    model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    jobs = [job.model_copy(update={"temperature": 1.5}) for job in random_jobs(12)]
+    drawn = run(make_engine(model_folder, adapters), jobs)
+    assert run(launching_ahead(make_engine(model_folder, adapters)), jobs) == drawn
+
+
+def test_a_sequence_that_ends_while_its_next_batch_runs_ends_there(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    jobs = random_jobs(12, max_tokens=60)
+    jobs = [job.model_copy(update={"lora": None}) for job in jobs]
+    tokens = run(make_engine(model_folder, {}), jobs)
+    eos = Counter(chain.from_iterable(tokens.values())).most_common(1)[0][0]
+    folder = make_llama(tmp_path, eos_token_id=eos)
+    ended = run(make_engine(folder, {}), jobs)
+    assert ended != tokens
+    ahead = launching_ahead(make_engine(folder, {}, max_running_requests=3))
+    assert run(ahead, jobs, join_every=12) == ended
+    assert ahead.scheduler.pool.num_used == 0
+
+
+def test_a_sequence_dropped_while_a_batch_runs_is_forgotten(
+    model_folder: Path, oracle: Oracle
+) -> None:
+    engine = launching_ahead(make_engine(model_folder, {}, max_running_requests=1))
+    dropped, kept = (
+        engine.sequence_of(Job(id=name, prompt_token_ids=[1, 2, 3], max_tokens=20))
+        for name in ("dropped", "kept")
+    )
+    engine.add(dropped)
+    for _ in range(5):
+        engine.step()
+    engine.drop(dropped)
+    engine.add(kept)
+    while not kept.finished:
+        engine.step()
+    assert kept.output_ids == oracle.generate([1, 2, 3], None, 20)
+    assert len(dropped.output_ids) == 4
 
 
 def test_all_adapters_answer_differently(oracle: Oracle) -> None:
