@@ -55,6 +55,7 @@ def run(engine: Engine, jobs: list[Job]) -> dict[str, Any]:
             running.append(len(batch.scheduled))
             adapters.append(len(batch.adapters))
         num_left -= len(engine.collect(all_launched=batch is None))
+    engine.collect(all_launched=True)  # What a batch launched ahead of the last one's end left.
     seconds = time.perf_counter() - started
     counters = engine.counters
     return {

@@ -22,11 +22,14 @@ class Linear:
             torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_packed else weight
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [rows, in_features]; returns [rows, out_features]."""
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [rows, in_features]; returns [rows, out_features], written to ``out`` if given."""
         if self._is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
-        return F.linear(x, self._weight)
+            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+            return y if out is None else out.copy_(y)
+        if out is None:
+            return F.linear(x, self._weight)
+        return torch.mm(x, self._weight.t(), out=out)
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

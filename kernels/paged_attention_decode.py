@@ -133,12 +133,16 @@ def paged_attention_decode_triton(
 
 
 def _num_splits(n_programs: int, max_length: int) -> int:
-    """Parts of a sequence's keys: enough for all multiprocessors, none below 64 keys."""
+    """Parts of a sequence's keys: enough for all multiprocessors, few below 64 keys.
+
+    A power of two, since the kernels are compiled for each number.
+    """
     wanted = -(-_WANTED_PROGRAMS // n_programs)
-    return max(1, min(wanted, _MAX_SPLITS, -(-max_length // 64)))
+    n_splits = max(1, min(wanted, _MAX_SPLITS, -(-max_length // 64)))
+    return 1 << (n_splits - 1).bit_length()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _decode(
     q,
     k_cache,
@@ -216,7 +220,7 @@ def _decode(
         tl.store(log_sums + skipped + head, log_sum, mask=heads < RATIO)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _merge(
     partial,
     log_sums,

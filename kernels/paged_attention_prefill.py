@@ -133,6 +133,9 @@ def paged_attention_prefill_triton(
     """After Flash Attention 2 (Dao, 2023)."""
     _, q_heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
+    # Wide heads take half as many keys a turn: the shared memory of smaller cards holds no more.
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    is_wide = block_d * q.element_size() > 256
     _prefill[(q_heads, len(tiles))](
         *(q, k_cache, v_cache, page_table, tiles, out),
         *(q.stride(0), out.stride(0), page_table.stride(0), scale * 1.4426950408889634),
@@ -141,10 +144,10 @@ def paged_attention_prefill_triton(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         BLOCK_M=PREFILL_TILE,
-        BLOCK_N=64,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_N=32 if is_wide else 64,
+        BLOCK_D=block_d,
         num_warps=4,
-        num_stages=3,
+        num_stages=2 if is_wide else 3,
     )
 
 

@@ -390,6 +390,16 @@ def test_a_sequence_waits_until_it_finds_a_page_to_go_on_beside_those_of_its_pro
     assert scheduler.running == [first]
 
 
+def test_a_sequence_preempted_with_a_token_in_flight_is_not_overtaken() -> None:
+    scheduler = make_scheduler(pages=3)
+    preempted, younger = make_sequence(4, 5), make_sequence(4, 5)
+    preempted.num_in_flight = 1
+    add(scheduler, preempted, younger)
+    assert scheduler.schedule() == []
+    preempted.num_in_flight = 0
+    assert [item.sequence for item in scheduler.schedule()] == [preempted, younger]
+
+
 def test_a_sequence_alone_may_fill_the_whole_cache() -> None:
     scheduler = make_scheduler(pages=2)
     add(scheduler, make_sequence(2 * PAGE_SIZE - 1, 1))

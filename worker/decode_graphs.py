@@ -35,12 +35,16 @@ class DecodeGraphs:
         unused_page: int,
         max_adapters: int,
         num_ranks: int,
+        vocab_size: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """``forward``: ``ModelRunner.forward``; ``max_length``: tokens of the longest sequence;
         ``num_ranks``: of the slots, 0 without."""
         started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         pool = torch.cuda.graph_pool_handle()
+        # All graphs write to one: it is read, if at all, before the next one runs.
+        logits = torch.empty(max_running, vocab_size, dtype=dtype, device=device)
         # The largest first: the others find all the memory they need in its.
         sizes = sorted(_graph_sizes(max_running), reverse=True)
         # A graph that the collector finds here, an engine's before this one, could not be freed
@@ -54,6 +58,7 @@ class DecodeGraphs:
                 num_ranks=num_ranks if has_adapters else 0,
                 max_tiles=size // TILE_ROWS + max_adapters + 1,
                 unused=(max_running, unused_page),
+                logits=logits[:size],
                 pool=pool,
                 device=device,
             )
@@ -70,7 +75,7 @@ class DecodeGraphs:
 
     def replay(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits and tokens of a batch; None if there is no graph for it."""
-        if batch.chunks or batch.num_rows > self._sizes[-1]:
+        if batch.chunks:
             return None
         size = self._sizes[bisect_left(self._sizes, batch.num_rows)]
         return self._graphs[size, bool(batch.adapters)].replay(batch)
@@ -94,11 +99,14 @@ class _DecodeGraph:
         num_ranks: int,
         max_tiles: int,
         unused: tuple[int, int],
+        logits: torch.Tensor,
         pool: Any,
         device: torch.device,
     ) -> None:
-        """``unused``: the line of the page table, and its page, of rows without sequence."""
+        """``unused``: the line of the page table, and its page, of rows without sequence;
+        ``logits``: [size, vocabulary], where they are written."""
         self._size = size
+        self._logits = logits
         self._staging = Staging(device)
         self._template = np.zeros(6 * size + 4 * max_tiles, np.int32)
         line, page = unused
@@ -119,13 +127,14 @@ class _DecodeGraph:
                 max_length=max_length,
                 prefill=None,
                 lora=dict.fromkeys(LINEAR_GROUPS, lora) if num_ranks else {},
+                logits=logits,
             )
 
         run()  # Kernels are compiled and libraries loaded outside of the graph.
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._logits, self._tokens = run()
+            _, self._tokens = run()
 
     def replay(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         size, n_rows = self._size, batch.num_rows
@@ -137,8 +146,8 @@ class _DecodeGraph:
         numbers[2 * size : 2 * size + n_rows] = batch.positions
         updates = batch.page_updates.ravel()
         numbers[3 * size : 3 * size + len(updates)] = updates
-        tiles = np.array(lora_tiles(batch.segments), np.int32).ravel()
         if batch.adapters:
+            tiles = np.array(lora_tiles(batch.segments), np.int32).ravel()
             numbers[6 * size : 6 * size + len(tiles)] = tiles
         self._numbers.copy_(staged, non_blocking=True)
         self._graph.replay()

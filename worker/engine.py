@@ -290,7 +290,9 @@ def _num_pages(
     device = config.resolved_device.type
     fraction = config.mem_fraction_static or DEFAULT_MEMORY_FRACTION[device]
     if device == "cuda":
-        # Of the whole card, the weights and slots that stand there already included.
+        # Of the whole card, the weights and slots that stand there already included; what loading
+        # them left in the allocator's cache is free.
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         budget = int(total * fraction) - (total - free)
     else:

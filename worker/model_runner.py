@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -79,12 +80,14 @@ class ModelRunner:
                 unused_page=self._unused_page,
                 max_adapters=max_adapters,
                 num_ranks=num_ranks,
+                vocab_size=self.decoder.vocab_size,
+                dtype=self.decoder.dtype,
                 device=self.device,
             )
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
-        """Start a batch; on a GPU returns before it is done."""
+        """Start a batch; on a GPU returns before it is done, unless one of its jobs draws."""
         began = self._mark()
         replayed = self._graphs.replay(batch) if self._graphs else None
         logits, tokens = replayed or self._run(batch)
@@ -128,12 +131,15 @@ class ModelRunner:
         max_length: int,
         prefill: PrefillRows | None,
         lora: Mapping[str, LoraRows],
+        logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [sampled rows, vocabulary] and the largest one's tokens [sampled rows], which
         become the newest ones of their sequences.
 
-        ``sampled_rows`` are None for all. Nothing in here waits for the device, and all that
-        differs from batch to batch of one size is read there: a CUDA graph can hold it."""
+        ``sampled_rows`` are None for all; ``logits``, if given, is where they are written. Nothing
+        in here waits for the device, and all that differs from batch to batch of one size is read
+        there: a CUDA graph can hold it.
+        """
         self.page_table[page_updates[:, 0], page_updates[:, 1]] = page_updates[:, 2]
         known = torch.where(token_ids == IN_FLIGHT, self.newest_tokens[lines], token_ids)
         pages = self.page_table[lines, positions // PAGE_SIZE]
@@ -150,7 +156,8 @@ class ModelRunner:
                 prefill=prefill,
                 lora=lora,
                 sampled_rows=sampled_rows,
-            )
+            ),
+            logits,
         )
         tokens = choose_largest(logits)
         self.newest_tokens[lines if sampled_rows is None else lines[sampled_rows]] = tokens
@@ -170,10 +177,17 @@ class ModelRunner:
 
     def _upload(self, parts: list[Int32s]) -> list[torch.Tensor]:
         """The arrays on the device, flat, after one copy."""
-        sizes = [part.size for part in parts]
-        staged = self._staging.take(sum(sizes))
-        np.concatenate([part.ravel() for part in parts], out=staged.numpy())
-        return list(torch.split(staged.to(self.device, non_blocking=True), sizes))
+        # Each begins at a multiple of 16 bytes: for another alignment Triton compiles anew.
+        ends = list(accumulate(-(-part.size // 4) * 4 for part in parts))
+        starts = [0, *ends[:-1]]
+        staged = self._staging.take(ends[-1])
+        numbers = staged.numpy()
+        for start, part in zip(starts, parts, strict=True):
+            numbers[start : start + part.size] = part.ravel()
+        on_device = staged.to(self.device, non_blocking=True)
+        return [
+            on_device[start : start + part.size] for start, part in zip(starts, parts, strict=True)
+        ]
 
     def _bring_back(
         self, batch: Batch, tokens: torch.Tensor, began: torch.cuda.Event | None

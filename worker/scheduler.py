@@ -22,10 +22,11 @@ class ScheduledSequence(NamedTuple):
 class Scheduler:
     """Continuous batching: sequences join and leave at every step.
 
-    Every decoding sequence is in every batch. What the prefill limit leaves goes first to prompts
-    already begun, then to waiting sequences, longest waiting first; one whose adapter would be one
-    too many is passed over until an adapter has left. When pages run out, the sequence that began
-    last gives its pages back and waits to be computed anew; the oldest always has room to go on.
+    Every decoding sequence that wants another token is in every batch. What the prefill limit
+    leaves goes first to prompts already begun, then to waiting sequences, longest waiting first;
+    one whose adapter would be one too many is passed over until an adapter has left. When pages
+    run out, the sequence that began last gives its pages back and waits to be computed anew; the
+    oldest always has room to go on.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[ScheduledSequence]:
-        """The next batch; empty only if nothing waits, and no running sequence needs a token that
-        is not in flight."""
+        """The next batch. Empty only if nothing is left to do, or all of it needs tokens that are
+        in flight."""
         scheduled: list[ScheduledSequence] = []
         budget = self._max_prefill_tokens
         for sequence in list(self.running):
@@ -90,8 +91,11 @@ class Scheduler:
         passed_over: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._max_running:
             sequence = self.waiting.popleft()
-            # A preempted sequence is computed anew once all its tokens are known.
-            if sequence.num_in_flight or self._is_one_adapter_too_many(sequence, adapters):
+            if sequence.num_in_flight:
+                # Preempted a step ago. It goes on once its tokens are known, and nobody overtakes.
+                self.waiting.appendleft(sequence)
+                break
+            if self._is_one_adapter_too_many(sequence, adapters):
                 passed_over.append(sequence)
                 continue
             # Room for the whole prompt and a page to go on, unless it has the cache to itself.

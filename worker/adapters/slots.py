@@ -33,10 +33,10 @@ def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]
 class AdapterSlots:
     """Room for ``num_slots`` adapters of ``max_rank`` ranks, over all layers and linear groups.
 
-    An adapter takes as many ranks as the next power of two, at a multiple of that; so a smaller
-    one leaves room for others, and whatever ``num_slots - 1`` adapters are in use, one of any rank
-    finds a place that none of them touches. Linear groups without any of ``target_modules`` have no
-    weights at all.
+    An adapter takes the next power of two of its rank, at least 8, at a multiple of that; so a
+    smaller one leaves room for others, and whatever ``num_slots - 1`` adapters are in use, one of
+    any rank finds a place that none of them touches. Linear groups without any of
+    ``target_modules`` have no weights at all.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class AdapterSlots:
     @property
     def resident(self) -> list[str]:
         """Names of the adapters that stand in a slot."""
-        return [adapter.name for adapter in self._first_ranks]
+        # Other threads ask, while the engine's may be placing one: a copy is made in one step.
+        return [adapter.name for adapter in list(self._first_ranks)]
 
     def first_rank(self, adapter: Adapter) -> int:
         """Where a resident adapter's ranks begin."""
@@ -182,5 +183,6 @@ class AdapterSlots:
 
 
 def _rank_class(rank: int) -> int:
-    """The next power of two."""
-    return 1 << (rank - 1).bit_length()
+    """The next power of two, and at least 8: rows of 8 numbers of 2 bytes stay aligned to 16, as
+    the products need to be fast."""
+    return max(8, 1 << (rank - 1).bit_length())

@@ -61,6 +61,7 @@ class Decoder:
         self._eps = config.rms_norm_eps
         self._embedding, self._norm = weights.embedding, weights.norm
         self._head = Linear(weights.head)
+        self.vocab_size, self.dtype = len(weights.head), weights.head.dtype
         self._layers = [
             _Layer(config, layer, kv_cache.layers[index], lora[index] if lora else {})
             for index, layer in enumerate(weights.layers)
@@ -72,8 +73,9 @@ class Decoder:
         self._cos, self._sin = angles.cos(), angles.sin()
 
     @torch.inference_mode()
-    def forward(self, batch: DecoderInput) -> torch.Tensor:
-        """Logits [sampled rows, vocabulary]; the keys and values go into the cache."""
+    def forward(self, batch: DecoderInput, logits: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [sampled rows, vocabulary], written to ``logits`` if that is given; the keys and
+        values go into the cache."""
         residual = F.embedding(batch.token_ids, self._embedding)
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         update = torch.zeros_like(residual)
@@ -81,7 +83,7 @@ class Decoder:
             update = layer.forward(update, residual, cos, sin, batch)
         if batch.sampled_rows is not None:
             update, residual = update[batch.sampled_rows], residual[batch.sampled_rows]
-        return self._head(add_rms_norm(update, residual, self._norm, self._eps))
+        return self._head(add_rms_norm(update, residual, self._norm, self._eps), out=logits)
 
 
 class _Layer:
