@@ -11,6 +11,8 @@ def sample(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     uniform: torch.Tensor,
+    *,
+    has_cuts: bool = True,
 ) -> torch.Tensor:
     """Draws from ``softmax(logits / temperature)`` cut down to the top k, then to the top p.
 
@@ -23,11 +25,12 @@ def sample(
     temperature: [rows] float64, above 0
     top_k: [rows] int64, 0 keeps all; top_p: [rows] float64
     uniform: [rows] float64 in [0, 1)
+    has_cuts: False if no row has a top k or a top p; the sort of all logits is spared then
     Returns [rows] int64.
     """
     # Less than the largest, so that a temperature next to zero makes no infinity of it.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature[:, None]
-    if bool((top_k > 0).any()) or bool((top_p < 1).any()):
+    if has_cuts:
         scaled = _keep_top(scaled, top_k, top_p)
     cumulative = torch.softmax(scaled, dim=-1).cumsum(dim=-1)
     # The last sum may miss 1 by rounding. A draw below it lands on a token of positive probability.

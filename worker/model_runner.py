@@ -16,7 +16,7 @@ from worker.decode_graphs import DecodeGraphs
 from worker.kv_cache import PAGE_SIZE
 from worker.model.decoder import Decoder, DecoderInput
 from worker.sampler import choose_largest, draw
-from worker.staging import Staging
+from worker.staging import Staging, send
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
-        """Start a batch; on a GPU returns before it is done, unless one of its jobs draws."""
+        """Start a batch; on a GPU returns before it is done."""
         began = self._mark()
         replayed = self._graphs.replay(batch) if self._graphs else None
         logits, tokens = replayed or self._run(batch)
         if any(sequence.job.temperature > 0 for sequence in batch.sampled):
             draw(tokens, logits, batch.sampled)
             lines = [sequence.line for sequence in batch.sampled]
-            self.newest_tokens[torch.tensor(lines, device=self.device)] = tokens
+            self.newest_tokens[send(lines, torch.int64, self.device)] = tokens
         return self._bring_back(batch, tokens, began)
 
     def _run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

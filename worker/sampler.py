@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 
 import torch
 
 from kernels.sample import sample
 from schemas.job import Job
 from worker.sequence import Sequence
+from worker.staging import send
 
 #: In place of a token where the logits are not finite: there is none to choose.
 NO_TOKEN = -1
@@ -38,19 +38,16 @@ def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) 
     drawing = [row for row, sequence in enumerate(sequences) if sequence.job.temperature > 0]
     if not drawing:
         return
-    rows = torch.tensor(drawing, device=logits.device)
-    drawn_for = [sequences[row] for row in drawing]
-
-    def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=logits.device)
-
-    draws = [uniform(job_seed(s.job), s.num_generated) for s in drawn_for]
+    jobs = [sequences[row].job for row in drawing]
+    draws = [uniform(job_seed(s.job), s.num_generated) for s in (sequences[r] for r in drawing)]
+    rows = send(drawing, torch.int64, logits.device)
     drawn = sample(
         logits[rows].float(),
-        temperature=column((s.job.temperature for s in drawn_for), torch.float64),
-        top_k=column((s.job.top_k for s in drawn_for), torch.int64),
-        top_p=column((s.job.top_p for s in drawn_for), torch.float64),
-        uniform=column(draws, torch.float64),
+        temperature=send([job.temperature for job in jobs], torch.float64, logits.device),
+        top_k=send([job.top_k for job in jobs], torch.int64, logits.device),
+        top_p=send([job.top_p for job in jobs], torch.float64, logits.device),
+        uniform=send(draws, torch.float64, logits.device),
+        has_cuts=any(job.top_k > 0 or job.top_p < 1 for job in jobs),
     )
     tokens[rows] = drawn.int().where(tokens[rows] != NO_TOKEN, NO_TOKEN)
 

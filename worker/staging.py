@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 #: Batches whose numbers may be on their way at once: one runs, one waits behind it, one is built.
 _STAGES = 4
+
+
+def send(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers on the device, without waiting for what it is at."""
+    on_host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 class Staging:
