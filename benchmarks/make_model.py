@@ -1,21 +1,27 @@
-"""Makes what a speed test of the engine needs: a model folder without weights, and adapters.
+"""Makes what a speed test of the engine needs: a model folder without weights, adapters, jobs.
 
     python -m benchmarks.make_model FOLDER [--adapters 32] [--ranks 8,16,32,64]
 
 FOLDER/model has the shape of Llama-3.1-8B; run it with --load-format dummy. FOLDER/adapters/lora0,
 lora1, ... are PEFT adapters on all seven linear modules with random weights, of the ranks in turn.
+FOLDER/base.jsonl, uniform8.jsonl, zipf32.jsonl and distinct32.jsonl are 1,024 jobs each, with
+prompts and answers of 128 to 384 tokens: for the base model, 8 adapters in turn, 32 by popularity
+(Zipf's law) and 32 in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import torch
 from rich.progress import track
 from safetensors.torch import save_file
 
+from schemas.job import Job
 from worker.model.config import LINEAR_MODULES, ModelConfig
 from worker.model.weights import PARENTS, group_of
 
@@ -76,6 +82,38 @@ def make_adapter(folder: Path, model: ModelConfig, rank: int, seed: int) -> None
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
 
 
+def make_jobs(workload: str) -> Iterator[Job]:
+    """The jobs of one of ``WORKLOADS``, the same ones every time."""
+    random = Random(7)
+    for number in range(NUM_JOBS):
+        prompt = [random.randrange(1000, 120_000) for _ in range(random.randint(128, 384))]
+        num_tokens = random.randint(128, 384)
+        adapter = WORKLOADS[workload](random, number)
+        yield Job(
+            id=f"{workload}-{number}",
+            prompt_token_ids=prompt,
+            max_tokens=num_tokens,
+            ignore_eos=True,
+            lora=None if adapter is None else f"lora{adapter}",
+        )
+
+
+def _by_popularity(random: Random, number: int) -> int:
+    """The adapter number k is wanted 1 / (k + 1) as often as the first."""
+    return random.choices(range(32), weights=[1 / (k + 1) for k in range(32)])[0]
+
+
+NUM_JOBS = 1024
+
+#: The number of the adapter of each job, None for the base model.
+WORKLOADS: dict[str, Callable[[Random, int], int | None]] = {
+    "base": lambda random, number: None,
+    "uniform8": lambda random, number: number % 8,
+    "zipf32": _by_popularity,
+    "distinct32": lambda random, number: number % 32,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,6 +128,9 @@ def main() -> None:
     flags = parser.parse_args()
     (flags.folder / "model").mkdir(parents=True, exist_ok=True)
     (flags.folder / "model" / "config.json").write_text(json.dumps(LLAMA_8B, indent=2))
+    for workload in WORKLOADS:
+        lines = (f"{job.to_wire()}\n" for job in make_jobs(workload))
+        (flags.folder / f"{workload}.jsonl").write_text("".join(lines))
     model = ModelConfig.from_folder(flags.folder / "model")
     for number in track(range(flags.adapters), description="adapters"):
         rank = flags.ranks[number % len(flags.ranks)]

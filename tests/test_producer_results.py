@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from broker.job_queue import JobQueue
+from producer.bars import LINE_SECONDS, ProgressLines
 from producer.client import Client
 from schemas.errors import NotFinished, NoWorker, UnknownId
 from schemas.result import Result
@@ -294,7 +295,9 @@ def test_a_complete_file_bears_its_name(
     submission = client.submit(named("a", "b"))
     worker.finish_all()
     file = tmp_path / "out.jsonl"
-    assert producer("results", submission, "-o", str(file)).stdout == ""
+    outcome = producer("results", submission, "-o", str(file))
+    assert outcome.stdout == ""
+    assert f"Results are in {file}" in outcome.stderr
     assert ids_of(file.read_text()) == ["a", "b"]
     assert list(tmp_path.iterdir()) == [file]
 
@@ -557,3 +560,18 @@ def test_a_job_is_its_result_line_for_machines(producer: Producer, client: Clien
 
 def test_a_key_of_the_queue_is_no_id(producer: Producer, client: Client) -> None:
     assert producer("status", client.submit(["x"]) + ":jobs").exit_code == 3
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("producer.bars.time.monotonic", lambda: now[0])
+    bar = ProgressLines("finished", 120)
+    for seconds in (1, LINE_SECONDS, LINE_SECONDS + 1, 2 * LINE_SECONDS):
+        now[0] = 1000.0 + seconds
+        bar.update(int(seconds), "2 failed")
+    assert capsys.readouterr().err.splitlines() == [
+        "finished: 30 of 120, 2 failed",
+        "finished: 60 of 120, 2 failed",
+    ]

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-import psutil
 import structlog
 import torch
 
@@ -17,7 +16,7 @@ from worker.adapters.registry import AdapterRegistry, load_registry
 from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
-from worker.kv_cache import PAGE_SIZE, KVCache, PagePool, num_pages
+from worker.kv_cache import PAGE_SIZE, KVCache, PagePool, num_pages, pages_that_fit
 from worker.model.config import ModelConfig
 from worker.model.decoder import Decoder
 from worker.model.weights import DecoderWeights, load_weights, random_weights
@@ -28,10 +27,6 @@ from worker.sequence import Phase, Sequence
 from worker.text import Tokenizer
 
 log = structlog.get_logger()
-
-#: If --mem-fraction-static does not say: on a CPU the part of the free memory that the KV cache
-#: takes, on a GPU the part of the card for weights, slots and KV cache.
-DEFAULT_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.85}
 
 
 @dataclass
@@ -59,7 +54,7 @@ class Engine:
         self.tokenizer = Tokenizer(config.model_path, model.vocab_size)
         self.adapters = load_registry(config, model, self.dtype)
         weights, self.slots = _load(config, model, self.adapters, self.device, self.dtype)
-        pool = PagePool(_num_pages(config, model, self.dtype, self.context_length))
+        pool = PagePool(pages_that_fit(config, model, self.dtype, self.context_length))
         # One page more than the pool hands out, for rows that belong to no sequence.
         self._cache = KVCache(model, pool.num_pages + 1, self.device, self.dtype)
         lora = self.slots.weights if self.slots else None
@@ -279,25 +274,3 @@ def _load(
     for adapter in adapters.pinned:
         slots.place(adapter, in_use=())
     return weights, slots
-
-
-def _num_pages(
-    config: WorkerConfig, model: ModelConfig, dtype: torch.dtype, context_length: int
-) -> int:
-    """Pages of the KV cache: as many as the flags say, or the memory holds, or all can use."""
-    if config.max_total_tokens is not None:
-        return num_pages(config.max_total_tokens)
-    device = config.resolved_device.type
-    fraction = config.mem_fraction_static or DEFAULT_MEMORY_FRACTION[device]
-    if device == "cuda":
-        # Of the whole card, the weights and slots that stand there already included; what loading
-        # them left in the allocator's cache is free.
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        budget = int(total * fraction) - (total - free)
-    else:
-        budget = int(psutil.virtual_memory().available * fraction)
-    tokens = budget // model.kv_bytes_per_token(dtype)
-    if tokens < PAGE_SIZE:
-        raise BadInput("--mem-fraction-static: no memory is left for the KV cache; raise it")
-    return min(tokens // PAGE_SIZE, config.running_limit * num_pages(context_length))

@@ -5,18 +5,50 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import psutil
 import torch
 
+from schemas.errors import BadInput
+from worker.config import WorkerConfig
 from worker.model.config import ModelConfig
 
 #: Tokens in a page. Small pages waste little at a sequence's end; 16 keys of one head are 2 KB or
 #: more even in a small model, enough to copy at full speed.
 PAGE_SIZE = 16
 
+#: If --mem-fraction-static does not say: on a CPU the part of the free memory that the KV cache
+#: takes, on a GPU the part of the card for weights, slots and KV cache.
+DEFAULT_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.85}
+
 
 def num_pages(num_tokens: int) -> int:
     """Pages that hold so many tokens."""
     return -(-num_tokens // PAGE_SIZE)
+
+
+def pages_that_fit(
+    config: WorkerConfig, model: ModelConfig, dtype: torch.dtype, context_length: int
+) -> int:
+    """Pages of the KV cache: as many as the flags say, or the memory holds, or all can use.
+
+    Raises BadInput if the memory holds none.
+    """
+    if config.max_total_tokens is not None:
+        return num_pages(config.max_total_tokens)
+    device = config.resolved_device.type
+    fraction = config.mem_fraction_static or DEFAULT_MEMORY_FRACTION[device]
+    if device == "cuda":
+        # Of the whole card, the weights and slots that stand there already included; what loading
+        # them left in the allocator's cache is free.
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        budget = int(total * fraction) - (total - free)
+    else:
+        budget = int(psutil.virtual_memory().available * fraction)
+    tokens = budget // model.kv_bytes_per_token(dtype)
+    if tokens < PAGE_SIZE:
+        raise BadInput("--mem-fraction-static: no memory is left for the KV cache; raise it")
+    return min(tokens // PAGE_SIZE, config.running_limit * num_pages(context_length))
 
 
 class KVCache:
