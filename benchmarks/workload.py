@@ -21,21 +21,34 @@ from typing import Any
 import structlog
 import torch
 
+from producer.lines import numbered_lines, parse_line
+from producer.problems import Problems
+from schemas.errors import BadInput, LorryError
 from schemas.job import Job
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine, EngineCounters
 
 
 def read_jobs(path: Path) -> list[Job]:
-    with path.open(encoding="utf-8") as lines:
-        return [Job.model_validate_json(line) for line in lines]
+    """Raises BadInput with all bad lines."""
+    problems, jobs = Problems(str(path)), []
+    with path.open("rb") as stream:
+        for number, line in numbered_lines(stream):
+            try:
+                jobs.append(parse_line(line, made_id=f"{path.stem}.{number}", lora=None))
+            except BadInput as error:
+                problems.add(number, str(error))
+    problems.raise_if_any()
+    return jobs
 
 
 def lora_paths(folder: Path | None, jobs: list[Job]) -> tuple[LoraPath, ...]:
     """The adapters that the jobs name."""
     names = sorted({job.lora for job in jobs if job.lora})
     if names and folder is None:
-        sys.exit(f"The jobs name adapters ({names[0]}, ...): give their folder by --adapters.")
+        raise BadInput(
+            f"The jobs name adapters ({names[0]}, ...): give their folder by --adapters."
+        )
     return tuple(LoraPath(lora_name=n, lora_path=str((folder or Path()) / n)) for n in names)
 
 
@@ -87,6 +100,14 @@ def measure(
 
 
 def main() -> None:
+    """Run the workloads; a person's mistake is answered with a sentence."""
+    try:
+        _main()
+    except (LorryError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,7 +129,8 @@ def main() -> None:
     model = flags.pop("model")
     settings = {name: value for name, value in flags.items() if value is not None}
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    config = WorkerConfig(model_path=model, lora_paths=loras, **settings)
+    paths = [lora.model_dump_json() for lora in loras]
+    config = WorkerConfig.from_flags({"model_path": model, "lora_paths": paths, **settings})
     for figures in measure(config, workloads, runs):
         print(json.dumps(figures), flush=True)
 
