@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu check fix bench
+.PHONY: help install demo test test-gpu sanitize-gpu check fix bench
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -27,7 +27,12 @@ test: check ## Check the code and run all tests
 	$(BIN)/pytest -n 2
 
 test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
-	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_engine.py
+	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_engine.py tests/test_real_model.py
+
+# Every allocation by itself, so that a kernel that leaves its tensor is seen.
+sanitize-gpu: ## Run the LoRA and attention kernels under compute-sanitizer
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m pytest tests/test_triton_ops.py --timeout 0 -k 'bfloat16 and (lora or attention)'
 
 check: install ## Lint and check types
 	$(BIN)/ruff check .

@@ -67,9 +67,9 @@ class NullEngine(Engine):
         return NullBatch(sequences, frozenset()) if sequences else None
 
     def launch(self, batch: NullBatch) -> None:  # type: ignore[override]
-        self.scheduler.waiting.clear()
         self.counters.batches += 1
         for sequence in batch.sequences:
+            self.scheduler.finish(sequence)
             sequence.finish_reason = "stop"
         self._done = batch.sequences
 

@@ -95,7 +95,9 @@ def measure(
         for number in range(1, runs + 1):
             figures = {"workload": name, "run": number, **run(engine, jobs), **fixed}
             if engine.device.type == "cuda":
-                figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+                # The allocator gives nothing back, so this is the most that was ever taken.
+                free, total = torch.cuda.mem_get_info()
+                figures["peak_memory_gb"] = round((total - free) / 1e9, 2)
             yield figures
 
 
@@ -111,10 +113,20 @@ def _main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_flags(parser)
+    parser.add_argument("--runs", type=int, default=2)
+    flags = vars(parser.parse_args())
+    runs = flags.pop("runs")
+    config, workloads = configured(flags)
+    for figures in measure(config, workloads, runs):
+        print(json.dumps(figures), flush=True)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Model, job files, adapters, and those of the worker's flags that change its speed."""
     parser.add_argument("model", type=Path)
     parser.add_argument("jobs", type=Path, nargs="+")
     parser.add_argument("--adapters", type=Path, metavar="FOLDER")
-    parser.add_argument("--runs", type=int, default=2)
     for name, kind in (
         *(("--load-format", str), ("--device", str), ("--dtype", str)),
         *(("--max-loras-per-batch", int), ("--max-running-requests", int)),
@@ -122,17 +134,19 @@ def _main() -> None:
         *(("--context-length", int), ("--max-lora-rank", int)),
     ):
         parser.add_argument(name, type=kind)
-    flags = vars(parser.parse_args())
+
+
+def configured(flags: dict[str, Any]) -> tuple[WorkerConfig, dict[str, list[Job]]]:
+    """The worker's settings, and the jobs of each file by its name; raises BadInput."""
     workloads = {path.stem: read_jobs(path) for path in flags.pop("jobs")}
-    folder, runs = flags.pop("adapters"), flags.pop("runs")
-    loras = lora_paths(folder, list(chain.from_iterable(workloads.values())))
+    loras = lora_paths(flags.pop("adapters"), list(chain.from_iterable(workloads.values())))
     model = flags.pop("model")
     settings = {name: value for name, value in flags.items() if value is not None}
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     paths = [lora.model_dump_json() for lora in loras]
-    config = WorkerConfig.from_flags({"model_path": model, "lora_paths": paths, **settings})
-    for figures in measure(config, workloads, runs):
-        print(json.dumps(figures), flush=True)
+    return WorkerConfig.from_flags(
+        {"model_path": model, "lora_paths": paths, **settings}
+    ), workloads
 
 
 if __name__ == "__main__":

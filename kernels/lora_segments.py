@@ -45,12 +45,14 @@ class LoraRows:
     Some may be empty, so that a CUDA graph serves every batch of a size."""
     num_ranks: int
     """Ranks up to the last one of the segments' adapters."""
+    shrink_tiles: torch.Tensor | None = None
+    """On a GPU, where ``lora_shrink`` is to work by segments: its tiles, like ``tiles``."""
 
 
-def lora_tiles(segments: Sequence[Segment]) -> list[LoraTile]:
-    """Segments cut into tiles of at most ``TILE_ROWS`` rows."""
+def lora_tiles(segments: Sequence[Segment], tile_rows: int = TILE_ROWS) -> list[LoraTile]:
+    """Segments cut into tiles of at most so many rows."""
     return [
-        LoraTile(row, min(TILE_ROWS, end_row - row), first_rank, rank)
+        LoraTile(row, min(tile_rows, end_row - row), first_rank, rank)
         for first_row, end_row, first_rank, rank in segments
-        for row in range(first_row, end_row, TILE_ROWS)
+        for row in range(first_row, end_row, tile_rows)
     ]

@@ -33,7 +33,8 @@ def paged_attention_decode(
     k_cache, v_cache: [pages, kv_heads, page_size, head_dim]
     page_table: [lines, max_pages] integers
     sequences: [rows] integers, the line of the page table of each row's sequence
-    lengths: [rows] integers, keys of each sequence, its newest one included
+    lengths: [rows] integers, keys of each sequence, its newest one included; a row of 0 keys is
+        none of a sequence, and its output is left as it is
     max_length: at least the largest of ``lengths``; a bound of the work, not of the result
     out: like ``q``, contiguous; written
     """
@@ -71,7 +72,8 @@ def paged_attention_decode_torch(
     grouped = q.reshape(n_groups, q_heads // kv_heads, head_dim)
     masks = mask.repeat_interleave(kv_heads, dim=0)[:, None]
     scores = torch.baddbmm(masks, grouped, keys.transpose(1, 2), alpha=scale)
-    out.copy_(torch.bmm(scores.softmax(dim=-1), values).view(n_rows, q_heads, head_dim))
+    attended = torch.bmm(scores.softmax(dim=-1), values).view(n_rows, q_heads, head_dim)
+    out.copy_(torch.where(lengths[:, None, None] > 0, attended, out))
 
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,7 @@ def paged_attention_decode_triton(
     )
     if n_splits > 1:
         _merge[(n_rows, q_heads)](
-            *(partial, log_sums, out, n_rows),
+            *(partial, log_sums, lengths, out, n_rows),
             Q_HEADS=q_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
@@ -168,6 +170,8 @@ def _decode(
 ):
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
+    if length == 0:
+        return
     first = 0
     end = length
     if N_SPLITS > 1:
@@ -224,6 +228,7 @@ def _decode(
 def _merge(
     partial,
     log_sums,
+    lengths,
     out,
     n_rows,
     Q_HEADS: tl.constexpr,
@@ -232,6 +237,8 @@ def _merge(
     N_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    if tl.load(lengths + tl.program_id(0)) == 0:
+        return
     head = tl.program_id(0).to(tl.int64) * Q_HEADS + tl.program_id(1)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)

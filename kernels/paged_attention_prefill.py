@@ -62,7 +62,8 @@ class PrefillRows:
 
     chunks: Sequence[PrefillChunk]
     tiles: torch.Tensor | None
-    """On a GPU [tiles, 4] int32, the fields of ``PrefillTile``."""
+    """On a GPU [tiles, 4] int32, the fields of ``PrefillTile``. Some may be empty, so that a CUDA
+    graph serves every batch of a size."""
 
 
 def paged_attention_prefill(
@@ -174,6 +175,8 @@ def _prefill(
     head, tile = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(tiles + 4 * tile).to(tl.int64)
     n_rows = tl.load(tiles + 4 * tile + 1)
+    if n_rows == 0:
+        return
     line = page_table + tl.load(tiles + 4 * tile + 2).to(tl.int64) * table_stride
     first_position = tl.load(tiles + 4 * tile + 3)
     kv_head = head // RATIO

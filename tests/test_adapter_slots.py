@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels.lora_expand import lora_expand_torch
 from kernels.lora_segments import Segment
-from kernels.lora_shrink import lora_shrink
+from kernels.lora_shrink import lora_shrink_torch
 from schemas.errors import BadInput
 from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
@@ -84,7 +84,7 @@ def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
             modules = LINEAR_GROUPS[group]
             x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(layer))
             y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
-            h = lora_shrink(x, weights.a, segments, len(modules))
+            h = lora_shrink_torch(x, weights.a, segments, len(modules))
             lora_expand_torch(y, h, weights.b, segments, weights.part_sizes)
             expected = []
             for module in modules:

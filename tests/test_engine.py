@@ -187,6 +187,77 @@ def test_a_sequence_dropped_while_a_batch_runs_is_forgotten(
     assert len(dropped.output_ids) == 4
 
 
+# --- On a GPU only ------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("max_loras_per_batch", [2, 8])
+def test_cuda_graphs_change_no_token(
+    model_folder: Path, adapters: dict[str, Path], max_loras_per_batch: int
+) -> None:
+    jobs = random_jobs(60)
+    flags = {"max_loras_per_batch": max_loras_per_batch}
+    without = make_engine(model_folder, adapters, **flags)
+    without._runner._graphs = None
+    replayed = make_engine(model_folder, adapters, **flags)
+    graphs = replayed._runner._graphs
+    assert graphs
+    mixed = [key for key in graphs._graphs if key[0]]
+    assert mixed
+    assert run(replayed, jobs) == run(without, jobs)
+
+
+#: bfloat16 keeps 8 bits. Some thirty roundings on the way through three layers, of weights too, add
+#: up to about a hundredth of the largest logit; a mix-up of adapters or rows is as large as that.
+NEAR_TIE = 0.05
+
+
+@on_gpu
+def test_in_bfloat16_a_job_alone_and_in_a_mixed_batch_part_at_near_ties_only(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    jobs = random_jobs(30)
+    engine = make_engine(model_folder, adapters, dtype="bfloat16")
+    together = run(engine, jobs, join_every=30)
+    num_equal = 0
+    for job in jobs:
+        alone = run(engine, [job])[job.id]
+        both = zip(alone, together[job.id], strict=True)
+        parted = next((i for i, (one, other) in enumerate(both) if one != other), None)
+        if parted is None:
+            num_equal += 1
+            continue
+        logits = oracle.logits([*(job.prompt_token_ids or []), *alone[:parted]], job.lora)
+        gap = logits[[alone[parted], together[job.id][parted]]].max() - logits.max()
+        assert gap.abs() <= NEAR_TIE * logits.abs().max(), job.id
+        rivals = logits[alone[parted]] - logits[together[job.id][parted]]
+        assert rivals.abs() <= NEAR_TIE * logits.abs().max(), job.id
+    assert num_equal >= len(jobs) // 2
+
+
+@on_gpu
+def test_all_that_an_engine_has_on_the_gpu_stays_within_its_part_of_the_memory(
+    model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    free, total = torch.cuda.mem_get_info()
+    used_before = total - free
+    part = used_before / total + 0.05
+    engine = make_engine(
+        model_folder,
+        adapters,
+        max_total_tokens=None,
+        mem_fraction_static=part,
+        max_running_requests=512,
+        chunked_prefill_size=8192,
+    )
+    run(engine, random_jobs(60), join_every=60)
+    free, _ = torch.cuda.mem_get_info()
+    # The driver hands out memory in pieces of 2 MB and more.
+    assert total - free <= part * total + (64 << 20)
+
+
 def test_all_adapters_answer_differently(oracle: Oracle) -> None:
     """Else a mix-up of adapters would go unseen in the tests above."""
     answers = {tuple(oracle.generate([5, 6, 7], name, 12)) for name in [None, *ADAPTERS]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import pytest
 
@@ -132,11 +133,54 @@ def test_the_base_model_needs_no_slot(queue: JobQueue) -> None:
 
 def test_a_small_claim_is_shared_among_the_adapters_in_turn(queue: JobQueue) -> None:
     join(queue)
+    submit(queue, jobs(40), "sub-base")
     for name in ADAPTERS:
         submit(queue, jobs(10, name), f"sub-{name}")
     assert [job.adapter for job in claim(queue, 6)] == ["a", "a", "b", "b", "c", "c"]
     served = [claim(queue, 1, in_use=ADAPTERS)[0].adapter for _ in range(3)]
-    assert sorted(served) == ["a", "b", "c"]
+    assert sorted(served, key=str) == ["a", "b", "c"]
+
+
+def test_the_adapter_with_the_most_waiting_jobs_gets_what_the_others_leave(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    for name, count in (("a", 10), ("b", 3), ("c", 1)):
+        submit(queue, jobs(count, name), f"sub-{name}")
+    assert Counter(job.adapter for job in claim(queue, 8)) == {"a": 4, "b": 3, "c": 1}
+
+
+def test_the_adapter_with_the_most_waiting_jobs_is_not_passed_over_beyond_the_patience(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(10, "a"))
+    time.sleep(0.05)
+    submit(queue, jobs(3, "b"), "sub-b")
+    request = ClaimRequest(2, 8, in_use=[])
+    claims = queue.claim("w", request, lease_seconds=60, patience=0.04)
+    assert [job.adapter for job in claims.jobs] == ["a", "b"]
+
+
+def test_one_slot_is_for_the_most_waiting_jobs_and_the_others_for_the_fewest(
+    queue: JobQueue,
+) -> None:
+    join(queue, adapters=("a", "b", "c", "d"))
+    for name, count in (("a", 4), ("b", 9), ("c", 2), ("d", 1)):
+        submit(queue, jobs(count, name), f"sub-{name}")
+    assert {job.adapter for job in claim(queue, 20, free_slots=1)} == {"b"}
+    assert {job.adapter for job in claim(queue, 20, free_slots=2)} == {"a", "d"}
+
+
+def test_jobs_in_flight_do_not_count_as_waiting(queue: JobQueue) -> None:
+    join(queue)
+    join(queue, "other")
+    submit(queue, jobs(10, "a"))
+    claim(queue, 8, worker="other")
+    claim(queue, 2)
+    submit(queue, jobs(5, "a", "more"), "sub-more")
+    submit(queue, jobs(6, "b"), "sub-b")
+    assert {job.adapter for job in claim(queue, 20, free_slots=1)} == {"b"}
 
 
 def test_a_claim_takes_all_of_one_adapter_when_no_other_has_work(queue: JobQueue) -> None:
@@ -186,15 +230,14 @@ def test_a_starving_adapter_gets_the_next_slot_before_one_whose_weights_are_load
     assert claims.starving is None
 
 
-def test_without_a_starving_adapter_a_slot_goes_to_one_whose_weights_are_loaded(
-    queue: JobQueue,
-) -> None:
+def test_of_equal_adapters_one_whose_weights_are_loaded_gets_the_slot(queue: JobQueue) -> None:
     join(queue)
     submit(queue, jobs(1, "b"))
     submit(queue, jobs(1, "a"), "sub-a")
+    submit(queue, jobs(2), "sub-base")
     request = ClaimRequest(10, 1, in_use=[], resident=["a"])
     claims = queue.claim("w", request, lease_seconds=60, patience=60)
-    assert [job.adapter for job in claims.jobs] == ["a"]
+    assert {job.adapter for job in claims.jobs} == {None, "a"}
 
 
 def test_a_draining_adapter_gets_no_jobs(queue: JobQueue) -> None:

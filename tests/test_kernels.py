@@ -13,7 +13,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from kernels.linear import Linear
 from kernels.lora_expand import lora_expand_torch, lora_expand_triton
 from kernels.lora_segments import LoraRows, LoraTile, Segment, lora_tiles
-from kernels.lora_shrink import lora_shrink
+from kernels.lora_shrink import lora_shrink_torch
 from kernels.paged_attention_decode import (
     paged_attention_decode_torch,
     paged_attention_decode_triton,
@@ -26,7 +26,7 @@ from kernels.paged_attention_prefill import (
 )
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton
 from kernels.rotary_kv_write import rotary_kv_write_torch, rotary_kv_write_triton
-from kernels.sample import sample
+from kernels.sample import Draw, sample_torch, sample_triton
 from kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton, silu_and_mul_with_lora
 
 Operation = Callable[..., Any]
@@ -429,11 +429,11 @@ class Loras:
         return Segment(first_row, end_row, FIRST_RANKS[number], RANKS[number])
 
     def apply_torch(self, y: torch.Tensor, x: torch.Tensor, segments: list[Segment]) -> None:
-        h = lora_shrink(x, self.a, segments, self.n_parts)
+        h = lora_shrink_torch(x, self.a, segments, self.n_parts)
         lora_expand_torch(y, h, self.b, segments, self.sizes)
 
     def apply_triton(self, y: torch.Tensor, x: torch.Tensor, segments: list[Segment]) -> None:
-        h = lora_shrink(x, self.a, segments, self.n_parts)
+        h = lora_shrink_torch(x, self.a, segments, self.n_parts)
         lora_expand_triton(y, h, self.b, tiles_of(segments), self.sizes)
 
     def expected(
@@ -517,7 +517,7 @@ def test_rows_outside_the_segments_keep_every_bit(apply: Operation, n_parts: int
 def test_shrink_lays_its_columns_as_the_rows_of_a(n_parts: int) -> None:
     loras, (_, x) = Loras(n_parts), inputs(n_parts)
     segments = [loras.segment(1, 2, 9), loras.segment(2, 9, 30)]
-    h = lora_shrink(x, loras.a, segments, n_parts)
+    h = lora_shrink_torch(x, loras.a, segments, n_parts)
     a = torch.cat([a for a, _ in loras.factors[1]]).double()
     rows, first = x[2:9].double(), n_parts * FIRST_RANKS[1]
     bound = rows.abs() @ a.abs().t() * IN_FEATURES * ROUNDING
@@ -555,20 +555,23 @@ SMALLEST_DRAW, LARGEST_DRAW = 0.0, 1 - 2.0**-53
 def sample_row(
     logits: torch.Tensor,
     uniform: torch.Tensor,
+    sample: Operation = sample_torch,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> torch.Tensor:
     """Tokens that one row of logits gives for many draws."""
-    count = len(uniform)
-    return sample(
-        logits.expand(count, -1),
-        torch.full((count,), temperature),
-        torch.full((count,), top_k),
-        torch.full((count,), top_p),
-        uniform.double(),
-    )
+    draws = [Draw(i, temperature, top_k, top_p, u) for i, u in enumerate(uniform.tolist())]
+    return sample_rows(logits.expand(len(draws), -1), draws, sample)
+
+
+def sample_rows(
+    logits: torch.Tensor, draws: list[Draw], sample: Operation = sample_torch
+) -> torch.Tensor:
+    tokens = logits.argmax(dim=-1).int()
+    sample(tokens, logits, torch.tensor(draws, dtype=torch.float64))
+    return tokens
 
 
 def even_draws() -> torch.Tensor:
@@ -620,38 +623,66 @@ def test_the_most_probable_token_is_kept_however_small_top_p_is() -> None:
     assert set(tokens.tolist()) == {int(normal(1, VOCABULARY).argmax())}
 
 
-@pytest.mark.parametrize("draw", [SMALLEST_DRAW, LARGEST_DRAW])
+samples = pytest.mark.parametrize("sample", [sample_torch, sample_triton])
+outermost_draws = pytest.mark.parametrize("draw", [SMALLEST_DRAW, LARGEST_DRAW])
+
+
+@samples
+@outermost_draws
 @pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.9}], ids=["top_k", "top_p"])
-def test_the_outermost_draws_fall_on_kept_tokens(draw: float, cut: dict[str, float]) -> None:
+def test_the_outermost_draws_fall_on_kept_tokens(
+    sample: Operation, draw: float, cut: dict[str, Any]
+) -> None:
     logits = torch.tensor([[0.0, 7.0, 0.0, 7.5, 0.0]])
-    token = sample_row(logits, torch.tensor([draw], dtype=torch.float64), **cut)  # type: ignore[arg-type]
+    token = sample_row(logits, torch.tensor([draw], dtype=torch.float64), sample, **cut)
     assert token.item() == (1 if draw == SMALLEST_DRAW else 3)
 
 
-@pytest.mark.parametrize("draw", [SMALLEST_DRAW, LARGEST_DRAW])
-def test_the_outermost_draws_fall_on_kept_tokens_of_a_large_vocabulary(draw: float) -> None:
+@samples
+@outermost_draws
+def test_the_outermost_draws_fall_on_kept_tokens_of_a_large_vocabulary(
+    sample: Operation, draw: float
+) -> None:
     """Where the sum of the probabilities misses 1 by many roundings."""
     logits = 3 * normal(1, 49_157)
     kept = logits[0].topk(1001).indices
-    token = sample_row(logits, torch.tensor([draw], dtype=torch.float64), top_k=1001)
+    token = sample_row(logits, torch.tensor([draw], dtype=torch.float64), sample, top_k=1001)
     assert token.item() == (kept.min() if draw == SMALLEST_DRAW else kept.max())
 
 
-def test_a_rows_token_does_not_depend_on_the_other_rows() -> None:
-    rows = 60
+@samples
+def test_a_rows_token_does_not_depend_on_the_other_rows(sample: Operation) -> None:
+    rows = 60 if sample is sample_torch else 9
     logits = 2 * normal(rows, VOCABULARY)
-    temperature = torch.linspace(0.3, 3, rows)
-    top_k = torch.arange(rows) % 9
-    top_p = torch.tensor([1.0, 0.9, 0.5])[torch.arange(rows) % 3]
+    temperatures = torch.linspace(0.3, 3, rows).tolist()
     uniform = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    arguments = (logits, temperature, top_k, top_p, uniform)
-    alone = [sample(*(argument[row : row + 1] for argument in arguments)) for row in range(rows)]
-    assert sample(*arguments).equal(torch.cat(alone))
+    draws = [
+        Draw(row, temperatures[row], row % 9, (1.0, 0.9, 0.5)[row % 3], uniform[row].item())
+        for row in range(rows)
+    ]
+    alone = [
+        sample_rows(logits[row : row + 1], [draw._replace(row=0)], sample)
+        for row, draw in enumerate(draws)
+    ]
+    assert sample_rows(logits, draws, sample).equal(torch.cat(alone))
 
 
-def test_a_neighbour_with_top_k_takes_no_improbable_token_from_a_row_that_keeps_all() -> None:
+@samples
+def test_a_neighbour_with_top_k_takes_no_improbable_token_from_a_row_that_keeps_all(
+    sample: Operation,
+) -> None:
     # e^-40 is lost beside 1 in float64, so the sum of the larger ones alone is 1 already.
     logits = torch.tensor([[-40.0, 0.0], [0.0, 0.0]])
-    uniform = torch.zeros(2, dtype=torch.float64)
-    tokens = sample(logits, torch.ones(2), torch.tensor([0, 1]), torch.ones(2), uniform)
-    assert tokens[0] == sample_row(logits[:1], uniform[:1])[0]
+    draws = [Draw(0, 1.0, 0, 1.0, 0.0), Draw(1, 1.0, 1, 1.0, 0.0)]
+    assert sample_rows(logits, draws, sample)[0] == 0
+
+
+@samples
+def test_rows_without_a_draw_or_without_a_token_keep_what_they_have(sample: Operation) -> None:
+    logits = torch.tensor([[0.0, 9.0]]).repeat(4, 1)
+    logits[1] = float("nan")
+    tokens = torch.tensor([1, -1, 1, 1], dtype=torch.int32)
+    # The smallest draw falls on token 0.
+    draws = [Draw(row, 1.0, 0, 1.0, 0.0) for row in (2, 1)]
+    sample(tokens, logits, torch.tensor(draws, dtype=torch.float64))
+    assert tokens.tolist() == [1, -1, 0, 1]

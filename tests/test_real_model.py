@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.engine_vs_peft import ADAPTERS, make_jobs
 from examples.smollm2 import model_folder
@@ -26,7 +27,9 @@ def engine() -> Engine:
         WorkerConfig(
             model_path=model_folder(),
             lora_paths=loras,
-            device="cpu",
+            # In float32, so that greedy tokens are the oracle's.
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype="float32",
             max_total_tokens=8192,
             chunked_prefill_size=48,
         )

@@ -9,8 +9,9 @@ from itertools import islice
 import pytest
 import torch
 
+from kernels.largest_token import NO_TOKEN, largest_token
 from schemas.job import Job
-from worker.sampler import NO_TOKEN, choose_largest, draw, job_seed, uniform
+from worker.sampler import draw, job_seed, uniform
 from worker.sequence import Sequence
 
 LARGEST_SEED = 2**64 - 1
@@ -32,7 +33,7 @@ def sequence(**settings: object) -> Sequence:
 
 
 def sample_batch(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    tokens = choose_largest(logits)
+    tokens = largest_token(logits)
     draw(tokens, logits, sequences)
     return tokens.tolist()
 

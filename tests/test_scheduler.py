@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
 from worker.kv_cache import PAGE_SIZE, PagePool, num_pages
-from worker.scheduler import ScheduledSequence, Scheduler
+from worker.scheduler import PATIENCE, ScheduledSequence, Scheduler
 from worker.sequence import Phase, Sequence
 
 
@@ -59,6 +61,8 @@ class Load:
     max_prefill_tokens: int
     max_adapters: int
     num_pinned: int
+    patience: int
+    """In steps."""
     arrivals: list[Arrival]
 
     @property
@@ -97,6 +101,7 @@ def loads(draw: st.DrawFn) -> Load:
         max_prefill_tokens=draw(st.integers(1, 90)),
         max_adapters=max_adapters,
         num_pinned=draw(st.integers(0, max_adapters - 1)),
+        patience=draw(st.integers(0, 9) | st.just(1000)),
         arrivals=draw(st.lists(arrivals(), min_size=6, max_size=12)),
     )
 
@@ -125,7 +130,11 @@ class Simulation:
             max_prefill_tokens=load.max_prefill_tokens,
             max_adapters=load.max_adapters,
             pinned=self.pinned,
+            patience=load.patience,
+            clock=lambda: self.number,
         )
+        self.number = 0
+        """Of the step that comes next."""
         self.arrivals = sorted(load.arrivals, key=lambda arrival: arrival.step)
         self.sequences = [
             make_sequence(a.prompt, a.answer, None if a.adapter is None else adapters[a.adapter])
@@ -135,6 +144,7 @@ class Simulation:
 
     def steps(self) -> Iterator[Step]:
         for number in range(self.load.max_steps):
+            self.number = number
             for sequence, arrival in zip(self.sequences, self.arrivals, strict=True):
                 if arrival.step == number:
                     self.scheduler.add(sequence)
@@ -255,6 +265,48 @@ def test_sequences_of_one_adapter_run_in_the_order_of_their_arrival(load: Load) 
             assert ages == sorted(ages)
 
 
+#: Tokens of the longest answer in the test below.
+LONGEST = 5
+
+
+@thoroughly
+@given(
+    arrivals=st.lists(
+        st.lists(st.tuples(st.sampled_from([None, 0, 1, 2]), st.integers(1, LONGEST)), max_size=4),
+        min_size=60,
+        max_size=80,
+    ),
+    patience=st.integers(0, 20),
+    max_running=st.integers(1, 6),
+    max_adapters=st.integers(1, 3),
+)
+def test_whatever_arrives_a_sequence_begins_soon_after_the_patience_of_its_adapter(
+    arrivals: list[list[tuple[int | None, int]]], patience: int, max_running: int, max_adapters: int
+) -> None:
+    number = 0
+    scheduler = make_scheduler(
+        pages=1000,
+        max_running=max_running,
+        max_adapters=max_adapters,
+        patience=patience,
+        clock=lambda: number,
+    )
+    adapters = [stand_in(f"{number}") for number in range(3)]
+    # They end one after another, and more wait than can run until the test ends.
+    for answer in [*range(1, LONGEST), *[LONGEST] * 400]:
+        add(scheduler, *(make_sequence(3, answer, adapter) for adapter in adapters))
+    rare = make_sequence(3, LONGEST, stand_in("rare"))
+    add(scheduler, rare)
+    for number, arriving in enumerate(arrivals):
+        for name, answer in arriving:
+            adapter = None if name is None else adapters[name]
+            add(scheduler, make_sequence(3, answer, adapter))
+        step(scheduler)
+        # What runs may end, once for each of the others that may have waited as long.
+        if number > patience + 5 * LONGEST:
+            assert rare.phase is not Phase.WAITING
+
+
 # --- Examples -----------------------------------------------------------------------------------
 
 A, B, C = (stand_in(name) for name in "abc")
@@ -267,6 +319,8 @@ def make_scheduler(
     max_prefill_tokens: int = 64,
     max_adapters: int = 8,
     pinned: tuple[Adapter, ...] = (),
+    patience: float = PATIENCE,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Scheduler:
     return Scheduler(
         PagePool(pages),
@@ -274,6 +328,8 @@ def make_scheduler(
         max_prefill_tokens=max_prefill_tokens,
         max_adapters=max_adapters,
         pinned=pinned,
+        patience=patience,
+        clock=clock,
     )
 
 
@@ -296,12 +352,105 @@ def test_a_sequence_whose_adapter_has_a_slot_passes_over_one_whose_adapter_has_n
     assert scheduler.running == [first, second]
 
 
-def test_a_sequence_that_was_passed_over_keeps_its_place() -> None:
+def test_a_sequence_that_was_passed_over_keeps_its_place_among_those_of_its_adapter() -> None:
     scheduler = make_scheduler(max_adapters=1)
     held, b, c, later_b = (make_sequence(3, 5, adapter) for adapter in (A, B, C, B))
-    add(scheduler, held, b, c, later_b)
+    add(scheduler, held)
     step(scheduler)
-    assert list(scheduler.waiting) == [b, c, later_b]
+    add(scheduler, b, c, later_b)
+    step(scheduler)
+    assert list(scheduler.waiting) == [b, later_b, c]
+
+
+def adapters_of(sequences: Iterable[Sequence]) -> Counter[str]:
+    return Counter(sequence.adapter.name for sequence in sequences if sequence.adapter)
+
+
+def add_groups(scheduler: Scheduler, **sizes: int) -> None:
+    """So many sequences of each adapter, in turn as long as there are."""
+    adapters = {name: stand_in(name) for name in sizes}
+    for number in range(max(sizes.values())):
+        for name, size in sizes.items():
+            if number < size:
+                scheduler.add(make_sequence(3, 5, adapters[name]))
+
+
+def test_one_slot_is_for_the_fullest_adapter_and_the_others_for_those_with_the_fewest() -> None:
+    scheduler = make_scheduler(max_adapters=3, max_running=100)
+    add_groups(scheduler, middle=4, full=9, few=2, fewer=1)
+    step(scheduler)
+    assert adapters_of(scheduler.running) == {"full": 9, "few": 2, "fewer": 1}
+
+
+def test_the_fullest_adapter_gets_the_rows_that_the_others_leave() -> None:
+    scheduler = make_scheduler(max_adapters=3, max_running=8)
+    add_groups(scheduler, full=9, few=2, fewer=1)
+    step(scheduler)
+    assert adapters_of(scheduler.running) == {"full": 5, "few": 2, "fewer": 1}
+
+
+def test_sequences_of_an_adapter_begin_together_when_it_gets_its_slot() -> None:
+    scheduler = make_scheduler(max_adapters=2, max_running=8)
+    add_groups(scheduler, full=20, few=2, more=3)
+    for _ in range(6):
+        step(scheduler)
+    assert adapters_of(scheduler.running) == {"full": 5, "more": 3}
+
+
+def test_rows_are_shared_in_turn_by_the_other_adapters() -> None:
+    scheduler = make_scheduler(max_running=4)
+    add_groups(scheduler, first=5, second=6, full=9)
+    step(scheduler)
+    assert adapters_of(scheduler.running) == {"first": 2, "second": 2}
+
+
+def test_the_fullest_adapter_is_not_left_without_rows_beyond_its_patience() -> None:
+    now = 0.0
+    scheduler = make_scheduler(max_running=1, patience=10, clock=lambda: now)
+    add_groups(scheduler, full=9, few=5)
+    step(scheduler)
+    assert adapters_of(scheduler.running) == {"few": 1}
+    now = 11.0
+    for _ in range(6):
+        step(scheduler)
+    assert adapters_of(scheduler.running) == {"full": 1}
+
+
+def test_an_adapter_that_starves_gets_the_slot_of_one_that_has_more_to_do() -> None:
+    now = 0.0
+    scheduler = make_scheduler(max_adapters=1, max_running=2, patience=10, clock=lambda: now)
+    busy = [make_sequence(3, answer, A) for answer in (3, 5, 5, 5, 5, 5, 5, 5, 5)]
+    starving = make_sequence(3, 5, B)
+    add(scheduler, *busy, starving)
+    now = 1.0
+    step(scheduler)
+    now = 11.0
+    for _ in range(3):
+        step(scheduler)
+    assert scheduler.running == [busy[1]]
+    for _ in range(2):
+        step(scheduler)
+    assert scheduler.running == [starving]
+    for _ in range(5):
+        step(scheduler)
+    assert scheduler.running == busy[2:4]
+
+
+def test_the_next_adapters_are_named_in_the_order_in_which_they_get_a_slot() -> None:
+    now = 0.0
+    scheduler = make_scheduler(max_adapters=1, patience=10, clock=lambda: now)
+    add_groups(scheduler, held=1)
+    step(scheduler)
+    add_groups(scheduler, starving=4)
+    now = 5.0
+    add_groups(scheduler, full=9, few=2, fewest=1)
+
+    def names() -> list[str]:
+        return [adapter.name for adapter in scheduler.next_adapters(3)]
+
+    assert names() == ["full", "fewest", "few"]
+    now = 11.0
+    assert names() == ["starving", "full", "fewest"]
 
 
 def test_an_adapter_that_has_left_makes_room_for_the_one_that_waited_longest() -> None:

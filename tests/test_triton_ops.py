@@ -6,23 +6,34 @@ What each operation means is the business of `test_kernels.py`.
 
 from __future__ import annotations
 
+from itertools import product
+from math import log
+
 import pytest
 import torch
 
+from kernels.largest_token import NO_TOKEN, largest_token_torch, largest_token_triton
 from kernels.lora_expand import lora_expand_torch, lora_expand_triton
 from kernels.lora_segments import LoraTile, Segment, lora_tiles
+from kernels.lora_shrink import SHRINK_TILE_ROWS, lora_shrink_torch, lora_shrink_triton
 from kernels.paged_attention_decode import (
     paged_attention_decode_torch,
     paged_attention_decode_triton,
 )
 from kernels.paged_attention_prefill import (
     PrefillChunk,
+    PrefillTile,
     paged_attention_prefill_torch,
     paged_attention_prefill_triton,
     prefill_tiles,
 )
 from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton
-from kernels.rotary_kv_write import rotary_kv_write_torch, rotary_kv_write_triton
+from kernels.rotary_kv_write import (
+    rotary_kv_write_torch,
+    rotary_kv_write_triton,
+    rotary_kv_write_with_lora_triton,
+)
+from kernels.sample import Draw, sample_torch, sample_triton
 from kernels.silu_and_mul import (
     silu_and_mul_torch,
     silu_and_mul_triton,
@@ -69,6 +80,24 @@ def test_add_rms_norm(dtype: torch.dtype, rows: int, features: int) -> None:
     expected = add_rms_norm_torch(torch.zeros_like(stored), stored.clone(), wide(weight), 1e-5)
     assert_close(add_rms_norm_triton(x, residual, weight, 1e-5), expected)
     assert wide(residual).equal(stored)
+
+
+@every_dtype
+@pytest.mark.parametrize("vocabulary", [211, 20_003])
+def test_largest_token(dtype: torch.dtype, vocabulary: int) -> None:
+    logits = normal(9, vocabulary + 24, dtype=dtype)[:, :-24]
+    logits[1] = 0.0
+    logits[1, 5::7] = 3.0  # The first of equal ones.
+    logits[2, -1] = float("nan")
+    logits[3, 0] = float("inf")
+    logits[4] = float("-inf")
+    logits[5] = float("-inf")
+    logits[5, -1] = -1e4
+    logits[6, 3] = float("-inf")
+    tokens = largest_token_triton(logits)
+    assert tokens.dtype == torch.int32
+    assert tokens.tolist() == largest_token_torch(logits).tolist()
+    assert tokens[1:6].tolist() == [5, NO_TOKEN, NO_TOKEN, NO_TOKEN, vocabulary - 1]
 
 
 @every_dtype
@@ -134,10 +163,11 @@ def test_paged_attention_decode(
     dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, lengths: list[int]
 ) -> None:
     cache, scale = Cache(lengths, kv_heads, head_dim, dtype), head_dim**-0.5
-    q = normal(len(lengths), q_heads, head_dim, dtype=dtype)
+    # Two rows more, that are none of a sequence.
+    lines = torch.tensor([0, *range(len(lengths)), 0], dtype=torch.int32)
+    numbers = torch.tensor([0, *lengths, 0], dtype=torch.int32)
+    q = normal(len(lines), q_heads, head_dim, dtype=dtype)
     out = poisoned(*q.shape, dtype=dtype)
-    lines = torch.arange(len(lengths), dtype=torch.int32)
-    numbers = torch.tensor(lengths, dtype=torch.int32)
     paged_attention_decode_triton(
         *(q, cache.keys, cache.values, cache.table),
         *(lines.to(DEVICE), numbers.to(DEVICE), max(lengths), out, scale),
@@ -146,7 +176,9 @@ def test_paged_attention_decode(
     paged_attention_decode_torch(
         wide(q), *cache.oracle(), lines, numbers, max(lengths), expected, scale
     )
-    assert_close(out, expected)
+    assert_close(out[1:-1], expected[1:-1])
+    for unwritten in (out[0], out[-1], expected[0], expected[-1]):
+        assert unwritten.isnan().all()
 
 
 @every_dtype
@@ -162,7 +194,8 @@ def test_paged_attention_prefill(
         first += count
     q = normal(first, q_heads, head_dim, dtype=dtype)
     out = poisoned(*q.shape, dtype=dtype)
-    tiles = torch.tensor(prefill_tiles(chunks), dtype=torch.int32, device=DEVICE)
+    nothing = PrefillTile(0, 0, 0, 0)
+    tiles = torch.tensor([*prefill_tiles(chunks), nothing], dtype=torch.int32, device=DEVICE)
     paged_attention_prefill_triton(q, cache.keys, cache.values, cache.table, tiles, out, scale)
     expected = wide(out)
     paged_attention_prefill_torch(wide(q), *cache.oracle(), chunks, expected, scale)
@@ -207,6 +240,24 @@ def test_lora_expand(dtype: torch.dtype, count: int, part_sizes: tuple[int, ...]
 
 
 @every_dtype
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize(("n_parts", "features"), [(3, 576), (1, 100)])
+def test_lora_shrink(dtype: torch.dtype, count: int, n_parts: int, features: int) -> None:
+    adapters = Adapters(count, (16,) * n_parts, dtype)
+    x = normal(adapters.rows, features + 24, dtype=dtype, seed=3)[:, :-24]
+    a = normal(n_parts * len(adapters.b), features, dtype=dtype, seed=4)
+    segments = [segment for segment in adapters.segments if segment.rank]
+    tiles = [*lora_tiles(segments, SHRINK_TILE_ROWS), LoraTile(0, 0, 0, 0)]
+    on_device = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    actual = lora_shrink_triton(x, a, on_device, 256, n_parts)
+    expected = lora_shrink_torch(wide(x), wide(a), segments, n_parts)
+    for first_row, end_row, first_rank, rank in segments:
+        columns = slice(n_parts * first_rank, n_parts * (first_rank + rank))
+        if end_row > first_row:
+            assert_close(actual[first_row:end_row, columns], expected[first_row:end_row, columns])
+
+
+@every_dtype
 def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
     first, second = (Adapters(9, (576, 192, 192), dtype) for _ in range(2))
     for adapters in (first, second):
@@ -215,8 +266,201 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(8, 2, 128), (3, 1, 24)])
+@pytest.mark.parametrize("count", [1, 9])
+def test_rotary_kv_write_with_lora(
+    dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, count: int
+) -> None:
+    sizes = (q_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    adapters = Adapters(count, sizes, dtype)
+    pages = -(-adapters.rows // 16) + 3
+    angles = 100 * normal(adapters.rows, head_dim // 2, dtype=torch.float32, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    places = torch.randperm(pages * 16, generator=torch.Generator().manual_seed(2))[: adapters.rows]
+    caches = [poisoned(pages, kv_heads, 16, head_dim, dtype=dtype) for _ in range(2)]
+    oracles = [wide(cache) for cache in caches]
+    q = rotary_kv_write_with_lora_triton(
+        *(adapters.y, adapters.h, adapters.b, adapters.tiles),
+        *(cos, sin, *caches, places.to(DEVICE, torch.int32)),
+    )
+    expected = rotary_kv_write_torch(adapters.expected, wide(cos), wide(sin), *oracles, places)
+    assert_close(q, expected)
+    for cache, oracle in zip(caches, oracles, strict=True):
+        written = ~oracle.isnan()
+        assert written.equal(~wide(cache).isnan())
+        assert_close(cache[written.to(DEVICE)], oracle[written])
+
+
+@every_dtype
 @pytest.mark.parametrize("count", [1, 9])
 def test_silu_and_mul_with_lora(dtype: torch.dtype, count: int) -> None:
     adapters = Adapters(count, (530, 530), dtype)
     actual = silu_and_mul_with_lora_triton(adapters.y, adapters.h, adapters.b, adapters.tiles)
     assert_close(actual, silu_and_mul_torch(adapters.expected))
+
+
+#: Where every logit is drawn for by settings of all kinds.
+TEMPERATURES = (1e-6, 0.7, 1.0, 1e4)
+CUTS = ((0, 1.0), (1, 1.0), (50, 1.0), (10**9, 1.0), (0, 0.9), (0, 0.999), (0, 1e-30), (1000, 0.7))
+LARGEST_UNIFORM = 1 - 2.0**-53
+
+
+def draw_tokens(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """What the kernel makes of each row's largest logit, [rows] on the CPU."""
+    tokens = logits.argmax(dim=-1).int()
+    sample_triton(tokens, logits, torch.tensor(draws, dtype=torch.float64, device=DEVICE))
+    return tokens.cpu()
+
+
+def draw_rounding(vocabulary: int) -> float:
+    """By how much rounding moves a border between two tokens in the distribution.
+
+    A weight e^-a of float32 is off by at most 3a + 4 roundings: its exponent is a difference, times
+    a rounded factor, and the power is right to four. A border is off by no more than the mean of
+    that over the distribution, and the mean of a is at most its entropy, so at most ln(vocabulary).
+    """
+    return (3 * log(vocabulary) + 4) * 2.0**-24
+
+
+def assert_drawn(token: int, logits: torch.Tensor, draw: Draw) -> None:
+    """The token is kept, and the draw in its part of the exact distribution, or off by rounding."""
+    rounding = draw_rounding(len(logits))
+    weights = ((logits - logits.max()) / draw.temperature).exp()
+    if 0 < draw.top_k < len(logits):
+        weights[logits < logits.topk(draw.top_k).values[-1]] = 0
+    values, places = logits.unique(return_inverse=True)
+    tied = torch.zeros_like(values).index_add(0, places, weights)
+    above = ((tied.flip(0).cumsum(0).flip(0) - tied) / tied.sum())[places]
+    # The nucleus may end one value earlier or later if its sum is next to p.
+    for top_p in (draw.top_p - rounding, draw.top_p + rounding):
+        is_kept = (above < top_p) | (logits == logits.max()) | (draw.top_p >= 1)
+        kept = weights * is_kept
+        borders = kept.cumsum(0) / kept.sum()
+        start = borders[token - 1] if token else 0.0
+        if kept[token] > 0 and start - rounding <= draw.uniform <= borders[token] + rounding:
+            return
+    raise AssertionError(f"{draw} gave {token}")
+
+
+@every_dtype
+@pytest.mark.parametrize("vocabulary", [5003, 128_256] if ON_GPU else [5003])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_sample(dtype: torch.dtype, vocabulary: int, scale: float) -> None:
+    settings = list(product(TEMPERATURES, CUTS)) * (2 if ON_GPU else 1)
+    logits = normal(2 * len(settings), vocabulary + 24, dtype=dtype, scale=scale)
+    # Every other row is drawn for, the last one first; the first of all has no token.
+    logits[::2] = logits[:, vocabulary:] = logits[1] = POISON
+    logits = logits[:, :vocabulary]
+    uniform = torch.rand(len(settings), generator=torch.Generator().manual_seed(6)).tolist()
+    draws = [
+        Draw(2 * place + 1, temperature, *cut, uniform[place])
+        for place, (temperature, cut) in enumerate(settings)
+    ][::-1]
+    tokens = logits.argmax(dim=-1).int()
+    tokens[1] = -1
+    before = tokens.tolist()
+    twins, numbers = tokens.cpu(), torch.tensor(draws, dtype=torch.float64)
+    sample_torch(twins, wide(logits), numbers)
+    sample_triton(tokens, logits, numbers.to(DEVICE))
+    assert tokens[::2].tolist() == before[::2]
+    assert tokens[1] == -1
+    for draw in draws[:-1]:
+        for drawn in (tokens, twins):
+            assert_drawn(int(drawn[draw.row]), wide(logits[draw.row]), draw)
+
+
+@every_dtype
+def test_sample_puts_the_borders_where_they_are(dtype: torch.dtype) -> None:
+    # In order, so that nothing that is off by a part of the exponent cancels out.
+    logits = normal(1, 5003, dtype=dtype).sort().values
+    borders = (wide(logits[0]) / 0.7).softmax(0).cumsum(0)
+    tokens = torch.searchsorted(borders, (torch.arange(16) + 0.5) / 16).tolist()
+    draws, expected = [], []
+    for token in tokens:
+        for side in (0, 1):
+            uniform = borders[token].item() + (2 * side - 1) * draw_rounding(5003)
+            draws.append(Draw(len(draws), 0.7, 0, 1.0, uniform))
+            expected.append(token + side)
+    assert draw_tokens(logits.expand(len(draws), -1), draws).tolist() == expected
+
+
+@every_dtype
+def test_sample_draws_evenly_from_equal_logits(dtype: torch.dtype) -> None:
+    tokens = [0, 1, 4095, 4096, 4097, 8191]
+    draws = [Draw(row, 1.0, 0, 1.0, token / 8192) for row, token in enumerate(tokens)]
+    logits = torch.zeros(len(tokens), 8192, dtype=dtype, device=DEVICE)
+    assert draw_tokens(logits, draws).tolist() == tokens
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [(2, 1.0, {1, 4000, 4999}), (0, 0.5, {1, 4000, 4999}), (5, 1.0, {0, 1, 17, 100, 4000, 4999})],
+)
+def test_sample_keeps_ties(dtype: torch.dtype, top_k: int, top_p: float, kept: set[int]) -> None:
+    logits = torch.full((1, 5003), -20.0, dtype=dtype, device=DEVICE)
+    logits[0, [1, 4000, 4999]] = 0.5
+    # The next smaller number is no tie.
+    logits[0, 100] = 0.5 - torch.finfo(dtype).eps / 4
+    # The sign of a zero makes no difference.
+    logits[0, 0], logits[0, 17] = 0.0, -0.0
+    draws = [Draw(row, 1.0, top_k, top_p, (row + 0.5) / 11) for row in range(11)]
+    assert set(draw_tokens(logits.expand(11, -1), draws).tolist()) == kept
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(100.0, 1, 1.0), (100.0, 0, 1e-30), (1e-6, 0, 1.0), (5e-324, 0, 1.0), (5e-324, 9, 0.9)],
+)
+def test_sample_takes_the_largest_logit_if_it_is_the_only_one(
+    dtype: torch.dtype, temperature: float, top_k: int, top_p: float
+) -> None:
+    logits = 3 * normal(4, 5003, dtype=dtype)
+    uniform = (0.0, 0.3, 0.9, LARGEST_UNIFORM)
+    # Larger than any other, at places of both blocks, and below zero too.
+    logits[range(4), [0, 4095, 4096, 5002]] = 20
+    logits[2:] -= 40
+    draws = [Draw(row, temperature, top_k, top_p, uniform[row]) for row in range(4)]
+    assert draw_tokens(logits, draws).tolist() == [0, 4095, 4096, 5002]
+
+
+@every_dtype
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.9), (5, 0.9)])
+def test_sample_never_takes_an_infinitely_improbable_token(
+    dtype: torch.dtype, top_k: int, top_p: float
+) -> None:
+    logits = torch.full((4, 5003), float("-inf"), dtype=dtype, device=DEVICE)
+    logits[range(4), [0, 5002, 4096, 4095]] = torch.tensor([-7, 0, 3, 900], dtype=dtype).to(DEVICE)
+    draws = [Draw(row, 1.0, top_k, top_p, (row % 2) * LARGEST_UNIFORM) for row in range(4)]
+    assert draw_tokens(logits, draws).tolist() == [0, 5002, 4096, 4095]
+
+
+@every_dtype
+def test_sample_gives_the_outermost_draws_the_outermost_tokens(dtype: torch.dtype) -> None:
+    logits = normal(1, 49_157, dtype=dtype).abs()
+    # In the middle of their blocks.
+    logits[:, :2000] = logits[:, -2000:] = -1.0
+    for uniform, token in ((0.0, 2000), (LARGEST_UNIFORM, 49_157 - 2001)):
+        assert draw_tokens(logits, [Draw(0, 1.0, 45_157, 1.0, uniform)]) == token
+
+
+@every_dtype
+def test_sample_finds_a_token_however_the_sums_are_rounded(dtype: torch.dtype) -> None:
+    """A draw one rounding below the total, of weights that do not add up exactly."""
+    logits = normal(8, 8100, dtype=dtype, scale=10)
+    draws = [Draw(row, 1.0, 0, 1.0, LARGEST_UNIFORM) for row in range(8)]
+    for token, draw in zip(draw_tokens(logits, draws).tolist(), draws, strict=True):
+        assert_drawn(token, wide(logits[draw.row]), draw)
+
+
+@every_dtype
+def test_sample_gives_a_row_the_same_token_alone_and_in_any_batch(dtype: torch.dtype) -> None:
+    logits = normal(4, 5003, dtype=dtype)
+    draws = [Draw(row, 2.0, *cut, (row + 0.5) / 4) for row, cut in enumerate(CUTS[1::2])]
+    together = draw_tokens(logits, draws)
+    assert draw_tokens(logits, draws).equal(together)
+    alone = [
+        draw_tokens(logits[draw.row :][:1], [draw._replace(row=0)]) for draw in reversed(draws)
+    ]
+    assert torch.cat(alone).flip(0).equal(together)

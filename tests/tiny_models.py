@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,13 +77,23 @@ class Oracle:
             "do_sample": False,
             "attention_mask": torch.ones_like(ids),
         }
+        with self._using(adapter):
+            out = self._model.generate(ids, **settings)
+        return out[0, len(prompt_ids) :].tolist()
+
+    def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """Those of the token after ``ids``: [vocabulary]."""
+        with self._using(adapter):
+            return self._model(torch.tensor([ids])).logits[0, -1]
+
+    @contextmanager
+    def _using(self, adapter: str | None) -> Iterator[None]:
         with torch.inference_mode():
             if adapter is not None:
                 self._model.set_adapter(adapter)
-                out = self._model.generate(ids, **settings)
+                yield
             elif isinstance(self._model, PeftModel):
                 with self._model.disable_adapter():
-                    out = self._model.generate(ids, **settings)
+                    yield
             else:
-                out = self._model.generate(ids, **settings)
-        return out[0, len(prompt_ids) :].tolist()
+                yield

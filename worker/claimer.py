@@ -14,6 +14,7 @@ from schemas.errors import JobError
 from schemas.job import Job
 from worker.leases import Leases
 from worker.publisher import Failed, Publisher
+from worker.scheduler import PATIENCE
 from worker.sequence import Sequence
 
 log = structlog.get_logger()
@@ -21,9 +22,6 @@ log = structlog.get_logger()
 #: Seconds until an empty queue is asked again: while sequences run, a slot may become free at any
 #: moment; an idle worker is woken by the queue, and asks only in case that message was lost.
 _PAUSE_BUSY, _PAUSE_IDLE = 0.05, 1.0
-
-#: Seconds for which an adapter may wait unserved before one with a slot makes room for it.
-PATIENCE = 30.0
 
 
 class Claimer:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 import torch
 
+from kernels.largest_token import NO_TOKEN
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
@@ -21,7 +25,6 @@ from worker.model.config import ModelConfig
 from worker.model.decoder import Decoder
 from worker.model.weights import DecoderWeights, load_weights, random_weights
 from worker.model_runner import Launched, ModelRunner
-from worker.sampler import NO_TOKEN
 from worker.scheduler import Scheduler
 from worker.sequence import Phase, Sequence
 from worker.text import Tokenizer
@@ -54,21 +57,12 @@ class Engine:
         self.tokenizer = Tokenizer(config.model_path, model.vocab_size)
         self.adapters = load_registry(config, model, self.dtype)
         weights, self.slots = _load(config, model, self.adapters, self.device, self.dtype)
-        pool = PagePool(pages_that_fit(config, model, self.dtype, self.context_length))
-        # One page more than the pool hands out, for rows that belong to no sequence.
-        self._cache = KVCache(model, pool.num_pages + 1, self.device, self.dtype)
-        lora = self.slots.weights if self.slots else None
-        self._runner = ModelRunner(
-            Decoder(model, weights, self._cache, lora, self.context_length),
-            max_running=config.running_limit,
-            max_pages=num_pages(self.context_length),
-            unused_page=pool.num_pages,
-            device=self.device,
-        )
-        self._runner.capture_graphs(
-            max_adapters=config.max_loras_per_batch,
-            num_ranks=self.slots.capacity if self.slots else 0,
-        )
+        build = partial(_build_runner, config, model, weights, self.slots, self.context_length)
+        ranks = self.slots.capacity if self.slots else 0
+        to_run = partial(_bytes_to_run, config.prefill_limit, ranks, build)
+        pages = pages_that_fit(config, model, self.dtype, self.context_length, to_run)
+        self._runner = build(pages)
+        pool = PagePool(pages)
         self._launched: deque[Launched] = deque()
         # While a GPU computes a batch the next one is scheduled and launched behind it.
         self._max_launched = 1 if self.device.type == "cuda" else 0
@@ -131,7 +125,7 @@ class Engine:
         if not scheduled:
             return None
         if new_pages and self.device.type == "cpu":
-            self._cache.clear(new_pages)
+            self._runner.decoder.kv_cache.clear(new_pages)
         now = time.monotonic()
         for item in scheduled:
             item.sequence.started = item.sequence.started or now
@@ -145,6 +139,7 @@ class Engine:
         for sequence in batch.sampled:
             sequence.num_in_flight += 1
         self._count(batch)
+        self._prefetch()
 
     def collect(self, *, all_launched: bool = False) -> list[Sequence]:
         """Enter the tokens of launched batches; returns the sequences that are finished by them.
@@ -193,6 +188,15 @@ class Engine:
         """Names of the adapters whose weights stand in a slot."""
         return self.slots.resident if self.slots else []
 
+    def _prefetch(self) -> None:
+        """Send the weights of the adapters that are next to get a slot on their way."""
+        if self.slots is None:
+            return
+        kept = set(self.scheduler.adapters_in_use)
+        for adapter in self.scheduler.next_adapters():
+            self.slots.prefetch(adapter, kept)
+            kept.add(adapter)
+
     def _adapter_of(self, job: Job) -> Adapter | None:
         if job.lora is None:
             return None
@@ -238,6 +242,51 @@ def _context_length(config: WorkerConfig, model: ModelConfig) -> int:
             f"--context-length {wanted}: the model was made for at most {model.max_position}"
         )
     return wanted
+
+
+def _build_runner(
+    config: WorkerConfig,
+    model: ModelConfig,
+    weights: DecoderWeights,
+    slots: AdapterSlots | None,
+    context_length: int,
+    pages: int,
+) -> ModelRunner:
+    """What runs batches, with a KV cache of so many pages, and CUDA graphs on a GPU."""
+    # One page more than the pool hands out, for rows that belong to no sequence.
+    cache = KVCache(model, pages + 1, weights.norm.device, weights.norm.dtype)
+    runner = ModelRunner(
+        Decoder(model, weights, cache, slots.weights if slots else None, context_length),
+        max_running=config.running_limit,
+        max_pages=num_pages(context_length),
+        unused_page=pages,
+        device=weights.norm.device,
+    )
+    runner.capture_graphs(
+        max_prefill_tokens=config.prefill_limit,
+        max_adapters=config.max_loras_per_batch,
+        num_ranks=slots.capacity if slots else 0,
+    )
+    return runner
+
+
+def _bytes_to_run(
+    max_prefill_tokens: int, num_ranks: int, build: Callable[[int], ModelRunner]
+) -> int:
+    """Memory of a GPU that graphs and the largest batch take: tried out with a cache of one page.
+
+    What CUDA's libraries load when they are first used counts too.
+    """
+    free, _ = torch.cuda.mem_get_info()
+    runner = build(1)
+    runner.run_largest(max_prefill_tokens=max_prefill_tokens, num_ranks=num_ranks)
+    torch.cuda.synchronize()
+    left, _ = torch.cuda.mem_get_info()
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
+    log.info("memory_to_run", megabytes=(free - left) >> 20)
+    return free - left
 
 
 def _load(

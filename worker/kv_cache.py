@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -17,7 +18,7 @@ from worker.model.config import ModelConfig
 PAGE_SIZE = 16
 
 #: If --mem-fraction-static does not say: on a CPU the part of the free memory that the KV cache
-#: takes, on a GPU the part of the card for weights, slots and KV cache.
+#: takes, on a GPU the part of the card for all that the worker has there.
 DEFAULT_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.85}
 
 
@@ -27,11 +28,16 @@ def num_pages(num_tokens: int) -> int:
 
 
 def pages_that_fit(
-    config: WorkerConfig, model: ModelConfig, dtype: torch.dtype, context_length: int
+    config: WorkerConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    context_length: int,
+    beside: Callable[[], int],
 ) -> int:
     """Pages of the KV cache: as many as the flags say, or the memory holds, or all can use.
 
-    Raises BadInput if the memory holds none.
+    ``beside`` finds out what running takes on a GPU beside weights, slots and cache, in bytes.
+    Raises BadInput if the memory holds no page.
     """
     if config.max_total_tokens is not None:
         return num_pages(config.max_total_tokens)
@@ -42,7 +48,7 @@ def pages_that_fit(
         # them left in the allocator's cache is free.
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        budget = int(total * fraction) - (total - free)
+        budget = int(total * fraction) - (total - free) - beside()
     else:
         budget = int(psutil.virtual_memory().available * fraction)
     tokens = budget // model.kv_bytes_per_token(dtype)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
 
-from kernels.lora_segments import LoraRows, lora_tiles
-from kernels.paged_attention_prefill import PrefillRows, prefill_tiles
+from kernels.largest_token import largest_token
+from kernels.lora_segments import LoraRows, Segment, lora_tiles
+from kernels.paged_attention_prefill import PrefillChunk, PrefillRows, prefill_tiles
+from kernels.sample import Draw, sample
 from worker.batch import IN_FLIGHT, Batch, Int32s
-from worker.decode_graphs import DecodeGraphs
 from worker.kv_cache import PAGE_SIZE
+from worker.model.config import LINEAR_GROUPS
 from worker.model.decoder import Decoder, DecoderInput
-from worker.sampler import choose_largest, draw
+from worker.sampler import draw
 from worker.staging import Staging, send
+from worker.step_arrays import StepArrays, step_arrays, total_size, views
+from worker.step_graphs import StepGraphs
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,18 @@ class ModelRunner:
         self.newest_tokens = torch.zeros(max_running + 1, dtype=torch.int32, device=device)
         self._staging = Staging(device)
         self._token_staging = Staging(device)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self, *, max_adapters: int, num_ranks: int) -> None:
-        """Make CUDA graphs for decode steps of all sizes; ``num_ranks`` of the slots, 0 without."""
+    def capture_graphs(self, *, max_prefill_tokens: int, max_adapters: int, num_ranks: int) -> None:
+        """Make CUDA graphs for steps of many sizes, and compile the kernel that draws tokens;
+        ``num_ranks`` of the slots, 0 without."""
         if self.device.type == "cuda":
-            self._graphs = DecodeGraphs(
+            self._draw_once()
+            self._graphs = StepGraphs(
                 self.forward,
                 max_running=self._max_running,
+                max_prefill_tokens=max_prefill_tokens,
                 max_length=self.page_table.shape[1] * PAGE_SIZE,
                 unused_page=self._unused_page,
                 max_adapters=max_adapters,
@@ -89,105 +95,119 @@ class ModelRunner:
     def launch(self, batch: Batch) -> Launched:
         """Start a batch; on a GPU returns before it is done."""
         began = self._mark()
-        replayed = self._graphs.replay(batch) if self._graphs else None
-        logits, tokens = replayed or self._run(batch)
+        step = step_arrays(batch)
+        replayed = self._graphs.replay(step, num_ranks=batch.num_ranks) if self._graphs else None
+        logits, tokens = replayed or self._run(batch, step)
         if any(sequence.job.temperature > 0 for sequence in batch.sampled):
             draw(tokens, logits, batch.sampled)
             lines = [sequence.line for sequence in batch.sampled]
             self.newest_tokens[send(lines, torch.int64, self.device)] = tokens
         return self._bring_back(batch, tokens, began)
 
-    def _run(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = self._upload(
-            [
-                *(batch.token_ids, batch.lines, batch.positions, batch.page_updates),
-                np.array(batch.sampled_rows, np.int32),
-                np.array(prefill_tiles(batch.chunks), np.int32),
-                np.array(lora_tiles(batch.segments) if batch.adapters else [], np.int32),
-            ]
-        )
-        token_ids, lines, positions, updates, sampled_rows, tiles, adapter_tiles = numbers
+    def _run(self, batch: Batch, step: StepArrays[Int32s]) -> tuple[torch.Tensor, torch.Tensor]:
+        on_device = self._upload(step)
+        prefill_tiles = lora_tiles = shrink_tiles = None
+        if self.device.type == "cuda":
+            prefill_tiles = on_device.prefill_tiles.view(-1, 4)
+            lora_tiles = on_device.lora_tiles.view(-1, 4)
+            if len(on_device.shrink_tiles):
+                shrink_tiles = on_device.shrink_tiles.view(-1, 4)
         return self.forward(
-            token_ids,
-            lines,
-            positions,
-            updates.view(-1, 3),
-            sampled_rows=sampled_rows,
-            num_decode_rows=batch.num_decode_rows,
+            on_device,
             max_length=batch.max_decode_length,
-            prefill=self._prefill_rows(batch, tiles),
-            lora=self._lora_rows(batch, adapter_tiles),
+            prefill=PrefillRows(batch.chunks, prefill_tiles) if batch.chunks else None,
+            lora={
+                group: LoraRows(segments, lora_tiles, batch.num_ranks, shrink_tiles)
+                for group, segments in batch.group_segments.items()
+            },
         )
 
     def forward(
         self,
-        token_ids: torch.Tensor,
-        lines: torch.Tensor,
-        positions: torch.Tensor,
-        page_updates: torch.Tensor,
+        step: StepArrays[torch.Tensor],
         *,
-        sampled_rows: torch.Tensor | None,
-        num_decode_rows: int,
         max_length: int,
         prefill: PrefillRows | None,
         lora: Mapping[str, LoraRows],
         logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [sampled rows, vocabulary] and the largest one's tokens [sampled rows], which
-        become the newest ones of their sequences.
+        """Logits [sampled, vocabulary] and the largest one's tokens [sampled], which become the
+        newest ones of their sequences.
 
-        ``sampled_rows`` are None for all; ``logits``, if given, is where they are written. Nothing
-        in here waits for the device, and all that differs from batch to batch of one size is read
-        there: a CUDA graph can hold it.
+        ``logits``, if given, is where they are written. Nothing in here waits for the device, and
+        all that differs from batch to batch of one size is read there: a CUDA graph can hold it.
         """
-        self.page_table[page_updates[:, 0], page_updates[:, 1]] = page_updates[:, 2]
-        known = torch.where(token_ids == IN_FLIGHT, self.newest_tokens[lines], token_ids)
-        pages = self.page_table[lines, positions // PAGE_SIZE]
+        line, place, page = step.page_updates.view(-1, 3).unbind(dim=1)
+        self.page_table[line, place] = page
+        newest = self.newest_tokens[step.lines]
+        pages = self.page_table[step.lines, step.positions // PAGE_SIZE]
         logits = self.decoder.forward(
             DecoderInput(
                 # NO_TOKEN of a sequence that is about to be dropped would be out of bounds.
-                token_ids=known.clamp_(min=0),
-                positions=positions,
-                cache_rows=pages * PAGE_SIZE + positions % PAGE_SIZE,
-                lines=lines[:num_decode_rows],
-                lengths=positions[:num_decode_rows] + 1,
+                token_ids=torch.where(step.token_ids == IN_FLIGHT, newest, step.token_ids).clamp_(
+                    0
+                ),
+                positions=step.positions,
+                cache_rows=pages * PAGE_SIZE + step.positions % PAGE_SIZE,
+                lines=step.lines[: len(step.lengths)],
+                lengths=step.lengths,
                 max_length=max_length,
                 page_table=self.page_table,
                 prefill=prefill,
                 lora=lora,
-                sampled_rows=sampled_rows,
+                sampled_rows=step.sampled_rows,
             ),
             logits,
         )
-        tokens = choose_largest(logits)
-        self.newest_tokens[lines if sampled_rows is None else lines[sampled_rows]] = tokens
+        tokens = largest_token(logits)
+        self.newest_tokens[step.sampled_lines] = tokens
         return logits, tokens
 
-    def _prefill_rows(self, batch: Batch, tiles: torch.Tensor) -> PrefillRows | None:
-        if not batch.chunks:
-            return None
-        return PrefillRows(batch.chunks, tiles.view(-1, 4) if tiles.is_cuda else None)
+    def _draw_once(self) -> None:
+        vocabulary, dtype = self.decoder.vocab_size, self.decoder.dtype
+        tokens = torch.zeros(1, dtype=torch.int32, device=self.device)
+        logits = torch.zeros(1, vocabulary, dtype=dtype, device=self.device)
+        sample(tokens, logits, send([Draw(0, 1.0, 2, 0.5, 0.5)], torch.float64, self.device))
 
-    def _lora_rows(self, batch: Batch, tiles: torch.Tensor) -> dict[str, LoraRows]:
-        on_device = tiles.view(-1, 4) if tiles.is_cuda else None
-        return {
-            group: LoraRows(segments, on_device, batch.num_ranks)
-            for group, segments in batch.group_segments.items()
-        }
-
-    def _upload(self, parts: list[Int32s]) -> list[torch.Tensor]:
-        """The arrays on the device, flat, after one copy."""
-        # Each begins at a multiple of 16 bytes: for another alignment Triton compiles anew.
-        ends = list(accumulate(-(-part.size // 4) * 4 for part in parts))
-        starts = [0, *ends[:-1]]
-        staged = self._staging.take(ends[-1])
-        numbers = staged.numpy()
-        for start, part in zip(starts, parts, strict=True):
-            numbers[start : start + part.size] = part.ravel()
-        on_device = staged.to(self.device, non_blocking=True)
-        return [
-            on_device[start : start + part.size] for start, part in zip(starts, parts, strict=True)
+    @torch.inference_mode()
+    def run_largest(self, *, max_prefill_tokens: int, num_ranks: int) -> None:
+        """On a GPU, run as many rows on as many ranks as a batch can have, to see what memory that
+        takes. What is computed is nothing."""
+        num_rows = max_prefill_tokens + self._max_running
+        max_length = self.page_table.shape[1] * PAGE_SIZE
+        no_line = self._max_running
+        chunks = [
+            PrefillChunk(row, end := min(row + max_length, num_rows), no_line, end - row)
+            for row in range(0, num_rows, max_length)
         ]
+        nothing = np.zeros(num_rows, np.int32)
+        step = StepArrays(
+            token_ids=nothing,
+            lines=nothing + no_line,
+            positions=nothing,
+            lengths=nothing[:0],
+            page_updates=nothing[:0],
+            sampled_rows=nothing[:no_line],
+            sampled_lines=nothing[:no_line] + no_line,
+            prefill_tiles=np.array(prefill_tiles(chunks), np.int32).ravel(),
+            lora_tiles=np.array(lora_tiles([Segment(0, num_rows, 0, 0)]), np.int32).ravel(),
+            shrink_tiles=nothing[:0],
+        )
+        on_device = self._upload(step)
+        lora = LoraRows([], on_device.lora_tiles.view(-1, 4), num_ranks)
+        self.forward(
+            on_device,
+            max_length=0,
+            prefill=PrefillRows(chunks, on_device.prefill_tiles.view(-1, 4)),
+            lora=dict.fromkeys(LINEAR_GROUPS, lora) if num_ranks else {},
+        )
+
+    def _upload(self, step: StepArrays[Int32s]) -> StepArrays[torch.Tensor]:
+        sizes = [len(part) for part in step]
+        staged = self._staging.take(total_size(sizes))
+        for target, part in zip(views(staged, sizes), step, strict=True):
+            target.numpy()[:] = part
+        return views(staged.to(self.device, non_blocking=True), sizes)
 
     def _bring_back(
         self, batch: Batch, tokens: torch.Tensor, began: torch.cuda.Event | None

@@ -6,25 +6,12 @@ import hashlib
 
 import torch
 
-from kernels.sample import sample
+from kernels.sample import Draw, sample
 from schemas.job import Job
 from worker.sequence import Sequence
 from worker.staging import send
 
-#: In place of a token where the logits are not finite: there is none to choose.
-NO_TOKEN = -1
-
 _MASK = 2**64 - 1
-
-
-def choose_largest(logits: torch.Tensor) -> torch.Tensor:
-    """The token of the largest logit of each row; NO_TOKEN for a row that is not finite.
-
-    logits: [rows, vocabulary]; returns [rows] int32.
-    """
-    # NaN counts as the largest.
-    largest, tokens = logits.max(dim=-1)
-    return tokens.where(largest.isfinite(), NO_TOKEN).int()
 
 
 def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> None:
@@ -33,23 +20,21 @@ def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) 
     A draw is made with a number that depends on the job's seed and the token's position alone, so
     neither neighbours nor a second run change what a job gets. NO_TOKEN stays.
 
-    tokens: [sequences] int32, what ``choose_largest`` made of the logits [sequences, vocabulary]
+    tokens: [sequences] int32, what ``largest_token`` made of the logits [sequences, vocabulary]
     """
-    drawing = [row for row, sequence in enumerate(sequences) if sequence.job.temperature > 0]
-    if not drawing:
-        return
-    jobs = [sequences[row].job for row in drawing]
-    draws = [uniform(job_seed(s.job), s.num_generated) for s in (sequences[r] for r in drawing)]
-    rows = send(drawing, torch.int64, logits.device)
-    drawn = sample(
-        logits[rows].float(),
-        temperature=send([job.temperature for job in jobs], torch.float64, logits.device),
-        top_k=send([job.top_k for job in jobs], torch.int64, logits.device),
-        top_p=send([job.top_p for job in jobs], torch.float64, logits.device),
-        uniform=send(draws, torch.float64, logits.device),
-        has_cuts=any(job.top_k > 0 or job.top_p < 1 for job in jobs),
-    )
-    tokens[rows] = drawn.int().where(tokens[rows] != NO_TOKEN, NO_TOKEN)
+    draws = [
+        Draw(
+            row,
+            sequence.job.temperature,
+            sequence.job.top_k,
+            sequence.job.top_p,
+            uniform(job_seed(sequence.job), sequence.num_generated),
+        )
+        for row, sequence in enumerate(sequences)
+        if sequence.job.temperature > 0
+    ]
+    if draws:
+        sample(tokens, logits, send(draws, torch.float64, logits.device))
 
 
 def job_seed(job: Job) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from worker.adapters.peft_format import Adapter
 from worker.kv_cache import PagePool, num_pages
 from worker.sequence import Phase, Sequence
+from worker.waiting import Group, Waiting
+
+#: Seconds for which an adapter may wait unserved before one with a slot makes room for it.
+PATIENCE = 30.0
 
 
 class ScheduledSequence(NamedTuple):
@@ -23,10 +28,12 @@ class Scheduler:
     """Continuous batching: sequences join and leave at every step.
 
     Every decoding sequence that wants another token is in every batch. What the prefill limit
-    leaves goes first to prompts already begun, then to waiting sequences, longest waiting first;
-    one whose adapter would be one too many is passed over until an adapter has left. When pages
-    run out, the sequence that began last gives its pages back and waits to be computed anew; the
-    oldest always has room to go on.
+    leaves goes first to prompts already begun, then to preempted sequences, then to new ones of the
+    base model and of the adapters that have a slot, adapter by adapter in turn. One slot is for the
+    adapter with the most waiting sequences, which fill the batch; the others go to those with the
+    fewest, which soon make room for the next (docs/decisions/0006). When pages run out, the
+    sequence that began last gives its pages back and waits to be computed anew; the oldest always
+    has room to go on.
     """
 
     def __init__(
@@ -37,20 +44,29 @@ class Scheduler:
         max_prefill_tokens: int,
         max_adapters: int,
         pinned: Collection[Adapter] = (),
+        patience: float = PATIENCE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``pinned`` adapters hold a slot even when no sequence uses them."""
+        """``pinned`` adapters hold a slot even when no sequence uses them; fewer than
+        ``max_adapters`` are. ``patience`` is in seconds of ``clock``."""
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting()
         self.running: list[Sequence] = []
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
         self._max_adapters = max_adapters
         self._pinned = frozenset(pinned)
+        self._patience = patience
+        self._clock = clock
+        self._num_running: Counter[Adapter] = Counter()
+        """Running sequences of each adapter that has any, in the order in which they got a slot."""
+        self._draining: Adapter | None = None
+        """Gets no new sequences, so that its slot becomes free."""
         self._free_lines = list(range(max_running - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
         """Take in a sequence that fits into the cache by itself."""
-        self.waiting.append(sequence)
+        self.waiting.add(sequence, self._clock())
 
     def schedule(self) -> list[ScheduledSequence]:
         """The next batch. Empty only if nothing is left to do, or all of it needs tokens that are
@@ -61,7 +77,8 @@ class Scheduler:
             # Else it was preempted for an older one, or gets its last token from a launched batch.
             if sequence.phase is Phase.RUNNING and sequence.num_generated < sequence.max_new_tokens:
                 budget -= self._advance(sequence, budget, scheduled)
-        self._admit(budget, scheduled)
+        if self.waiting:
+            self._admit(budget, scheduled)
         return scheduled
 
     def finish(self, sequence: Sequence) -> None:
@@ -75,7 +92,12 @@ class Scheduler:
     @property
     def adapters_in_use(self) -> set[Adapter]:
         """Adapters that hold a slot: the pinned ones and those of running sequences."""
-        return {s.adapter for s in self.running if s.adapter} | self._pinned
+        return self._num_running.keys() | self._pinned
+
+    def next_adapters(self, count: int = 2) -> list[Adapter]:
+        """Adapters that wait for a slot: at most ``count``, the next to get one first."""
+        slotless = self._slotless(self._clock())[:count]
+        return [group.adapter for group in slotless if group.adapter]
 
     def _advance(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
         """Schedule a sequence's next token or chunk; returns what it takes of the budget."""
@@ -87,35 +109,92 @@ class Scheduler:
         return num_rows if is_prefill else 0
 
     def _admit(self, budget: int, scheduled: list[ScheduledSequence]) -> None:
-        adapters = self.adapters_in_use
-        passed_over: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self._max_running:
-            sequence = self.waiting.popleft()
-            if sequence.num_in_flight:
-                # Preempted a step ago. It goes on once its tokens are known, and nobody overtakes.
-                self.waiting.appendleft(sequence)
-                break
-            if self._is_one_adapter_too_many(sequence, adapters):
-                passed_over.append(sequence)
-                continue
-            # Room for the whole prompt and a page to go on, unless it has the cache to itself.
-            wanted = num_pages(sequence.num_tokens) + bool(self.running)
-            if wanted > self.pool.num_free:
-                self.waiting.appendleft(sequence)
-                break
-            sequence.phase = Phase.RUNNING
-            sequence.line = self._free_lines.pop()
-            self.running.append(sequence)
-            if sequence.adapter:
-                adapters.add(sequence.adapter)
-            budget -= self._advance(sequence, budget, scheduled)
-        self.waiting.extendleft(reversed(passed_over))
+        """Let waiting sequences begin, as far as rows, pages and slots allow."""
+        preempted = self.waiting.preempted
+        while preempted and self._may_begin(preempted[0], budget):
+            # Its adapter has a slot or finds one free: nobody else has begun since.
+            budget -= self._begin(preempted.popleft(), budget, scheduled)
+        if preempted or not self._has_row(budget):
+            return  # Nobody overtakes a preempted sequence.
+        now = self._clock()
+        for group in self._turns(now):
+            if not self._may_begin(group.sequences[0], budget):
+                return
+            budget -= self._begin(self.waiting.take_first(group, now), budget, scheduled)
 
-    def _is_one_adapter_too_many(self, sequence: Sequence, adapters: set[Adapter]) -> bool:
-        adapter = sequence.adapter
-        return (
-            adapter is not None and adapter not in adapters and len(adapters) >= self._max_adapters
-        )
+    def _has_row(self, budget: int) -> bool:
+        return budget > 0 and len(self.running) < self._max_running
+
+    def _may_begin(self, sequence: Sequence, budget: int) -> bool:
+        # Room for the whole prompt and a page to go on, unless it has the cache to itself. One
+        # that was preempted a step ago goes on once its tokens in flight are known.
+        wanted = num_pages(sequence.num_tokens) + bool(self.running)
+        has_pages = wanted <= self.pool.num_free
+        return self._has_row(budget) and has_pages and not sequence.num_in_flight
+
+    def _begin(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
+        """Let a sequence run; returns what it takes of the budget."""
+        sequence.phase = Phase.RUNNING
+        sequence.line = self._free_lines.pop()
+        self.running.append(sequence)
+        if sequence.adapter:
+            self._num_running[sequence.adapter] += 1
+        return self._advance(sequence, budget, scheduled)
+
+    def _turns(self, now: float) -> Iterator[Group]:
+        """Groups in the order in which a sequence of each may begin. The one it came to last must
+        have begun when the next is asked for."""
+        groups = self._groups_with_slot(now)
+        fullest = self.waiting.fullest
+        turns = deque(g for g in groups if g is not fullest or self._starves(g, now))
+        while turns:
+            group = turns.popleft()
+            yield group
+            if group.sequences:
+                turns.append(group)
+        if fullest and fullest in groups:
+            while fullest.sequences:
+                yield fullest
+
+    def _groups_with_slot(self, now: float) -> list[Group]:
+        """Groups whose sequences may begin, longest unserved first; some get their slot now."""
+        num_free = self._max_adapters - len(self.adapters_in_use)
+        slotless = self._slotless(now)
+        left_out = set(slotless[num_free:])
+        self._drain_for(slotless[num_free:], now)
+        return [
+            group
+            for group in self.waiting.groups
+            if group not in left_out and (group.adapter is None or group.adapter != self._draining)
+        ]
+
+    def _slotless(self, now: float) -> list[Group]:
+        """Groups of adapters without a slot, in the order in which they get one.
+
+        Those that starve come first, longest first; then the fullest group of all, if it is one of
+        them; then those with the fewest sequences.
+        """
+        in_use = self.adapters_in_use
+        fullest = self.waiting.fullest
+
+        def rank(group: Group) -> tuple[bool, float, bool, int]:
+            starves = self._starves(group, now)
+            since = group.unserved_since if starves else 0.0
+            return not starves, since, group is not fullest, len(group.sequences)
+
+        groups = self.waiting.groups
+        return sorted((g for g in groups if g.adapter and g.adapter not in in_use), key=rank)
+
+    def _starves(self, group: Group, now: float) -> bool:
+        return now - group.unserved_since > self._patience
+
+    def _drain_for(self, slotless: list[Group], now: float) -> None:
+        """Let the adapter in use for longest run out of sequences if one without a slot starves."""
+        if not slotless or not self._starves(slotless[0], now):
+            self._draining = None
+        elif self._draining not in self._num_running:
+            in_use = (adapter for adapter in self._num_running if adapter not in self._pinned)
+            self._draining = next(in_use, None)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence pages for so many tokens, taking them from the youngest if need be.
@@ -134,10 +213,14 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
         sequence.phase = Phase.WAITING
-        self.waiting.appendleft(sequence)
+        self.waiting.preempted.appendleft(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        if sequence.adapter:
+            self._num_running[sequence.adapter] -= 1
+            if not self._num_running[sequence.adapter]:
+                del self._num_running[sequence.adapter]
         self._free_lines.append(sequence.line)
         self.pool.free(sequence.pages)
         sequence.pages = []

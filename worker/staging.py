@@ -10,7 +10,9 @@ import torch
 _STAGES = 4
 
 
-def send(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def send(
+    numbers: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """The numbers on the device, without waiting for what it is at."""
     on_host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)

@@ -6,9 +6,12 @@
 --   Returns {now, starving, job, ...}: starving is an adapter that waits unserved for longer than
 --   the patience and found no slot ('' if none); job is
 --   {id, adapter, entry, payload, attempts, queued, submission}.
--- Adapters are served in the order in which they were last served; READY's score is that moment,
--- or the moment when the adapter came to have waiting jobs. Free slots go to adapters that waited
--- beyond the patience, then to those whose weights are resident, then to others.
+-- Free slots go to adapters that waited unserved beyond the patience, longest first; then to that
+-- with the most waiting jobs, which fill the batch, unless one with more has a slot or needs none;
+-- then to those with the fewest, which soon make room for the next; of equal ones first to those
+-- whose weights are resident. Jobs are then shared in turn, and the adapter with the most waiting
+-- jobs gets what the others leave. READY's score is the moment when an adapter was last served, or
+-- that when it came to have waiting jobs. worker/scheduler.py has the same rule.
 local worker, lease, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local free_slots, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 local position = 6
@@ -24,11 +27,18 @@ for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
 local starved_before = now_us() - 1000 * patience
-local picks, starved, idle_resident, others = {}, {}, {}, {}
+local score, num_waiting = {}, {}
+local picks, slotless, fullest = {}, {}, nil
 
-local function sort_by_claim_to_a_slot(name)
-  local is_starved = tonumber(redis.call('ZSCORE', READY, name)) < starved_before
-  table.insert(is_starved and starved or resident[name] and idle_resident or others, name)
+-- What waits: entries stay in the stream until they are acknowledged, so those in flight go off.
+local function look_at(name)
+  local in_flight = redis.pcall('XPENDING', STREAM .. name, GROUP)
+  num_waiting[name] = redis.call('XLEN', STREAM .. name) - (in_flight[1] or 0)
+  if not fullest or num_waiting[name] > num_waiting[fullest] then fullest = name end
+end
+
+local function is_starved(name)
+  return score[name] < starved_before
 end
 
 -- Walks over the ready adapters, longest unserved first. An adapter that only another worker has
@@ -36,38 +46,46 @@ end
 local function sort_ready_adapters()
   local first, window = 0, 256
   while true do
-    local names = redis.call('ZRANGE', READY, first, first + window - 1)
-    for _, name in ipairs(names) do
+    local found = redis.call('ZRANGE', READY, first, first + window - 1, 'WITHSCORES')
+    for i = 1, #found, 2 do
+      local name = found[i]
+      score[name] = tonumber(found[i + 1])
       if name == BASE or in_use[name] then
-        if not draining[name] then table.insert(picks, name) end
+        if not draining[name] then
+          look_at(name)
+          table.insert(picks, name)
+        end
       elseif redis.call('SISMEMBER', WORKER .. worker .. ':adapters', name) == 1 then
-        sort_by_claim_to_a_slot(name)
+        if #slotless < window then
+          look_at(name)
+          table.insert(slotless, name)
+        end
       elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
+        look_at(name)
         table.insert(picks, name)
       end
     end
-    local num_slotless = #starved + #idle_resident + #others
-    local enough = #picks >= wanted and num_slotless >= free_slots
-    if #names < window or enough then return end
+    local enough = #picks >= wanted and #slotless >= free_slots
+    if #found < 2 * window or enough then return end
     first = first + window
   end
 end
 sort_ready_adapters()
 
--- The starved come first: an adapter that drained to make room for them is still resident, and
--- would take its slot back.
-local starving = starved[free_slots + 1] or ''
-for _, names in ipairs({ starved, idle_resident, others }) do
-  for _, name in ipairs(names) do
-    if free_slots > 0 then
-      free_slots = free_slots - 1
-      table.insert(picks, name)
-    end
-  end
+local function gets_a_slot_before(a, b)
+  if is_starved(a) ~= is_starved(b) then return is_starved(a) end
+  if is_starved(a) then return score[a] < score[b] end
+  if (a == fullest) ~= (b == fullest) then return a == fullest end
+  if num_waiting[a] ~= num_waiting[b] then return num_waiting[a] < num_waiting[b] end
+  if resident[a] ~= resident[b] then return resident[a] == true end
+  if score[a] ~= score[b] then return score[a] < score[b] end
+  return a < b
 end
+table.sort(slotless, gets_a_slot_before)
+for i = 1, math.min(free_slots, #slotless) do table.insert(picks, slotless[i]) end
+local next_one = slotless[free_slots + 1]
+local starving = next_one and is_starved(next_one) and next_one or ''
 
-local score = {}
-for _, name in ipairs(picks) do score[name] = tonumber(redis.call('ZSCORE', READY, name)) end
 table.sort(picks, function(a, b)
   if score[a] ~= score[b] then return score[a] < score[b] end
   return a < b
@@ -112,13 +130,22 @@ local function read(adapter, count)
 end
 
 -- An equal share for every adapter first, then what is left to those that have more.
-while wanted > 0 and #picks > 0 do
-  local share = math.max(1, math.floor(wanted / #picks))
-  local with_more = {}
-  for _, adapter in ipairs(picks) do
-    if wanted <= 0 then break end
-    if read(adapter, math.min(share, wanted)) then table.insert(with_more, adapter) end
+local function share_among(adapters)
+  while wanted > 0 and #adapters > 0 do
+    local share = math.max(1, math.floor(wanted / #adapters))
+    local with_more = {}
+    for _, adapter in ipairs(adapters) do
+      if wanted <= 0 then break end
+      if read(adapter, math.min(share, wanted)) then table.insert(with_more, adapter) end
+    end
+    adapters = with_more
   end
-  picks = with_more
 end
+
+local first, last = {}, {}
+for _, name in ipairs(picks) do
+  table.insert(name == fullest and not is_starved(name) and last or first, name)
+end
+share_among(first)
+share_among(last)
 return reply

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import chain
 
+import structlog
 import torch
 
 from worker.adapters.peft_format import Adapter
 from worker.model.config import LINEAR_GROUPS, ModelConfig
 from worker.model.lora_linear import LoraWeights
 from worker.model.weights import DecoderWeights
+
+log = structlog.get_logger()
 
 #: Where the adapter's A and B of one linear group of one layer stand on the host.
 _Place = tuple[int, str]
@@ -61,6 +64,11 @@ class AdapterSlots:
         self._last_used: dict[Adapter, int] = {}
         self._clock = 0
         self.num_loads = 0
+        # Weights come on a stream of their own, while the engine's computes.
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._arriving: dict[Adapter, torch.cuda.Event] = {}
         self._on_host: dict[Adapter, dict[_Place, tuple[torch.Tensor, torch.Tensor]]] = {}
         base: list[dict[str, torch.Tensor]] = [{}] * model.num_layers
         if stacked:
@@ -84,33 +92,63 @@ class AdapterSlots:
         return self._first_ranks[adapter]
 
     def num_ranks(self, adapters: Collection[Adapter]) -> int:
-        """Ranks up to the last one of these resident adapters."""
-        return max(
-            (self._first_ranks[a] + _rank_class(a.rank) for a in adapters),
-            default=0,
+        """Ranks up to the last one of these resident adapters, rounded up to 16 if there are as
+        many: for strides of other multiples Triton compiles its kernels anew."""
+        ends = (self._first_ranks[a] + _rank_class(a.rank) for a in adapters)
+        return min(self.capacity, -(-max(ends, default=0) // 16) * 16)
+
+    def num_bytes(self, adapter: Adapter) -> int:
+        """Memory that the adapter takes in the slots, ranks up to its class included."""
+        ranks = _rank_class(adapter.rank)
+        return sum(
+            ranks * (len(w.part_sizes) * w.a.shape[1] + w.b.shape[1]) * w.b.itemsize
+            for groups in self.weights
+            for w in groups.values()
         )
 
     def prepare(self, adapter: Adapter) -> None:
         """Lay out an adapter in page-locked host memory, for a GPU to copy while it computes."""
-        if self._device.type == "cuda":
+        if self._stream:
             self._on_host[adapter] = self._pack(adapter, page_locked=True)
 
     def place(self, adapter: Adapter, in_use: Collection[Adapter]) -> int:
         """The first rank of the adapter, which is loaded, if need be, over the least recently used.
 
-        ``in_use`` are adapters that must stay. At most ``num_slots`` adapters, this one among them,
-        are in use or pinned; the scheduler sees to that.
+        What the engine launches from now on finds its weights there. ``in_use`` are adapters that
+        must stay. At most ``num_slots`` adapters, this one among them, are in use or pinned; the
+        scheduler sees to that.
         """
-        self._clock += 1
-        self._last_used[adapter] = self._clock
+        if not self._bring(adapter, in_use):
+            raise RuntimeError(f"all {self.num_slots} slots are in use")
+        if arrival := self._arriving.pop(adapter, None):
+            torch.cuda.current_stream().wait_event(arrival)
+        return self._first_ranks[adapter]
+
+    def prefetch(self, adapter: Adapter, in_use: Collection[Adapter]) -> None:
+        """On a GPU, begin to load an adapter that will soon be placed, if those in use leave room;
+        the engine's batches go on meanwhile. On a CPU nothing could."""
+        if self._stream and adapter not in self._first_ranks:
+            self._bring(adapter, in_use)
+
+    def _bring(self, adapter: Adapter, in_use: Collection[Adapter]) -> bool:
+        """See that the adapter stands in a slot, or is on its way there; False if there is no room.
+
+        It is the last one used from now on.
+        """
         if adapter not in self._first_ranks:
             first = self._make_room(_rank_class(adapter.rank), in_use)
+            if first is None:
+                return False
             self._load(adapter, first)
             self.num_loads += 1
             self._first_ranks[adapter] = first
-        return self._first_ranks[adapter]
+            megabytes = round(self.num_bytes(adapter) / 1e6, 1)
+            log.info("adapter_loads", adapter=adapter.name, rank=adapter.rank, megabytes=megabytes)
+        self._clock += 1
+        self._last_used[adapter] = self._clock
+        return True
 
-    def _make_room(self, size: int, in_use: Collection[Adapter]) -> int:
+    def _make_room(self, size: int, in_use: Collection[Adapter]) -> int | None:
         """Evict what stands in the place of so many ranks that was left unused for longest."""
         best: tuple[int, int] | None = None
         for first in range(0, self.capacity, size):
@@ -120,9 +158,10 @@ class AdapterSlots:
             candidate = max((self._last_used[a] for a in held), default=0), first
             best = candidate if best is None else min(best, candidate)
         if best is None:
-            raise RuntimeError(f"all {self.num_slots} slots are in use")
+            return None
         for adapter in self._held_in(best[1], size):
             del self._first_ranks[adapter], self._last_used[adapter]
+            self._arriving.pop(adapter, None)
         return best[1]
 
     def _held_in(self, first: int, size: int) -> list[Adapter]:
@@ -134,8 +173,20 @@ class AdapterSlots:
 
     def _load(self, adapter: Adapter, first: int) -> None:
         """Copy an adapter's factors; modules that it leaves alone become zero."""
-        end = first + adapter.rank
         packed = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
+        if self._stream is None:
+            self._copy(packed, adapter.rank, first)
+            return
+        # Batches that are launched may still read what stood there.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._copy(packed, adapter.rank, first)
+        self._arriving[adapter] = self._stream.record_event()
+
+    def _copy(
+        self, packed: dict[_Place, tuple[torch.Tensor, torch.Tensor]], rank: int, first: int
+    ) -> None:
+        end = first + rank
         for (layer, group), (a, b) in packed.items():
             weights = self.weights[layer][group]
             parts = len(weights.part_sizes)

@@ -13,7 +13,7 @@ from kernels.lora_segments import LoraRows
 from kernels.paged_attention_decode import paged_attention_decode
 from kernels.paged_attention_prefill import PrefillRows, paged_attention_prefill
 from kernels.rms_norm import add_rms_norm
-from kernels.rotary_kv_write import rotary_kv_write
+from kernels.rotary_kv_write import rotary_kv_write, rotary_kv_write_with_lora
 from kernels.silu_and_mul import silu_and_mul, silu_and_mul_with_lora
 from worker.kv_cache import KVCache
 from worker.model.config import LINEAR_GROUPS, ModelConfig
@@ -26,12 +26,13 @@ class DecoderInput:
     """The rows of a batch on the device: those of decoding sequences, then chunks of prompts.
 
     token_ids, positions, cache_rows: [rows] integers
-    lines, lengths: [decode rows] int32, lines of the page table and numbers of keys
+    lines, lengths: [decode rows] int32, lines of the page table and numbers of keys; 0 keys for a
+        row that is none of a decoding sequence
     max_length: at least the largest of ``lengths``
     page_table: [lines, max_pages] int32
     prefill: the chunks; None if there are none
     lora: for each linear group that an adapter changes, the rows of the adapters
-    sampled_rows: [sampled] integers, the rows whose logits are wanted; None for all
+    sampled_rows: [sampled] integers, the rows whose logits are wanted
     """
 
     token_ids: torch.Tensor
@@ -43,7 +44,7 @@ class DecoderInput:
     page_table: torch.Tensor
     prefill: PrefillRows | None
     lora: Mapping[str, LoraRows]
-    sampled_rows: torch.Tensor | None
+    sampled_rows: torch.Tensor
 
 
 class Decoder:
@@ -58,6 +59,7 @@ class Decoder:
         context_length: int,
     ) -> None:
         """lora: for each layer the weights of each linear group; None for a worker without."""
+        self.kv_cache = kv_cache
         self._eps = config.rms_norm_eps
         self._embedding, self._norm = weights.embedding, weights.norm
         self._head = Linear(weights.head)
@@ -81,8 +83,7 @@ class Decoder:
         update = torch.zeros_like(residual)
         for layer in self._layers:
             update = layer.forward(update, residual, cos, sin, batch)
-        if batch.sampled_rows is not None:
-            update, residual = update[batch.sampled_rows], residual[batch.sampled_rows]
+        update, residual = update[batch.sampled_rows], residual[batch.sampled_rows]
         return self._head(add_rms_norm(update, residual, self._norm, self._eps), out=logits)
 
 
@@ -115,11 +116,25 @@ class _Layer:
         """Adds the update of the layer before to ``residual``, in place; returns its own."""
         lora = batch.lora
         x = add_rms_norm(update, residual, self._input_norm, self._eps)
-        qkv = self._qkv(x, lora.get("qkv_proj"))
-        q = rotary_kv_write(qkv, cos, sin, *self._kv, batch.cache_rows)
+        q = self._queries(x, lora.get("qkv_proj"), cos, sin, batch.cache_rows)
         attention = self._o(self._attend(q, batch), lora.get("o_proj"))
         x = add_rms_norm(attention, residual, self._post_attention_norm, self._eps)
         return self._down(self._activate(x, lora.get("gate_up_proj")), lora.get("down_proj"))
+
+    def _queries(
+        self,
+        x: torch.Tensor,
+        rows: LoraRows | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """[rows, q_heads, head_dim]; the keys and values go into the cache."""
+        lora = self._qkv.lora
+        if rows is None or lora is None:
+            return rotary_kv_write(self._qkv(x, None), cos, sin, *self._kv, cache_rows)
+        qkv, h = self._qkv.shrink(x, rows)
+        return rotary_kv_write_with_lora(qkv, h, lora.b, rows, cos, sin, *self._kv, cache_rows)
 
     def _attend(self, q: torch.Tensor, batch: DecoderInput) -> torch.Tensor:
         """[rows, q_heads * head_dim]; the rows of decoding sequences stand before the others."""

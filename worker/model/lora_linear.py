@@ -48,8 +48,8 @@ class LoraLinear:
     def shrink(self, x: torch.Tensor, rows: LoraRows) -> tuple[torch.Tensor, torch.Tensor]:
         """``x W^T`` and the shrunk rows that ``lora_expand`` takes."""
         assert self.lora is not None
-        if self.lora.stacked is None:
-            return self._linear(x), lora_shrink(x, self.lora.a, rows.segments, self.num_parts)
+        if self.lora.stacked is None or rows.shrink_tiles is not None:
+            return self._linear(x), lora_shrink(x, self.lora.a, rows, self.num_parts)
         out_features = sum(self.lora.part_sizes)
         # Ranks beyond the batch's adapters are left out; those between them come for nothing.
         both = F.linear(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])

@@ -1,0 +1,83 @@
+"""What differs from step to step, as flat int32 arrays that go to the device in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from kernels.lora_segments import lora_tiles
+from kernels.lora_shrink import SEGMENTED_FROM, SHRINK_TILE_ROWS
+from kernels.paged_attention_prefill import prefill_tiles
+from worker.batch import Batch, Int32s
+
+Array = TypeVar("Array", Int32s, torch.Tensor, int)
+
+
+class StepArrays(NamedTuple, Generic[Array]):
+    """The numbers of a batch, on the host or on the device; or how many there are.
+
+    token_ids, lines, positions: [rows]; a token that an earlier batch chooses is ``IN_FLIGHT``
+    lengths: [decode rows], keys of each decoding sequence; 0 for a row of something else
+    page_updates: [3 * updates], (line, place in the line, page) each
+    sampled_rows, sampled_lines: [sampled], the rows that get a token, and their sequences' lines
+    prefill_tiles: [4 * tiles], the fields of ``PrefillTile``
+    lora_tiles: [4 * tiles], the fields of ``LoraTile``; empty if the batch has no adapter
+    shrink_tiles: likewise, for ``lora_shrink``; empty if it is not to work by segments
+    """
+
+    token_ids: Array
+    lines: Array
+    positions: Array
+    lengths: Array
+    page_updates: Array
+    sampled_rows: Array
+    sampled_lines: Array
+    prefill_tiles: Array
+    lora_tiles: Array
+    shrink_tiles: Array
+
+
+def step_arrays(batch: Batch) -> StepArrays[Int32s]:
+    """The arrays of a batch, on the host."""
+    return StepArrays(
+        token_ids=batch.token_ids,
+        lines=batch.lines,
+        positions=batch.positions,
+        lengths=batch.positions[: batch.num_decode_rows] + 1,
+        page_updates=batch.page_updates.ravel(),
+        sampled_rows=_flat(batch.sampled_rows),
+        sampled_lines=_flat([sequence.line for sequence in batch.sampled]),
+        prefill_tiles=_flat(prefill_tiles(batch.chunks)),
+        lora_tiles=_flat(lora_tiles(batch.segments) if batch.adapters else []),
+        shrink_tiles=_flat(
+            lora_tiles([s for s in batch.segments if s.rank], SHRINK_TILE_ROWS)
+            if batch.num_rows * batch.num_ranks >= SEGMENTED_FROM
+            else []
+        ),
+    )
+
+
+def views(memory: torch.Tensor, sizes: Sequence[int]) -> StepArrays[torch.Tensor]:
+    """Parts of these sizes of one piece of memory, that has ``total_size(sizes)`` numbers."""
+    starts = [0, *accumulate(_aligned(size) for size in sizes)]
+    return StepArrays(
+        *(memory[start : start + size] for start, size in zip(starts, sizes, strict=False))
+    )
+
+
+def total_size(sizes: Sequence[int]) -> int:
+    """Numbers that ``views`` of these sizes span."""
+    return sum(_aligned(size) for size in sizes)
+
+
+def _aligned(size: int) -> int:
+    """Each array begins at a multiple of 16 bytes: for another alignment Triton compiles anew."""
+    return -(-size // 4) * 4
+
+
+def _flat(numbers: Sequence[int] | Sequence[Sequence[int]]) -> Int32s:
+    return np.array(numbers, np.int32).ravel()

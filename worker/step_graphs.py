@@ -1,0 +1,185 @@
+"""CUDA graphs of steps."""
+
+from __future__ import annotations
+
+import gc
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+import torch
+
+from kernels.lora_segments import TILE_ROWS, LoraRows
+from kernels.paged_attention_prefill import PREFILL_TILE, PrefillRows
+from worker.batch import Int32s
+from worker.model.config import LINEAR_GROUPS
+from worker.staging import Staging
+from worker.step_arrays import StepArrays, total_size, views
+
+log = structlog.get_logger()
+
+Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+#: Rows of the largest step with prompts that has a graph. On an H100 the host launches the kernels
+#: of such a step of an 8B model in 16 to 23 ms; from about this size on the GPU takes longer.
+MAX_MIXED_ROWS = 1024
+
+#: Prompts in such a step: with graphs of 1,024 rows more than this are rare, and run without one.
+_MAX_CHUNKS = 16
+
+
+class StepGraphs:
+    """CUDA graphs of decode steps and of steps with a few prompts: without them the host takes
+    longer to launch the kernels of such a step than the GPU to run them."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        max_running: int,
+        max_prefill_tokens: int,
+        max_length: int,
+        unused_page: int,
+        max_adapters: int,
+        num_ranks: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """``forward``: ``ModelRunner.forward``; ``max_length``: tokens of the longest sequence;
+        ``num_ranks``: of the slots, 0 without."""
+        started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
+        pool = torch.cuda.graph_pool_handle()
+        # All graphs write to one: it is read, if at all, before the next one runs.
+        logits = torch.empty(max_running, vocab_size, dtype=dtype, device=device)
+        # Ranks cost time also where nobody uses them: a batch of few takes a graph of few.
+        self._ranks = sorted({0, -(-num_ranks // 16) * 8, num_ranks})
+        sizes = {
+            False: _decode_sizes(max_running),
+            True: _mixed_sizes(max_running + max_prefill_tokens),
+        }
+        # A graph that the collector finds here, an engine's before this one, could not be freed
+        # while another is captured.
+        gc.collect()
+        # The largest first: the others find all the memory they need in its.
+        self._graphs = {
+            (is_mixed, size, ranks): _StepGraph(
+                forward,
+                size,
+                is_mixed=is_mixed,
+                max_length=max_length,
+                num_ranks=ranks,
+                max_segments=(1 + is_mixed) * (max_adapters + 1),
+                unused=(max_running, unused_page),
+                logits=logits[:size],
+                pool=pool,
+                device=device,
+            )
+            for is_mixed in (True, False)
+            for size in reversed(sizes[is_mixed])
+            for ranks in self._ranks
+        }
+        self._sizes = sizes
+        log.info(
+            "graphs_captured",
+            graphs=len(self._graphs),
+            seconds=round(time.monotonic() - started, 1),
+            megabytes=(free - torch.cuda.mem_get_info()[0]) >> 20,
+        )
+
+    def replay(
+        self, step: StepArrays[Int32s], *, num_ranks: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits and tokens of a batch; None if there is no graph for it.
+
+        ``num_ranks``: up to the last one of the batch's adapters, 0 without adapter.
+        """
+        is_mixed = len(step.prefill_tiles) > 0
+        sizes = self._sizes[is_mixed]
+        place = bisect_left(sizes, len(step.token_ids))
+        if place == len(sizes):
+            return None
+        ranks = self._ranks[bisect_left(self._ranks, num_ranks)]
+        return self._graphs[is_mixed, sizes[place], ranks].replay(step)
+
+
+def _decode_sizes(max_running: int) -> list[int]:
+    """Rows of the graphs of decode steps; between them rows are there for nothing."""
+    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(288, 513, 32), *range(576, 4097, 64)]
+    return [*(size for size in sizes if size < max_running), max_running]
+
+
+def _mixed_sizes(max_rows: int) -> list[int]:
+    """Rows of the graphs of steps with prompts. cuBLAS works on 64 rows and more at a time, so
+    that those which fill up a graph cost next to nothing."""
+    return list(range(64, min(-(-max_rows // 64) * 64, MAX_MIXED_ROWS) + 1, 64))
+
+
+class _StepGraph:
+    """One graph: a step of up to ``size`` rows."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        size: int,
+        *,
+        is_mixed: bool,
+        max_length: int,
+        num_ranks: int,
+        max_segments: int,
+        unused: tuple[int, int],
+        logits: torch.Tensor,
+        pool: Any,
+        device: torch.device,
+    ) -> None:
+        """``unused``: the line of the page table, and its page, of rows without sequence;
+        ``logits``: [most sequences, vocabulary], where they are written."""
+        line, page = unused
+        num_sampled = len(logits)
+        num_lora_tiles = size // TILE_ROWS + max_segments if num_ranks else 0
+        num_prefill_tiles = size // PREFILL_TILE + _MAX_CHUNKS if is_mixed else 0
+        self._logits = logits
+        self._sizes = StepArrays(
+            *(size, size, size, num_sampled, 3 * size, num_sampled, num_sampled),
+            *(4 * num_prefill_tiles, 4 * num_lora_tiles, 0),
+        )
+        self._staging = Staging(device)
+        # Rows, tiles and updates that do nothing.
+        self._template = torch.zeros(total_size(self._sizes), dtype=torch.int32)
+        template = views(self._template, self._sizes)
+        template.lines.fill_(line)
+        template.sampled_lines.fill_(line)
+        template.page_updates.view(-1, 3)[:] = torch.tensor([line, 0, page])
+        self._numbers = self._template.to(device)
+        step = views(self._numbers, self._sizes)
+        lora = LoraRows([], step.lora_tiles.view(-1, 4), num_ranks)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            return forward(
+                step,
+                max_length=max_length,
+                prefill=PrefillRows([], step.prefill_tiles.view(-1, 4)) if is_mixed else None,
+                lora=dict.fromkeys(LINEAR_GROUPS, lora) if num_ranks else {},
+                logits=logits,
+            )
+
+        run()  # Kernels are compiled and libraries loaded outside of the graph.
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            _, self._tokens = run()
+
+    def replay(self, step: StepArrays[Int32s]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits and tokens; None if the batch has more of something than the graph."""
+        if any(len(part) > size for part, size in zip(step, self._sizes, strict=True)):
+            return None
+        staged = self._staging.take(len(self._template))
+        staged.copy_(self._template)
+        for target, part in zip(views(staged, self._sizes), step, strict=True):
+            target.numpy()[: len(part)] = part
+        self._numbers.copy_(staged, non_blocking=True)
+        self._graph.replay()
+        num_sampled = len(step.sampled_rows)
+        return self._logits[:num_sampled], self._tokens[:num_sampled]
