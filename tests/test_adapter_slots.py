@@ -19,10 +19,11 @@ from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
 from worker.adapters.peft_format import Adapter, LoraFactors
 from worker.adapters.registry import AdapterRegistry, load_registry
-from worker.adapters.slots import AdapterSlots
+from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
 from worker.model.config import LINEAR_GROUPS, LINEAR_MODULES, ModelConfig
+from worker.model.weights import random_weights
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -64,7 +65,11 @@ def random_adapter(
     return Adapter(name, "source", "revision", rank, factors, pinned)
 
 
-def make_slots(num_slots: int, modules: Collection[str] = LINEAR_MODULES) -> AdapterSlots:
+def make_slots(
+    num_slots: int, modules: Collection[str] = LINEAR_MODULES, *, stacked: bool = False
+) -> AdapterSlots:
+    spare = spare_rows(modules, rank_capacity(num_slots, MAX_RANK))
+    weights = random_weights(MODEL, torch.device("cpu"), torch.float32, spare)
     return AdapterSlots(
         MODEL,
         num_slots=num_slots,
@@ -72,6 +77,7 @@ def make_slots(num_slots: int, modules: Collection[str] = LINEAR_MODULES) -> Ada
         target_modules=frozenset(modules),
         device=torch.device("cpu"),
         dtype=torch.float32,
+        stacked=weights if stacked else None,
     )
 
 
@@ -121,6 +127,20 @@ def test_a_large_adapter_takes_the_place_of_small_ones_that_are_not_in_use() -> 
     large = random_adapter("large", seed=1)
     assert slots.place(large, in_use={used, large}) == MAX_RANK
     assert slots.resident == ["a", "b", "large"]
+
+
+def test_ranks_under_the_base_weights_are_used_from_the_lowest_level_on() -> None:
+    """Those up to the level in use are computed for every row, so 4 slots of rank 32 that are not
+    in use are rather loaded over than those of a level beyond."""
+    slots = make_slots(4, stacked=True)
+    adapters = [random_adapter(name, seed=i) for i, name in enumerate("abcd")]
+    for adapter in adapters[:3]:
+        slots.place(adapter, in_use=())
+    assert slots.resident == ["b", "c"]
+    assert slots.num_ranks([adapters[2]]) == 64
+    assert slots.place(adapters[3], in_use=adapters[1:3]) == 64
+    assert slots.num_ranks(adapters[1:]) == 96
+    assert slots.num_ranks([]) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 9), max_size=2)), max_size=40))

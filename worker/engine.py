@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import structlog
-import torch
 
 from kernels.largest_token import NO_TOKEN
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
-from worker.adapters.registry import AdapterRegistry, load_registry
-from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
+from worker.adapters.registry import load_registry
+from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
-from worker.kv_cache import PAGE_SIZE, KVCache, PagePool, num_pages, pages_that_fit
+from worker.kv_cache import PAGE_SIZE, PagePool, pages_that_fit
 from worker.model.config import ModelConfig
-from worker.model.decoder import Decoder
-from worker.model.weights import DecoderWeights, load_weights, random_weights
-from worker.model_runner import Launched, ModelRunner
+from worker.model_runner import Launched
 from worker.scheduler import Scheduler
 from worker.sequence import Phase, Sequence
 from worker.text import Tokenizer
@@ -56,11 +51,13 @@ class Engine:
         self.context_length = _context_length(config, model)
         self.tokenizer = Tokenizer(config.model_path, model.vocab_size)
         self.adapters = load_registry(config, model, self.dtype)
-        weights, self.slots = _load(config, model, self.adapters, self.device, self.dtype)
-        build = partial(_build_runner, config, model, weights, self.slots, self.context_length)
-        ranks = self.slots.capacity if self.slots else 0
-        to_run = partial(_bytes_to_run, config.prefill_limit, ranks, build)
-        pages = pages_that_fit(config, model, self.dtype, self.context_length, to_run)
+        weights, self.slots = load_weights_and_slots(
+            config, model, self.adapters, self.device, self.dtype
+        )
+        build = partial(build_runner, config, model, weights, self.slots, self.context_length)
+        pages = pages_that_fit(
+            config, model, self.dtype, self.context_length, partial(bytes_to_run, build)
+        )
         self._runner = build(pages)
         pool = PagePool(pages)
         self._launched: deque[Launched] = deque()
@@ -242,84 +239,3 @@ def _context_length(config: WorkerConfig, model: ModelConfig) -> int:
             f"--context-length {wanted}: the model was made for at most {model.max_position}"
         )
     return wanted
-
-
-def _build_runner(
-    config: WorkerConfig,
-    model: ModelConfig,
-    weights: DecoderWeights,
-    slots: AdapterSlots | None,
-    context_length: int,
-    pages: int,
-) -> ModelRunner:
-    """What runs batches, with a KV cache of so many pages, and CUDA graphs on a GPU."""
-    # One page more than the pool hands out, for rows that belong to no sequence.
-    cache = KVCache(model, pages + 1, weights.norm.device, weights.norm.dtype)
-    runner = ModelRunner(
-        Decoder(model, weights, cache, slots.weights if slots else None, context_length),
-        max_running=config.running_limit,
-        max_pages=num_pages(context_length),
-        unused_page=pages,
-        device=weights.norm.device,
-    )
-    runner.capture_graphs(
-        max_prefill_tokens=config.prefill_limit,
-        max_adapters=config.max_loras_per_batch,
-        num_ranks=slots.capacity if slots else 0,
-    )
-    return runner
-
-
-def _bytes_to_run(
-    max_prefill_tokens: int, num_ranks: int, build: Callable[[int], ModelRunner]
-) -> int:
-    """Memory of a GPU that graphs and the largest batch take: tried out with a cache of one page.
-
-    What CUDA's libraries load when they are first used counts too.
-    """
-    free, _ = torch.cuda.mem_get_info()
-    runner = build(1)
-    runner.run_largest(max_prefill_tokens=max_prefill_tokens, num_ranks=num_ranks)
-    torch.cuda.synchronize()
-    left, _ = torch.cuda.mem_get_info()
-    del runner
-    gc.collect()
-    torch.cuda.empty_cache()
-    log.info("memory_to_run", megabytes=(free - left) >> 20)
-    return free - left
-
-
-def _load(
-    config: WorkerConfig,
-    model: ModelConfig,
-    adapters: AdapterRegistry,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[DecoderWeights, AdapterSlots | None]:
-    """The base weights, and the slots; None for a worker without adapters."""
-    max_rank = config.max_lora_rank or adapters.max_rank
-    target_modules = config.lora_target_modules or adapters.target_modules
-    # On a GPU the slots' A stand behind the base weights, so that one product makes both.
-    is_stacked = bool(config.lora_paths) and device.type == "cuda"
-    capacity = rank_capacity(config.max_loras_per_batch, max_rank) if is_stacked else 0
-    spare = spare_rows(target_modules, capacity)
-    if config.load_format == "dummy":
-        weights = random_weights(model, device, dtype, spare)
-    else:
-        weights = load_weights(config.model_path, model, device, dtype, spare)
-    if not config.lora_paths:
-        return weights, None
-    slots = AdapterSlots(
-        model,
-        num_slots=config.max_loras_per_batch,
-        max_rank=max_rank,
-        target_modules=target_modules,
-        device=device,
-        dtype=dtype,
-        stacked=weights if is_stacked else None,
-    )
-    for adapter in adapters.all:
-        slots.prepare(adapter)
-    for adapter in adapters.pinned:
-        slots.place(adapter, in_use=())
-    return weights, slots

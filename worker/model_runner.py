@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from kernels.largest_token import largest_token
 from kernels.lora_segments import LoraRows, Segment, lora_tiles
+from kernels.lora_shrink import SHRINK_TILE_ROWS
 from kernels.paged_attention_prefill import PrefillChunk, PrefillRows, prefill_tiles
 from kernels.sample import Draw, sample
 from worker.batch import IN_FLIGHT, Batch, Int32s
@@ -73,11 +74,17 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self, *, max_prefill_tokens: int, max_adapters: int, num_ranks: int) -> None:
-        """Make CUDA graphs for steps of many sizes, and compile the kernel that draws tokens;
-        ``num_ranks`` of the slots, 0 without."""
+    def warm_up(
+        self, *, max_prefill_tokens: int, max_adapters: int, rank_levels: Sequence[int]
+    ) -> None:
+        """On a GPU, compile what batches need, take the memory of the largest, and make the CUDA
+        graphs; ``rank_levels``: see ``StepGraphs``."""
         if self.device.type == "cuda":
             self._draw_once()
+            num_rows = max_prefill_tokens + self._max_running
+            self._run_empty(num_rows, max(rank_levels, default=0), by_segments=False)
+            if rank_levels:
+                self._run_empty(num_rows, max(rank_levels), by_segments=True)
             self._graphs = StepGraphs(
                 self.forward,
                 max_running=self._max_running,
@@ -85,7 +92,7 @@ class ModelRunner:
                 max_length=self.page_table.shape[1] * PAGE_SIZE,
                 unused_page=self._unused_page,
                 max_adapters=max_adapters,
-                num_ranks=num_ranks,
+                rank_levels=rank_levels,
                 vocab_size=self.decoder.vocab_size,
                 dtype=self.decoder.dtype,
                 device=self.device,
@@ -169,11 +176,8 @@ class ModelRunner:
         logits = torch.zeros(1, vocabulary, dtype=dtype, device=self.device)
         sample(tokens, logits, send([Draw(0, 1.0, 2, 0.5, 0.5)], torch.float64, self.device))
 
-    @torch.inference_mode()
-    def run_largest(self, *, max_prefill_tokens: int, num_ranks: int) -> None:
-        """On a GPU, run as many rows on as many ranks as a batch can have, to see what memory that
-        takes. What is computed is nothing."""
-        num_rows = max_prefill_tokens + self._max_running
+    def _run_empty(self, num_rows: int, num_ranks: int, *, by_segments: bool) -> None:
+        """Run so many rows of prompts of nobody, on adapters of no rank among so many."""
         max_length = self.page_table.shape[1] * PAGE_SIZE
         no_line = self._max_running
         chunks = [
@@ -181,6 +185,7 @@ class ModelRunner:
             for row in range(0, num_rows, max_length)
         ]
         nothing = np.zeros(num_rows, np.int32)
+        segment = Segment(0, num_rows, 0, 0)
         step = StepArrays(
             token_ids=nothing,
             lines=nothing + no_line,
@@ -190,11 +195,12 @@ class ModelRunner:
             sampled_rows=nothing[:no_line],
             sampled_lines=nothing[:no_line] + no_line,
             prefill_tiles=np.array(prefill_tiles(chunks), np.int32).ravel(),
-            lora_tiles=np.array(lora_tiles([Segment(0, num_rows, 0, 0)]), np.int32).ravel(),
-            shrink_tiles=nothing[:0],
+            lora_tiles=np.array(lora_tiles([segment]), np.int32).ravel(),
+            shrink_tiles=np.array(lora_tiles([segment], SHRINK_TILE_ROWS), np.int32).ravel(),
         )
         on_device = self._upload(step)
-        lora = LoraRows([], on_device.lora_tiles.view(-1, 4), num_ranks)
+        tiles, shrink_tiles = on_device.lora_tiles.view(-1, 4), on_device.shrink_tiles.view(-1, 4)
+        lora = LoraRows([], tiles, num_ranks, shrink_tiles if by_segments else None)
         self.forward(
             on_device,
             max_length=0,

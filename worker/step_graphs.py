@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -43,19 +43,17 @@ class StepGraphs:
         max_length: int,
         unused_page: int,
         max_adapters: int,
-        num_ranks: int,
+        rank_levels: Sequence[int],
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """``forward``: ``ModelRunner.forward``; ``max_length``: tokens of the longest sequence;
-        ``num_ranks``: of the slots, 0 without."""
+        ``rank_levels``: numbers of the slots' ranks that a batch may need, beside none."""
         started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         pool = torch.cuda.graph_pool_handle()
         # All graphs write to one: it is read, if at all, before the next one runs.
         logits = torch.empty(max_running, vocab_size, dtype=dtype, device=device)
-        # Ranks cost time also where nobody uses them: a batch of few takes a graph of few.
-        self._ranks = sorted({0, -(-num_ranks // 16) * 8, num_ranks})
         sizes = {
             False: _decode_sizes(max_running),
             True: _mixed_sizes(max_running + max_prefill_tokens),
@@ -79,7 +77,7 @@ class StepGraphs:
             )
             for is_mixed in (True, False)
             for size in reversed(sizes[is_mixed])
-            for ranks in self._ranks
+            for ranks in (0, *rank_levels)
         }
         self._sizes = sizes
         log.info(
@@ -92,17 +90,13 @@ class StepGraphs:
     def replay(
         self, step: StepArrays[Int32s], *, num_ranks: int
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits and tokens of a batch; None if there is no graph for it.
-
-        ``num_ranks``: up to the last one of the batch's adapters, 0 without adapter.
-        """
+        """Logits and tokens of a batch that needs so many ranks; None if it has no graph."""
         is_mixed = len(step.prefill_tiles) > 0
         sizes = self._sizes[is_mixed]
         place = bisect_left(sizes, len(step.token_ids))
         if place == len(sizes):
             return None
-        ranks = self._ranks[bisect_left(self._ranks, num_ranks)]
-        return self._graphs[is_mixed, sizes[place], ranks].replay(step)
+        return self._graphs[is_mixed, sizes[place], num_ranks].replay(step)
 
 
 def _decode_sizes(max_running: int) -> list[int]:
@@ -112,8 +106,8 @@ def _decode_sizes(max_running: int) -> list[int]:
 
 
 def _mixed_sizes(max_rows: int) -> list[int]:
-    """Rows of the graphs of steps with prompts. cuBLAS works on 64 rows and more at a time, so
-    that those which fill up a graph cost next to nothing."""
+    """Rows of the graphs of steps with prompts. Those that fill up a graph cost what others do, 4%
+    of an H100's time for products; sizes at every 32 rows were no faster (docs/gpu.md)."""
     return list(range(64, min(-(-max_rows // 64) * 64, MAX_MIXED_ROWS) + 1, 64))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection
 from itertools import chain
 
@@ -22,6 +23,14 @@ _Place = tuple[int, str]
 def rank_capacity(num_slots: int, max_rank: int) -> int:
     """Ranks that the slots hold together."""
     return num_slots * _rank_class(max_rank)
+
+
+def rank_levels(capacity: int) -> list[int]:
+    """Half, three quarters and all of the slots' ranks. A batch computes those up to the level that
+    its adapters need: of 512 ranks of an 8B model, A takes 1.3 GB to read, 0.4 ms on an H100."""
+    # Multiples of 16, since for strides of others Triton compiles its kernels anew.
+    parts = (-(-capacity * quarters // 64) * 16 for quarters in (2, 3, 4))
+    return sorted({min(capacity, part) for part in parts})
 
 
 def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]:
@@ -57,6 +66,8 @@ class AdapterSlots:
         of its own."""
         self.num_slots = num_slots
         self.capacity = rank_capacity(num_slots, max_rank)
+        #: Only where A is part of the base product do ranks cost time that nobody uses.
+        self._levels = rank_levels(self.capacity) if stacked else [self.capacity]
         self._model = model
         self._device = device
         self._dtype = dtype
@@ -92,10 +103,13 @@ class AdapterSlots:
         return self._first_ranks[adapter]
 
     def num_ranks(self, adapters: Collection[Adapter]) -> int:
-        """Ranks up to the last one of these resident adapters, rounded up to 16 if there are as
-        many: for strides of other multiples Triton compiles its kernels anew."""
-        ends = (self._first_ranks[a] + _rank_class(a.rank) for a in adapters)
-        return min(self.capacity, -(-max(ends, default=0) // 16) * 16)
+        """Ranks up to the last one of these resident adapters, rounded up to a level."""
+        if not adapters:
+            return 0
+        return self._level(max(self._first_ranks[a] + _rank_class(a.rank) for a in adapters))
+
+    def _level(self, num_ranks: int) -> int:
+        return self._levels[bisect_left(self._levels, num_ranks)]
 
     def num_bytes(self, adapter: Adapter) -> int:
         """Memory that the adapter takes in the slots, ranks up to its class included."""
@@ -149,20 +163,23 @@ class AdapterSlots:
         return True
 
     def _make_room(self, size: int, in_use: Collection[Adapter]) -> int | None:
-        """Evict what stands in the place of so many ranks that was left unused for longest."""
-        best: tuple[int, int] | None = None
+        """Evict what stands in a place of so many ranks, as low a level as can be; of those of one
+        level, what was left unused for longest."""
+        best: tuple[int, int, int] | None = None
         for first in range(0, self.capacity, size):
             held = self._held_in(first, size)
             if any(adapter in in_use or adapter.pinned for adapter in held):
                 continue
-            candidate = max((self._last_used[a] for a in held), default=0), first
+            last_used = max((self._last_used[a] for a in held), default=0)
+            candidate = self._level(first + size), last_used, first
             best = candidate if best is None else min(best, candidate)
         if best is None:
             return None
-        for adapter in self._held_in(best[1], size):
+        _, _, first = best
+        for adapter in self._held_in(first, size):
             del self._first_ranks[adapter], self._last_used[adapter]
             self._arriving.pop(adapter, None)
-        return best[1]
+        return first
 
     def _held_in(self, first: int, size: int) -> list[Adapter]:
         return [
