@@ -19,6 +19,7 @@ import torch
 from broker.server import use_server
 from schemas.errors import JobError
 from schemas.job import Job
+from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
 from worker.config import WorkerConfig
@@ -41,14 +42,27 @@ class NullBatch(NamedTuple):
     adapters: frozenset[Adapter]
 
 
+class NullLoader(AdapterLoader):
+    """Finds an adapter without weights in every folder."""
+
+    def __init__(self) -> None:
+        pass
+
+    def load(self, name: str, folder: Path) -> Adapter:
+        return Adapter(name, str(folder), "null", rank=1, factors={})
+
+    def revision(self, folder: Path) -> str:
+        return "null"
+
+
 class NullEngine(Engine):
     """Finishes every sequence in the step after it came."""
 
     def __init__(self, adapters: Sequences[str]) -> None:
         self.device = torch.device("cpu")
-        self.adapters = AdapterRegistry(
-            {name: Adapter(name, "null", "null", rank=1, factors={}) for name in adapters}
-        )
+        self.adapters = AdapterRegistry(NullLoader())
+        for name in adapters:
+            self.adapters.load(name, Path("/null"), version=0)
         self.slots = None
         self.tokenizer = Tokenizer(Path("no-such-folder"), vocab_size=1)
         self.counters = EngineCounters()

@@ -117,7 +117,7 @@ class QueuedJobs:
         self._worker = "simulated"
         # As in worker/worker.py.
         max_jobs = max_running + max(4, max_running // 8)
-        self._leases = Leases(max_jobs=max_jobs, max_adapters=MAX_ADAPTERS, pinned=[])
+        self._leases = Leases(max_jobs=max_jobs, max_adapters=MAX_ADAPTERS)
         self._claims: dict[str, Claim] = {}
         self._next_claim = 0.0
         queue.announce({name: AdapterRecord(source="", revision="") for name in names})

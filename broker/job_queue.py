@@ -15,8 +15,9 @@ from typing import Any
 import redis
 from redis.commands.core import Script
 
+from broker.records import read_adapters
 from schemas import WIRE_VERSION
-from schemas.adapter import AdapterRecord
+from schemas.adapter import AdapterRecord, Unloading
 from schemas.job import Job
 from schemas.keys import BASE, GROUP, KEY_NAMES, Keys
 from schemas.result import Result
@@ -24,6 +25,9 @@ from schemas.worker_state import WorkerState
 
 #: How many jobs one sweep looks at; the next one follows within a second if there are more.
 SWEEP_LIMIT = 1000
+
+#: How many jobs of an adapter that is unloaded by force one script fails.
+RETIRE_LIMIT = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,8 @@ class JobQueue:
             name: load_script(client, name)
             for name in (
                 *("submit", "claim", "commit", "renew", "release", "sweep"),
-                *("heartbeat", "announce"),
+                *("heartbeat", "announce", "set_adapter", "change_adapter"),
+                *("adopt_revision", "retire_adapter"),
             )
         }
 
@@ -197,21 +202,70 @@ class JobQueue:
             pipeline.execute()
 
     def announce(self, adapters: dict[str, AdapterRecord]) -> int:
-        """Add adapters to the desired state; returns its version."""
+        """Add the adapters that a worker was started with to the desired state, where that does
+        not name another source for them already; returns its version."""
         fields = chain.from_iterable(
             (name, record.model_dump_json()) for name, record in adapters.items()
         )
         return int(self._run("announce", *fields))
 
+    def set_adapter(self, name: str, source: str, *, pinned: bool) -> int:
+        """Let every worker load an adapter, in place of one of that name if there is one; returns
+        the version of the desired state."""
+        return int(self._run("set_adapter", name, source, int(pinned)))
+
+    def pin_adapter(self, name: str, pinned: bool) -> int | None:
+        """Let an adapter keep a slot on every worker, or no longer; returns the version of the
+        desired state, None if the name is unknown."""
+        return _version(self._run("change_adapter", name, "pin" if pinned else "unpin"))
+
+    def unload_adapter(self, name: str, how: Unloading) -> int | None:
+        """Take an adapter off all workers, once its waiting jobs are finished ("drain") or failed
+        ("force"); returns the version of the desired state, None if the name is unknown."""
+        return _version(self._run("change_adapter", name, how))
+
+    def adopt_revision(self, name: str, version: int, revision: str) -> str | None:
+        """Say what was read of an adapter whose record has this version; returns the revision on
+        record, which is that of the first who said so, or None if the name is gone or was loaded
+        again."""
+        adopted = self._run("adopt_revision", name, version, revision)
+        return None if adopted is None else str(adopted)
+
+    def retire_adapter(self, name: str) -> bool:
+        """Take an adapter that is unloading off the desired state if no job of it is left, and let
+        up to ``RETIRE_LIMIT`` of its waiting jobs fail before if that is by force.
+
+        True once it is off. To be repeated until then; safe to repeat at any time.
+        """
+        return bool(self._run("retire_adapter", name, RETIRE_LIMIT))
+
+    def desired_state(self) -> tuple[int, dict[str, AdapterRecord]]:
+        """The version of the desired state, 0 if nobody has ever written it, and its adapters.
+
+        Raises LorryError if a record is damaged.
+        """
+        with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.get(self.keys.adapters_version)
+            pipeline.hgetall(self.keys.adapters)
+            version, records = pipeline.execute()
+        return int(version or 0), read_adapters(records)
+
     def _run(self, script: str, *args: Any) -> Any:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
 
 
-def load_script(client: redis.Redis, name: str) -> Script:
-    """The script ``lua/<name>.lua`` behind the key names and the functions that all share.
+def _version(reply: int | None) -> int | None:
+    return None if reply is None else int(reply)
 
-    redis-py sends a script's hash, and its text once where the server does not know it.
-    """
+
+def load_script(client: redis.Redis, name: str) -> Script:
+    """The script, which redis-py names by its hash; it sends the text once where the server does
+    not know it."""
+    return client.register_script(script_text(name))
+
+
+def script_text(name: str) -> str:
+    """The script ``lua/<name>.lua`` behind the key names and the functions that all share."""
     names = [f"local {name} = KEYS[1] .. '{suffix}'" for name, suffix in KEY_NAMES.items()]
     constants = [
         f"local GROUP = '{GROUP}'",
@@ -220,7 +274,7 @@ def load_script(client: redis.Redis, name: str) -> Script:
     ]
     folder = files("broker") / "lua"
     texts = [(folder / f"{part}.lua").read_text("utf-8") for part in ("common", name)]
-    return client.register_script("\n".join([*names, *constants, *texts]))
+    return "\n".join([*names, *constants, *texts])
 
 
 def _flat(leases: Iterable[Lease]) -> Iterable[str]:

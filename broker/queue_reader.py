@@ -6,22 +6,20 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
-from pydantic import BaseModel, ValidationError
 
 from broker.connection import BLOCK_SECONDS
+from broker.records import read_adapter, read_adapters, read_record
 from schemas.adapter import AdapterRecord
-from schemas.errors import LorryError, UnknownId
-from schemas.keys import Keys
+from schemas.errors import UnknownId
+from schemas.keys import GROUP, Keys
 from schemas.result import STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
 from schemas.worker_state import WorkerState
 
 #: Jobs read in one round trip.
 READ_CHUNK = 500
-
-Record = TypeVar("Record", bound=BaseModel)
 
 _JOB_FIELDS = (
     *("state", "result", "submissions", "adapter", "worker"),
@@ -166,36 +164,62 @@ class QueueReader:
 
     def adapters(self) -> dict[str, AdapterRecord]:
         """The desired state: every adapter that the queue knows, by name."""
-        records = self.client.hgetall(self.keys.adapters)
-        return {
-            name: _read(AdapterRecord, record, f"The record of adapter '{name}'")
-            for name, record in sorted(records.items())
-        }
+        return read_adapters(self.client.hgetall(self.keys.adapters))
 
-    def knows_adapter(self, name: str) -> bool:
-        return bool(self.client.hexists(self.keys.adapters, name))
+    def adapter(self, name: str) -> AdapterRecord | None:
+        """The record of an adapter; None if the queue does not know it."""
+        record = self.client.hget(self.keys.adapters, name)
+        return None if record is None else read_adapter(name, record)
 
-    def was_ever_joined(self) -> bool:
-        """Whether any worker has ever joined this queue."""
+    def has_desired_state(self) -> bool:
+        """Whether a worker has ever joined this queue or an adapter was loaded, so that the names
+        of its adapters are known."""
         return bool(self.client.exists(self.keys.adapters_version))
 
     def workers(self) -> list[WorkerState]:
         """The observed state of every living worker."""
         ids: list[str] = self.client.zrange(self.keys.workers, 0, -1)
-        states = (self.client.hget(self.keys.worker(id_), "state") for id_ in ids)
-        return [_read(WorkerState, state, "The state of a worker") for state in states if state]
+        with self.client.pipeline(transaction=False) as pipeline:
+            for id_ in ids:
+                pipeline.hget(self.keys.worker(id_), "state")
+            states = pipeline.execute()
+        return [
+            read_record(WorkerState, state, "The state of a worker") for state in states if state
+        ]
 
     def waiting_by_adapter(self) -> dict[str, int]:
         """Waiting and running jobs of every adapter that has waiting ones, longest unserved
         first. The base model is called ``schemas.keys.BASE``."""
+        return {name: number for name, (number, _) in self._jobs_of_ready_adapters().items()}
+
+    def num_waiting_by_adapter(self) -> dict[str, int]:
+        """Jobs that nobody has claimed, of every adapter that has such, longest unserved first."""
+        found = self._jobs_of_ready_adapters()
+        return {name: number - num_claimed for name, (number, num_claimed) in found.items()}
+
+    def num_jobs_of(self, adapter: str) -> int:
+        """Waiting and running jobs of an adapter."""
+        return int(self.client.xlen(self.keys.stream(adapter)))
+
+    def _jobs_of_ready_adapters(self) -> dict[str, tuple[int, int]]:
+        """(all, running) jobs of every adapter that has waiting ones, in two round trips."""
         names: list[str] = self.client.zrange(self.keys.ready, 0, -1)
-        return {name: self.client.xlen(self.keys.stream(name)) for name in names}
+        with self.client.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.xlen(self.keys.stream(name))
+                pipeline.xpending(self.keys.stream(name), GROUP)
+            # A stream that nobody has read yet has no group, and none of its jobs runs.
+            replies = pipeline.execute(raise_on_error=False)
+        pending = [
+            0 if isinstance(reply, Exception) else reply["pending"] for reply in replies[1::2]
+        ]
+        return dict(zip(names, zip(replies[::2], pending, strict=True), strict=True))
 
     def _result(self, job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
         if fields["state"] is None:
             raise UnknownId(f"Queue '{self.name}' holds no job with the id '{job_id}'.")
         if fields["result"]:
-            return _read(Result, fields["result"], f"The result of job '{job_id}'")
+            return read_record(Result, fields["result"], f"The result of job '{job_id}'")
         code = fields["error_code"]
         job = json.loads(payload) if payload else {}
         return Result(
@@ -212,15 +236,6 @@ class QueueReader:
             worker=fields["worker"],
             metadata=job.get("metadata"),
         )
-
-
-def _read(model: type[Record], text: str, what: str) -> Record:
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        problem = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise LorryError(f"{what} is damaged: {place}: {problem['msg']}") from error
 
 
 def _seconds(milliseconds: str | None) -> float | None:

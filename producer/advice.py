@@ -14,7 +14,7 @@ MAX_LISTED = 20
 def warnings(reader: QueueReader, spool: Spool) -> list[str]:
     """Why jobs of the spool may have to wait, one sentence a reason."""
     names = sorted(name for name in spool.num_jobs_by_adapter if name)
-    if not reader.was_ever_joined():
+    if not reader.has_desired_state():
         unchecked = f", so nobody could tell whether it has {listed(names)}" if names else ""
         return [f"No worker has ever joined queue '{reader.name}'{unchecked}. {START_A_WORKER}"]
     workers = reader.workers()

@@ -18,29 +18,34 @@ MAX_HELD_CHARS = 4 * 1024 * 1024
 
 
 class AdapterCheck:
-    """Refuses adapters that the queue does not know, once a worker has told it which there are.
+    """Refuses adapters that the queue does not know, once it was told which there are, and those
+    that are being unloaded.
 
     Memory grows by the number of distinct adapters, not by the number of jobs.
     """
 
     def __init__(self, reader: QueueReader) -> None:
         self._reader = reader
-        self._is_known = lru_cache(maxsize=4096)(reader.knows_adapter)
+        self._record_of = lru_cache(maxsize=4096)(reader.adapter)
         self._num_refused = 0
-        # While no worker has ever joined the queue, every name is accepted.
-        self._names_are_known = reader.was_ever_joined()
+        # While no worker has ever joined the queue, nor an adapter was loaded, all are accepted.
+        self._names_are_known = reader.has_desired_state()
         #: Number of jobs by adapter; None is the base model.
         self.num_jobs: Counter[str | None] = Counter()
 
     def add(self, name: str | None) -> None:
-        """Count a job of the adapter; raises BadInput if the queue does not know it."""
+        """Count a job of the adapter; raises BadInput if the queue takes no jobs for it."""
         if name not in self.num_jobs:
             self.require(name)
         self.num_jobs[name] += 1
 
     def require(self, name: str | None) -> None:
-        """Raises BadInput if the queue does not know the adapter."""
-        if name is None or not self._names_are_known or self._is_known(name):
+        """Raises BadInput if the queue does not know the adapter, or is about to forget it."""
+        if name is None or not self._names_are_known:
+            return
+        if record := self._record_of(name):
+            if record.unloading:
+                raise BadInput(f"lora: adapter '{name}' is being unloaded and takes no new jobs")
             return
         self._num_refused += 1
         # The search takes its time, and nobody reads the hint of a line beyond the first ones.

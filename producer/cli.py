@@ -15,19 +15,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from producer.lora import app as lora_app
 from producer.messages import fail
+from producer.options import Json, Queue, RedisUrl
 from schemas.errors import BadInput, LorryError
 
 EXIT_CODES = """\
 **Exit codes**
 
 - 0: all is well
-- 1: some jobs did not end as done (wait, submit --wait), or another failure
+- 1: some jobs did not end as done (wait, submit --wait), a worker did not do as it was told (lora),
+  or another failure
 - 2: wrong usage or input; nothing was sent
-- 3: unknown id
+- 3: unknown id or adapter
 - 4: no server
 - 5: not finished
-- 6: not finished, and no worker is alive
+- 6: not finished, or told to nobody (lora), and no worker is alive
 """
 
 #: The exit codes that a shell gives a program ended by Ctrl-C, or by a reader that has gone.
@@ -71,15 +74,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RedisUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--redis-url",
-        metavar="URL",
-        help="Redis or Valkey server; else the one in REDIS_URL, else an embedded one.",
-    ),
-]
-Queue = Annotated[str, typer.Option("--queue", metavar="NAME", help="Name of the queue.")]
+app.add_typer(lora_app)
+
 OutputFile = Annotated[
     Path | None,
     typer.Option(
@@ -88,7 +84,6 @@ OutputFile = Annotated[
         help="Write results to FILE. It grows as FILE.partial until it is complete.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def _print_version(wanted: bool) -> None:

@@ -22,7 +22,8 @@ from broker.connection import connect, server_errors
 from broker.job_queue import ConflictError, JobQueue
 from broker.queue_reader import QueueReader
 from broker.server import use_server
-from producer import advice, following
+from producer import adapters, advice, following
+from producer.adapters import AdapterStatus, Answer, Change, OnPause
 from producer.following import OnWake
 from producer.intake import Line, prepare
 from producer.lines import numbered_lines
@@ -209,6 +210,54 @@ class Client:
         """``watch`` to the end; returns the last status."""
         return deque(self.watch(id_, timeout), maxlen=1).pop()
 
+    def load_adapter(self, name: str, source: Path | str, *, pinned: bool = False) -> Change:
+        """Let every worker load an adapter, in place of one of that name: jobs that run go on with
+        the old one. Returns at once; ``answers`` waits for the workers.
+
+        ``source`` is a folder as the workers see it; a path of a folder of this machine is made
+        absolute. A ``pinned`` adapter keeps a slot. Raises BadInput for what cannot be a name or a
+        folder, and for more pinned adapters than a worker can keep.
+        """
+        with self._errors():
+            return adapters.load(self._job_queue, self._reader, name, source, pinned=pinned)
+
+    def unload_adapter(self, name: str, *, force: bool = False) -> Change:
+        """Take an adapter off all workers once its waiting jobs are finished, or, by force, failed;
+        it gets no new ones. Returns at once. Raises UnknownId."""
+        with self._errors():
+            return adapters.unload(self._job_queue, self._reader, name, force=force)
+
+    def pin_adapter(self, name: str) -> Change:
+        """Let an adapter keep a slot on every worker. Returns at once.
+
+        Raises UnknownId, and BadInput if a worker keeps as many as it can already.
+        """
+        with self._errors():
+            return adapters.pin(self._job_queue, self._reader, name)
+
+    def unpin_adapter(self, name: str) -> Change:
+        """Let an adapter give up its slot like any other. Returns at once. Raises UnknownId."""
+        with self._errors():
+            return adapters.unpin(self._job_queue, self._reader, name)
+
+    def answers(
+        self, change: Change, timeout: float = 60.0, on_pause: OnPause | None = None
+    ) -> list[Answer]:
+        """What every living worker made of a change of the adapters, once all have acted on it.
+
+        One that has not within ``timeout`` seconds answers that; an adapter that drains may take
+        as long as its jobs do. No worker is alive if there are no answers.
+        """
+        with self._errors():
+            return adapters.answers(
+                self._reader, change, timeout=timeout, on_pause=on_pause or _ignore_jobs_left
+            )
+
+    def adapters(self) -> list[AdapterStatus]:
+        """Every adapter that the queue knows, by name, and how the living workers serve it."""
+        with self._errors():
+            return adapters.read_statuses(self._reader)
+
     def not_finished(self, what: str) -> LorryError:
         """The error that says so (``what`` is a sentence without its full stop): NotFinished, or
         NoWorker if no worker is alive."""
@@ -228,6 +277,10 @@ class Client:
 
 
 def _ignore() -> None:
+    pass
+
+
+def _ignore_jobs_left(number: int) -> None:
     pass
 
 

@@ -1,4 +1,4 @@
-"""What a person reads: tables of results, submissions, workers and adapters."""
+"""What a person reads: tables of results, submissions and workers."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _STATE_STYLES = {"waiting": "", "running": "cyan", "done": "green"}
 
 
 _NUMBERS = {"jobs", "waiting", "running", "done", "other", "unfinished jobs"}
+_NUMBERS |= {"requests", "tokens", "loads", "evictions", "s a load"}
 
 
 class ResultTable:
@@ -47,9 +48,9 @@ class ResultTable:
         self._has_head = True
         for result, payload in zip(results, payloads, strict=True):
             table.add_row(
-                _cell(result.id),
-                _cell(result.lora or "(base)"),
-                _cell(prompt_of(payload)),
+                cell(result.id),
+                cell(result.lora or "(base)"),
+                cell(prompt_of(payload)),
                 _answer(result),
                 str(result.usage.completion_tokens),
                 _duration(result),
@@ -84,7 +85,7 @@ def prompt_of(payload: str | None) -> str:
 def overview(queue: str, found: Overview) -> str:
     """A queue's submissions, workers and waiting adapters."""
     parts = [_submissions(queue, found), _workers(queue, found), _adapters(found)]
-    return _rendered(_console(sys.stdout.isatty()), _with_blank_lines(filter(None, parts)))
+    return printed(_with_blank_lines(filter(None, parts)))
 
 
 def submission(status: SubmissionStatus) -> str:
@@ -128,15 +129,15 @@ def job(result: Result, payload: str | None) -> str:
 def _submissions(queue: str, found: Overview) -> RenderableType:
     if not found.submissions:
         return f"Nothing was ever submitted to queue '{queue}': producer submit FILE"
-    table = _table("submission", "input", "jobs", "waiting", "running", "done", "other", "sent")
+    table = new_table("submission", "input", "jobs", "waiting", "running", "done", "other", "sent")
     if found.num_submissions > len(found.submissions):
         table.caption = f"the last {len(found.submissions)} of {found.num_submissions} submissions"
     for status in found.submissions:
         counts = status.counts
         other = status.finished - counts["done"]
         table.add_row(
-            *_cells(status.id, status.name, status.total),
-            *_cells(counts["waiting"], counts["running"], counts["done"]),
+            *cells(status.id, status.name, status.total),
+            *cells(counts["waiting"], counts["running"], counts["done"]),
             Text(str(other), style="red" if other else ""),
             f"{_age(status.created)} ago",
         )
@@ -146,12 +147,12 @@ def _submissions(queue: str, found: Overview) -> RenderableType:
 def _workers(queue: str, found: Overview) -> RenderableType:
     if not found.workers:
         return Text(f"No worker is alive on queue '{queue}'. {START_A_WORKER}", style="yellow")
-    table = _table("worker", "model", "device", "running", "waiting", "slots", "adapters")
+    table = new_table("worker", "model", "device", "running", "waiting", "slots", "adapters")
     for worker in found.workers:
         table.add_row(
-            *_cells(worker.id, worker.model, worker.device, worker.running, worker.waiting),
+            *cells(worker.id, worker.model, worker.device, worker.running, worker.waiting),
             f"{len(worker.resident)} of {worker.max_loras_per_batch}",
-            _cell(listed(sorted(worker.adapters)) or "(base model)"),
+            cell(listed(sorted(worker.adapters)) or "(base model)"),
         )
     return table
 
@@ -159,11 +160,11 @@ def _workers(queue: str, found: Overview) -> RenderableType:
 def _adapters(found: Overview) -> RenderableType | None:
     if not found.unfinished:
         return None
-    table = _table("adapter", "unfinished jobs", "workers that serve it")
+    table = new_table("adapter", "unfinished jobs", "workers that serve it")
     for name, number in found.unfinished.items():
         serving = sum(name == BASE or name in worker.adapters for worker in found.workers)
         table.add_row(
-            _cell("(base model)" if name == BASE else name),
+            cell("(base model)" if name == BASE else name),
             str(number),
             Text(str(serving), style="" if serving else "yellow"),
         )
@@ -178,16 +179,22 @@ def _fields(rows: Iterable[tuple[str, str | None]]) -> str:
         if value is not None:
             style = _STATE_STYLES.get(value, "red") if name == "state" else ""
             table.add_row(name, Text(printable(value), style=style))
-    return _rendered(_console(sys.stdout.isatty()), [table])
+    return printed([table])
 
 
-def _table(*columns: str) -> Table:
+def printed(parts: Iterable[RenderableType]) -> str:
+    """The parts as stdout can show them."""
+    return _rendered(_console(sys.stdout.isatty()), parts)
+
+
+def new_table(*columns: str) -> Table:
+    """A table without rows."""
     table = Table(box=None, padding=(0, 2, 0, 0), caption_justify="left")
     for column in columns:
         table.add_column(
             column,
             overflow="fold",
-            no_wrap=column in ("submission", "worker"),  # Ids are copied from here.
+            no_wrap=column in ("submission", "worker", "name"),  # Ids are copied from here.
             justify="right" if column in _NUMBERS else "left",
         )
     return table
@@ -219,11 +226,12 @@ def _with_blank_lines(parts: Iterable[RenderableType]) -> Iterator[RenderableTyp
         yield part
 
 
-def _cells(*values: object) -> list[Text]:
-    return [_cell(str(value)) for value in values]
+def cells(*values: object) -> list[Text]:
+    """``cell`` of each value."""
+    return [cell(str(value)) for value in values]
 
 
-def _cell(text: str) -> Text:
+def cell(text: str) -> Text:
     """Text as it is: no markup, no control characters, not endless."""
     shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
     return Text(printable(shown))
@@ -231,12 +239,12 @@ def _cell(text: str) -> Text:
 
 def _answer(result: Result) -> Text:
     if result.error:
-        return Text(f"{result.status}: ", style="red") + _cell(result.error.message)
+        return Text(f"{result.status}: ", style="red") + cell(result.error.message)
     if result.status != "done":
         return Text(result.status, style="red")
     if result.text is None:
         return Text(f"({counted(len(result.token_ids or []), 'token id')})", style="dim")
-    return _cell(result.text.strip())
+    return cell(result.text.strip())
 
 
 def _duration(result: Result) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
@@ -13,11 +13,22 @@ AdapterName = Annotated[
 ]
 
 
+#: How an adapter is taken off the queue: its waiting jobs are finished first, or they fail.
+Unloading = Literal["drain", "force"]
+
+
 class AdapterRecord(BaseModel):
-    """One field of the desired state ``{queue}:adapters``: where an adapter comes from."""
+    """One field of the desired state ``{queue}:adapters``: what workers shall do with it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
-    revision: str
+    """Where it is read from, as the workers' file system names it."""
+    revision: str | None = None
+    """Hash of its configuration and weights; None until a worker has read it."""
     pinned: bool = False
+    """Whether it shall keep a slot on every worker."""
+    unloading: Unloading | None = None
+    version: int = 0
+    """That of the desired state when it was last loaded or announced: once it changes, the source
+    is to be read again."""

@@ -2,10 +2,10 @@
 
 LorryError                    exit code of the command line
 |- BadInput                   2   a flag, a file or a line is wrong; says where and what to do
-|- UnknownId                  3   no such job or submission on this queue
+|- UnknownId                  3   no such job, submission or adapter on this queue
 |- ServerUnavailable          4   the Redis server cannot be reached or used
 |- NotFinished                5   results are not complete yet
-|- NoWorker                   6   results are not complete and no worker is alive to complete them
+|- NoWorker                   6   no worker is alive to complete results, or to act on a command
 `- JobError                   -   one job failed; carries the code that its result records
 """
 
@@ -25,7 +25,7 @@ class BadInput(LorryError):
 
 
 class UnknownId(LorryError):
-    """The queue holds neither a job nor a submission of that id."""
+    """The queue holds no job, submission or adapter of that id."""
 
     exit_code = 3
 
@@ -43,7 +43,8 @@ class NotFinished(LorryError):
 
 
 class NoWorker(LorryError):
-    """Some of the jobs asked for have no result yet, and no worker is alive."""
+    """Some of the jobs asked for have no result yet, or a command was given, and no worker is
+    alive."""
 
     exit_code = 6
 
@@ -51,9 +52,10 @@ class NoWorker(LorryError):
 class JobError(LorryError):
     """One job cannot be run; recorded as ``error`` of its result.
 
-    Codes: ``unknown_adapter``, ``no_tokenizer``, ``no_chat_template``, ``bad_prompt``,
-    ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``, and
-    ``attempts_exhausted`` (of a job given up on).
+    Codes: ``unknown_adapter``, ``adapter_unavailable``, ``no_tokenizer``, ``no_chat_template``,
+    ``bad_prompt``, ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``; of
+    a job that no worker ended ``attempts_exhausted`` (given up on) and ``adapter_unloaded`` (by
+    force, while it waited).
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -20,6 +20,7 @@ KEY_NAMES = {
     "WORKERS": "workers",  # sorted set: worker ids by their last heartbeat
     "WORKER": "worker:",  # hash: the observed state of one worker; + ":adapters" set
     "WAKE": "wake",  # channel: new work has come
+    "CONTROL": "control",  # channel: the desired state has changed
     "DEAD": "dead",  # stream: jobs given up on
 }
 
@@ -45,6 +46,7 @@ class Keys:
         self.adapters_version = self._name("ADAPTERS_VERSION")
         self.workers = self._name("WORKERS")
         self.wake = self._name("WAKE")
+        self.control = self._name("CONTROL")
         self.dead = self._name("DEAD")
 
     def job(self, job_id: str) -> str:

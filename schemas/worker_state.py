@@ -5,6 +5,22 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
+class AdapterCounts(BaseModel):
+    """What one adapter has done on one worker since that started."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    requests: int = 0
+    """Jobs that have ended with an answer."""
+    output_tokens: int = 0
+    loads: int = 0
+    """How often it was read from its source."""
+    evictions: int = 0
+    """How often it was dropped from the worker's memory to make room for another one."""
+    load_seconds: float = 0.0
+    """Time that all its loads took."""
+
+
 class WorkerState(BaseModel):
     """What a worker is and what it is doing now."""
 
@@ -18,6 +34,13 @@ class WorkerState(BaseModel):
     """Name -> revision of every adapter that this worker can run."""
     resident: list[str] = []
     """Adapters whose weights stand in a slot."""
+    pinned: list[str] = []
+    """Adapters that keep their slot."""
+    desired_version: int = 0
+    """The version of the desired state that this worker has acted on."""
+    adapter_errors: dict[str, str] = {}
+    """Name -> why this worker cannot serve it, of adapters of the desired state."""
+    adapter_counts: dict[str, AdapterCounts] = {}
     max_loras_per_batch: int
     running: int = 0
     waiting: int = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,6 @@ def random_adapter(
     rank: int = MAX_RANK,
     modules: Collection[str] = LINEAR_MODULES,
     seed: int = 0,
-    pinned: bool = False,
 ) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     factors = {}
@@ -62,7 +63,7 @@ def random_adapter(
             a = torch.randn(rank, in_features, generator=generator)
             b = torch.randn(rank, out_features, generator=generator)
             factors[layer, module] = LoraFactors(a, b)
-    return Adapter(name, "source", "revision", rank, factors, pinned)
+    return Adapter(name, "source", "revision", rank, factors)
 
 
 def make_slots(
@@ -183,7 +184,9 @@ def test_an_adapter_in_use_is_not_evicted() -> None:
 
 def test_a_pinned_adapter_is_not_evicted() -> None:
     slots = make_slots(2)
-    slots.place(random_adapter("pinned", pinned=True), ())
+    pinned = random_adapter("pinned")
+    slots.pinned = frozenset({pinned})
+    slots.place(pinned, ())
     for name in "abcab":
         slots.place(random_adapter(name), ())
     assert sorted(slots.resident) == ["b", "pinned"]
@@ -253,6 +256,17 @@ def test_a_smaller_adapter_over_a_larger_one_leaves_no_trace_of_it(
     small = random_adapter("small", rank=3, modules=modules, seed=2)
     slots.place(small, ())
     assert_slot_computes(slots, small)
+
+
+def test_modules_of_smaller_ranks_leave_no_trace_of_what_stood_in_the_slot() -> None:
+    slots = make_slots(1)
+    slots.place(random_adapter("large", rank=MAX_RANK, seed=1), ())
+    whole = random_adapter("mixed", rank=20, seed=2)
+    ranks = zip(whole.factors.items(), cycle((1, 20, 7, 3)), strict=False)
+    factors = {place: LoraFactors(f.a[:rank], f.b[:rank]) for (place, f), rank in ranks}
+    mixed = replace(whole, factors=factors)
+    slots.place(mixed, ())
+    assert_slot_computes(slots, mixed)
 
 
 def test_loading_a_slot_leaves_its_neighbours_alone() -> None:
@@ -371,7 +385,13 @@ def test_the_registry_reports_what_the_queue_is_to_know(model_folder: Path, fold
     known = registry(model_folder, folder, pinned=True)
     record = known.records["mine"].model_dump()
     revision = known.revisions["mine"]
-    assert record == {"source": str(folder.resolve()), "revision": revision, "pinned": True}
+    assert record == {
+        "source": str(folder.resolve()),
+        "revision": revision,
+        "pinned": True,
+        "unloading": None,
+        "version": 0,
+    }
 
 
 def test_a_missing_adapter_folder_is_named(model_folder: Path, tmp_path: Path) -> None:
@@ -389,7 +409,7 @@ def test_a_rank_above_the_limit_is_refused_with_both_numbers(
 
 
 def test_a_rank_at_the_limit_is_served(model_folder: Path, folder: Path) -> None:
-    assert registry(model_folder, folder, max_lora_rank=6).max_rank == 6
+    assert registry(model_folder, folder, max_lora_rank=6).get("mine")
 
 
 def test_a_module_outside_the_limit_is_refused_by_name(model_folder: Path, folder: Path) -> None:
@@ -400,5 +420,4 @@ def test_a_module_outside_the_limit_is_refused_by_name(model_folder: Path, folde
 
 
 def test_all_as_target_modules_allows_every_module(model_folder: Path, folder: Path) -> None:
-    known = registry(model_folder, folder, lora_target_modules=("all",))
-    assert known.target_modules == {"q_proj", "down_proj"}
+    assert registry(model_folder, folder, lora_target_modules=("all",)).get("mine")

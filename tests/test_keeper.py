@@ -22,7 +22,7 @@ def claim(queue: JobQueue, lease_seconds: float) -> list[Claim]:
 
 @pytest.fixture
 def leases() -> Leases:
-    return Leases(max_jobs=10, max_adapters=1, pinned=[])
+    return Leases(max_jobs=10, max_adapters=1)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ def claim(entry: str, adapter: str | None = "a") -> Claim:
 
 
 def leases(max_jobs: int = 4) -> Leases:
-    return Leases(max_jobs=max_jobs, max_adapters=2, pinned=[])
+    return Leases(max_jobs=max_jobs, max_adapters=2)
 
 
 def test_a_job_that_is_claimed_again_is_held_once_under_its_new_lease() -> None:

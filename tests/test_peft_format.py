@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
-from worker.adapters.peft_format import Adapter, load_adapter
+from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,6 +61,19 @@ def edit_weights(folder: Path, edit: Callable[[Weights], object]) -> None:
     save_file(weights, folder / WEIGHTS)
 
 
+@contextmanager
+def ignoring_warnings() -> Iterator[None]:
+    """PEFT warns that it saves embeddings along."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def insert_name(weights: Weights, keys: list[str], name: str) -> None:
+    for key in keys:
+        weights[key.replace(".weight", f".{name}.weight")] = weights.pop(key)
+
+
 def load(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Adapter:
     return load_adapter("name", folder, model, dtype)
 
@@ -85,8 +101,50 @@ def test_an_adapter_has_factors_for_every_module_and_layer(
 def test_a_module_that_the_adapter_leaves_alone_has_no_factors(
     folder: Path, model: ModelConfig
 ) -> None:
+    edit_config(folder, exclude_modules=["1.self_attn.q_proj"])
     edit_weights(folder, lambda weights: (weights.pop(Q_A), weights.pop(Q_B)))
     assert (1, "q_proj") not in load(folder, model).factors
+
+
+def test_an_adapter_has_the_largest_rank_of_its_modules(
+    model_folder: Path, tmp_path: Path, model: ModelConfig
+) -> None:
+    """That of its config is no module's."""
+    ranks = {"q_proj": 2, "layers.1.self_attn.v_proj": 5, "v_proj": 3}
+    modules = ("q_proj", "v_proj")
+    make_adapter(model_folder, tmp_path, rank=9, seed=1, target_modules=modules, rank_pattern=ranks)
+    adapter = load(tmp_path, model)
+    assert adapter.rank == 5
+    found = {place: len(factors.a) for place, factors in adapter.factors.items()}
+    assert found == {
+        (layer, module): 2 if module == "q_proj" else 5 if layer == 1 else 3
+        for layer in range(3)
+        for module in modules
+    }
+
+
+def test_the_outline_tells_rank_and_modules_and_reads_no_weight(
+    folder: Path, model: ModelConfig
+) -> None:
+    edit_weights(folder, lambda weights: weights[Q_A].fill_(float("nan")))
+    outline = check_adapter(folder, model)
+    assert (outline.rank, outline.target_modules) == (RANK, set(ALL_MODULES))
+
+
+def test_where_the_base_model_stood_when_the_adapter_was_trained_does_not_matter(
+    folder: Path, model: ModelConfig
+) -> None:
+    edit_config(folder, base_model_name_or_path="/somewhere/else", revision="main")
+    assert load(folder, model).rank == RANK
+
+
+def test_keys_may_hold_the_adapters_name(folder: Path, model: ModelConfig) -> None:
+    without = load(folder, model).factors
+    edit_weights(folder, lambda weights: insert_name(weights, list(weights), "default"))
+    named = load(folder, model).factors
+    assert named.keys() == without.keys()
+    assert all(named[place].a.equal(without[place].a) for place in without)
+    assert all(named[place].b.equal(without[place].b) for place in without)
 
 
 def test_factor_a_is_read_as_it_stands(folder: Path, model: ModelConfig) -> None:
@@ -142,6 +200,17 @@ def test_the_revision_changes_with_the_config(
     assert load(folder, model).revision != load(original, model).revision
 
 
+def test_the_revision_changes_with_the_order_of_patterns(folder: Path, model: ModelConfig) -> None:
+    """The first that matches is the one that counts."""
+    alphas = {"q_proj": 1, "self_attn.q_proj": 2}
+    edit_config(folder, alpha_pattern=alphas)
+    first = load(folder, model)
+    edit_config(folder, alpha_pattern=dict(reversed(alphas.items())))
+    second = load(folder, model)
+    assert first.revision != second.revision
+    assert not first.factors[1, "q_proj"].b.equal(second.factors[1, "q_proj"].b)
+
+
 # --- Configs that are refused -------------------------------------------------------------------
 
 
@@ -151,9 +220,6 @@ def test_the_revision_changes_with_the_config(
         ("use_dora", True, "DoRA"),
         ("modules_to_save", ["lm_head"], "fully trained modules"),
         ("layer_replication", [[0, 2], [1, 3]], "replicated layers"),
-        ("rank_pattern", {"q_proj": 5}, "ranks by module"),
-        ("alpha_pattern", {"q_proj": 5}, "alphas by module"),
-        ("fan_in_fan_out", True, "transposed weights"),
         ("lora_bias", True, "a bias in B"),
         ("trainable_token_indices", [3], "trained token embeddings"),
         ("target_parameters", ["experts.down_proj"], "bare parameters as targets"),
@@ -161,6 +227,8 @@ def test_the_revision_changes_with_the_config(
         ("use_qalora", True, "QALoRA"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal factors"),
         ("arrow_config", {"top_k": 2}, "Arrow routing"),
+        ("kasa_config", {"beta": 1e-4}, "KaSA"),
+        ("monteclora_config", {"num_samples": 8}, "MonteCLoRA"),
     ],
 )
 def test_a_setting_that_changes_the_product_is_refused(
@@ -177,11 +245,115 @@ def test_an_adapter_that_peft_made_with_dora_is_refused(
     assert refusal(tmp_path, model).endswith("use_dora: DoRA is not supported.")
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_are_refused(folder: Path, model: ModelConfig, bias: str) -> None:
-    edit_config(folder, bias=bias)
-    expected = f"{folder / CONFIG}: bias is '{bias}'; trained biases are not supported."
-    assert refusal(folder, model) == expected
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_an_adapter_that_peft_made_for_embeddings_or_output_head_is_refused(
+    model_folder: Path, tmp_path: Path, model: ModelConfig, module: str
+) -> None:
+    name, what = {
+        "embed_tokens": ("model.embed_tokens", "the token embeddings"),
+        "lm_head": ("lm_head", "the output head"),
+    }[module]
+    with ignoring_warnings():
+        make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=["q_proj", module])
+    assert refusal(tmp_path, model) == (
+        f"{tmp_path / CONFIG}: target_modules selects {name}: LoRA of {what} is not supported."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["query_key_value"]},
+        {"target_modules": []},
+        {"target_modules": r".*\.attention\..*"},
+        {"target_modules": "q_proj"},
+        {"layers_to_transform": [3, 4]},
+        {"layers_to_transform": 0, "layers_pattern": "h"},
+        {"exclude_modules": list(ALL_MODULES)},
+        {"exclude_modules": ".*"},
+    ],
+    ids=str,
+)
+def test_a_config_that_targets_nothing_the_model_has_is_refused(
+    folder: Path, model: ModelConfig, changes: dict[str, object]
+) -> None:
+    edit_config(folder, **changes)
+    assert refusal(folder, model) == (
+        f"{folder / CONFIG}: targets nothing the model has. Look at target_modules, exclude_modules"
+        " and layers_to_transform; the model has 3 layers with q_proj, k_proj, v_proj, o_proj,"
+        " gate_proj, up_proj, down_proj."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"target_modules": None},
+            "target_modules is not given, and PEFT would choose by its version. Name the modules"
+            " that were trained.",
+        ),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [1]},
+            "layers_to_transform does not go with target_modules in one string.",
+        ),
+        (
+            {"target_modules": ".*q_proj", "layers_pattern": "layers"},
+            "layers_pattern does not go with target_modules in one string.",
+        ),
+        (
+            {"layers_pattern": ["layers"]},
+            "layers_pattern does not go without layers_to_transform.",
+        ),
+    ],
+)
+def test_targets_that_peft_would_not_take_are_refused(
+    folder: Path, model: ModelConfig, changes: dict[str, object], problem: str
+) -> None:
+    edit_config(folder, **changes)
+    assert refusal(folder, model) == f"{folder / CONFIG}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rank_pattern": {"q_proj(": 2}}, r"rank_pattern: '(.*\.)?(q_proj()$'"),
+        ({"alpha_pattern": {"(?i)Q_PROJ": 2}}, r"alpha_pattern: '(.*\.)?((?i)Q_PROJ)$'"),
+        ({"target_modules": "*q_proj"}, "target_modules: '*q_proj'"),
+        ({"exclude_modules": "q{99999999999}"}, "exclude_modules: 'q{99999999999}'"),
+        (
+            {"layers_to_transform": 1, "layers_pattern": "(?P<idx>h)"},
+            r"layers_pattern: '(?:^|.*?\.)(?P<idx>h)\.(?P<idx>\d+)\.'",
+        ),
+    ],
+)
+def test_a_pattern_that_is_no_regular_expression_is_refused(
+    folder: Path, model: ModelConfig, changes: dict[str, object], problem: str
+) -> None:
+    edit_config(folder, **changes)
+    expected = f"{folder / CONFIG}: {problem} is no regular expression: "
+    assert refusal(folder, model).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"q_proj": 2.5}),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("alpha_pattern", {"q_proj": "4"}),
+        ("target_modules", [3]),
+        ("layers_to_transform", ["1"]),
+        ("bias", "some"),
+        ("use_rslora", "yes"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_refused_by_name(
+    folder: Path, model: ModelConfig, setting: str, value: object
+) -> None:
+    edit_config(folder, **{setting: value})
+    assert refusal(folder, model).startswith(f"{folder / CONFIG}: {setting}")
 
 
 def test_an_unknown_setting_is_refused(folder: Path, model: ModelConfig) -> None:
@@ -300,13 +472,13 @@ def test_a_file_that_was_cut_off_is_refused(folder: Path, model: ModelConfig, le
 @pytest.mark.parametrize(
     "key",
     [
-        "base_model.model.lm_head.lora_A.weight",
-        "base_model.model.model.embed_tokens.lora_embedding_A",
         f"{PREFIX}.0.self_attn.qkv_proj.lora_A.weight",
-        f"{PREFIX}.0.self_attn.q_proj.lora_B.bias",
-        f"{PREFIX}.0.self_attn.q_proj.lora_magnitude_vector",
         f"{PREFIX}.0.mlp.experts.3.up_proj.lora_A.weight",
         f"{PREFIX}.0.mlp.q_proj.lora_A.weight",
+        f"{PREFIX}.01.self_attn.q_proj.lora_A.weight",
+        f"{PREFIX}.0.self_attn.q_proj.weight",
+        f"{PREFIX}.0.self_attn.q_proj.lora_C.weight",
+        f"{PREFIX}.0.self_attn.q_proj.lora_A.a.b.weight",
         "model.layers.0.self_attn.q_proj.lora_A.weight",
     ],
 )
@@ -315,9 +487,79 @@ def test_a_key_that_matches_no_module_is_refused(
 ) -> None:
     edit_weights(folder, lambda weights: weights.update({key: torch.ones(RANK, HIDDEN)}))
     assert refusal(folder, model) == (
-        f"{folder / WEIGHTS}: {key} matches no module that an adapter can change here"
+        f"{folder / WEIGHTS}: {key}: matches no module that an adapter can change here"
         " (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)."
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("lm_head.lora_A.weight", "LoRA of the output head"),
+        ("lm_head.weight", "fully trained modules"),
+        ("model.embed_tokens.lora_embedding_A", "LoRA of the token embeddings"),
+        ("model.embed_tokens.base_layer.weight", "fully trained modules"),
+        ("model.embed_tokens.weight", "fully trained modules"),
+        ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trained token embeddings"),
+        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
+        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight", "DoRA"),
+        ("model.layers.0.self_attn.q_proj.lora_B.bias", "a bias in B"),
+        ("model.layers.0.self_attn.q_proj.base_layer.bias", "a trained bias"),
+        ("model.layers.0.self_attn.q_proj.base_layer.weight", "fully trained modules"),
+        ("model.norm.modules_to_save.default.weight", "fully trained modules"),
+    ],
+)
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_weights_of_what_is_not_supported_are_refused_though_the_config_tells_of_none(
+    folder: Path, model: ModelConfig, key: str, what: str, bias: str
+) -> None:
+    edit_config(folder, bias=bias)
+    key = f"base_model.model.{key}"
+    edit_weights(folder, lambda weights: weights.update({key: torch.ones(3)}))
+    assert refusal(folder, model) == f"{folder / WEIGHTS}: {key}: {what} is not supported."
+
+
+def test_a_module_that_the_config_does_not_select_is_refused(
+    folder: Path, model: ModelConfig
+) -> None:
+    edit_config(folder, exclude_modules=r".*\.1\..*q_proj")
+    expected = f"{folder / WEIGHTS}: {Q_A}: {CONFIG} does not select this module."
+    assert refusal(folder, model) == expected
+
+
+def test_a_module_that_lacks_its_weights_is_refused(folder: Path, model: ModelConfig) -> None:
+    """PEFT warns, and answers as if the module were left alone."""
+    edit_weights(folder, lambda weights: (weights.pop(Q_A), weights.pop(Q_B)))
+    assert refusal(folder, model) == (
+        f"{folder / WEIGHTS}: lacks {Q_A}, of a module that {CONFIG} selects."
+        " Is the file whole, and the adapter for this base model?"
+    )
+
+
+def test_an_adapter_for_a_model_of_fewer_layers_is_refused(
+    folder: Path, model: ModelConfig
+) -> None:
+    deeper = replace(model, num_layers=4)
+    assert f"lacks {PREFIX}.3.mlp.down_proj.lora_A.weight" in refusal(folder, deeper)
+
+
+def test_keys_that_hold_the_names_of_two_adapters_are_refused(
+    folder: Path, model: ModelConfig
+) -> None:
+    edit_weights(folder, lambda weights: insert_name(weights, list(weights), "one"))
+    one = Q_A.replace(".weight", ".one.weight")
+    two = Q_A.replace(".weight", ".two.weight")
+    edit_weights(folder, lambda weights: weights.update({two: weights.pop(one)}))
+    message = refusal(folder, model)
+    assert two in message
+    assert message.endswith("are of different adapters; a file holds one.")
+
+
+def test_a_name_in_some_of_the_keys_only_is_refused(folder: Path, model: ModelConfig) -> None:
+    edit_weights(folder, lambda weights: insert_name(weights, [Q_A], "one"))
+    message = refusal(folder, model)
+    assert Q_A.replace(".weight", ".one.weight") in message
+    assert message.endswith("are of different adapters; a file holds one.")
 
 
 def test_a_layer_that_the_model_lacks_is_refused(folder: Path, model: ModelConfig) -> None:
@@ -329,45 +571,54 @@ def test_a_layer_that_the_model_lacks_is_refused(folder: Path, model: ModelConfi
     )
 
 
-@pytest.mark.parametrize(("key", "factor"), [(Q_A, "A"), (Q_B, "B")])
-def test_half_a_pair_is_refused(folder: Path, model: ModelConfig, key: str, factor: str) -> None:
+@pytest.mark.parametrize("key", [Q_A, Q_B])
+def test_half_a_pair_is_refused(folder: Path, model: ModelConfig, key: str) -> None:
     edit_weights(folder, lambda weights: weights.pop(key))
-    assert refusal(folder, model) == f"{folder / WEIGHTS}: layer 1 q_proj lacks lora_{factor}."
+    assert refusal(folder, model).startswith(f"{folder / WEIGHTS}: lacks {key}, of a module")
 
 
 @pytest.mark.parametrize(
-    ("key", "factor", "shape", "asked"),
+    ("key", "shape", "asked"),
     [
-        (Q_A, "A", (RANK + 1, HIDDEN), (RANK, HIDDEN)),
-        (Q_A, "A", (RANK, HIDDEN - 8), (RANK, HIDDEN)),
-        (Q_B, "B", (HIDDEN, RANK + 1), (HIDDEN, RANK)),
-        (Q_B, "B", (RANK, HIDDEN), (HIDDEN, RANK)),
+        (Q_A, (RANK + 1, HIDDEN), (RANK, HIDDEN)),
+        (Q_A, (RANK, HIDDEN - 8), (RANK, HIDDEN)),
+        (Q_A, (RANK * HIDDEN,), (RANK, HIDDEN)),
+        (Q_B, (HIDDEN, RANK + 1), (HIDDEN, RANK)),
+        (Q_B, (RANK, HIDDEN), (HIDDEN, RANK)),
     ],
 )
 def test_a_wrong_shape_is_refused(
     folder: Path,
     model: ModelConfig,
     key: str,
-    factor: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     asked: tuple[int, int],
 ) -> None:
     edit_weights(folder, lambda weights: weights.update({key: torch.zeros(shape)}))
     assert refusal(folder, model) == (
-        f"{folder / WEIGHTS}: layer 1 q_proj: lora_{factor} has the shape {shape};"
-        f" rank {RANK} and the model ask for {asked}. Is the adapter for another base model?"
+        f"{folder / WEIGHTS}: {key} has the shape {shape}; rank {RANK} of {CONFIG} and the model"
+        f" ask for {asked}. Is the adapter for another base model?"
     )
 
 
-@pytest.mark.parametrize(("key", "factor"), [(Q_A, "A"), (Q_B, "B")])
+def test_weights_of_another_rank_than_the_pattern_gives_are_refused(
+    folder: Path, model: ModelConfig
+) -> None:
+    edit_config(folder, rank_pattern={"layers.1.self_attn.q_proj": RANK + 1})
+    assert refusal(folder, model).startswith(
+        f"{folder / WEIGHTS}: {Q_A} has the shape {(RANK, HIDDEN)}; rank {RANK + 1} of {CONFIG}"
+    )
+
+
+@pytest.mark.parametrize("key", [Q_A, Q_B])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_one_weight_that_is_not_finite_is_refused(
-    folder: Path, model: ModelConfig, key: str, factor: str, value: float
+    folder: Path, model: ModelConfig, key: str, value: float
 ) -> None:
     edit_weights(folder, lambda weights: weights[key][2, 2].fill_(value))
     assert refusal(folder, model) == (
-        f"{folder / WEIGHTS}: layer 1 q_proj: lora_{factor} holds NaN or infinite values, or such"
-        " as torch.float32 cannot hold."
+        f"{folder / WEIGHTS}: {key} holds NaN or infinite values, or such as torch.float32 cannot"
+        " hold."
     )
 
 
@@ -377,20 +628,22 @@ def test_weights_that_become_infinite_in_the_workers_type_are_refused(
     """Scaled by 2 they are beyond float16's 65504."""
     edit_weights(folder, lambda weights: weights[Q_B].fill_(40_000))
     assert refusal(folder, model, torch.float16) == (
-        f"{folder / WEIGHTS}: layer 1 q_proj: lora_B holds NaN or infinite values, or such as"
-        " torch.float16 cannot hold."
+        f"{folder / WEIGHTS}: {Q_B} holds NaN or infinite values, or such as torch.float16 cannot"
+        " hold."
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.complex64, "C64")],
+)
 def test_weights_that_are_no_plain_numbers_are_refused(
-    folder: Path, model: ModelConfig, dtype: torch.dtype
+    folder: Path, model: ModelConfig, dtype: torch.dtype, name: str
 ) -> None:
     """They are quantized, and their scales are not known here."""
     edit_weights(folder, lambda weights: weights.update({Q_A: weights[Q_A].to(dtype)}))
     assert refusal(folder, model) == (
-        f"{folder / WEIGHTS}: layer 1 q_proj: lora_A is stored as {dtype}; save it as float32 or"
-        " bfloat16."
+        f"{folder / WEIGHTS}: {Q_A} is stored as {name}; save it as float32 or bfloat16."
     )
 
 

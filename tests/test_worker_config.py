@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 #: Every flag of the worker, by its SGLang name where SGLang has it.
 FLAGS = {
     *("--model-path", "--lora-paths", "--max-loras-per-batch", "--max-loaded-loras"),
-    *("--max-lora-rank", "--lora-target-modules", "--lora-backend", "--max-running-requests"),
+    *("--max-lora-rank", "--lora-target-modules", "--enable-lora", "--lora-root"),
+    *("--lora-eviction-policy", "--lora-backend", "--max-running-requests"),
     *("--max-total-tokens", "--mem-fraction-static", "--chunked-prefill-size"),
     *("--context-length", "--device", "--dtype", "--load-format"),
     *("--queue", "--redis-url", "--lease-seconds", "--burst"),
@@ -161,9 +162,25 @@ def test_as_many_adapters_in_memory_as_in_a_batch_are_accepted() -> None:
     assert WorkerConfig.from_flags(flags).max_loaded_loras == 2
 
 
-def test_fewer_adapters_in_memory_than_given_are_refused() -> None:
+def test_fewer_adapters_in_memory_than_given_are_accepted() -> None:
     flags = {"max_loaded_loras": 2, "max_loras_per_batch": 1, "lora_paths": ["a=x", "b=y", "c=z"]}
-    assert refusal(flags) == "--max-loaded-loras 2 is below the number of --lora-paths, 3"
+    assert WorkerConfig.from_flags({"model_path": "m", **flags}).max_loaded_loras == 2
+
+
+def test_adapters_that_come_later_need_limits(tmp_path: Path) -> None:
+    for flags in ({"enable_lora": True}, {"lora_root": [tmp_path]}):
+        assert refusal(flags) == (
+            "--enable-lora and --lora-root need --max-lora-rank and --lora-target-modules (names,"
+            " or all) where no --lora-paths tell which adapters will be loaded"
+        )
+        limits = {"max_lora_rank": 8, "lora_target_modules": ["all"]}
+        assert WorkerConfig.from_flags({"model_path": "m", **flags, **limits}).has_lora
+
+
+def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    flags = {"lora_paths": ["a=x"], "lora_root": [tmp_path, tmp_path / "gone"]}
+    expected = f"--lora-root {tmp_path / 'gone'}: there is no folder of that name"
+    assert refusal(flags) == expected
 
 
 def test_two_sizes_of_the_cache_are_refused() -> None:

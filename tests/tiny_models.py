@@ -39,13 +39,17 @@ def make_adapter(
     *,
     rank: int,
     seed: int,
-    target_modules: Sequence[str] = ALL_MODULES,
+    target_modules: Sequence[str] | str = ALL_MODULES,
     **changes: object,
 ) -> Path:
-    """A PEFT adapter with weights so large that its answers are unlike any other's."""
+    """A PEFT adapter with weights so large that its answers are unlike any other's.
+
+    ``target_modules`` in one string is a regular expression.
+    """
     torch.manual_seed(seed)
     base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(target_modules), **changes)
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **changes)
     model = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -70,17 +70,18 @@ def load_weights_and_slots(
     dtype: torch.dtype,
 ) -> tuple[DecoderWeights, AdapterSlots | None]:
     """The base weights, and the slots; None for a worker without adapters."""
-    max_rank = config.max_lora_rank or adapters.max_rank
-    target_modules = config.lora_target_modules or adapters.target_modules
+    max_rank, target_modules = adapters.loader.max_rank, adapters.loader.target_modules
+    assert max_rank is not None
+    assert target_modules is not None
     # On a GPU the slots' A stand behind the base weights, so that one product makes both.
-    is_stacked = bool(config.lora_paths) and device.type == "cuda"
+    is_stacked = config.has_lora and device.type == "cuda"
     capacity = rank_capacity(config.max_loras_per_batch, max_rank) if is_stacked else 0
     spare = spare_rows(target_modules, capacity)
     if config.load_format == "dummy":
         weights = random_weights(model, device, dtype, spare)
     else:
         weights = load_weights(config.model_path, model, device, dtype, spare)
-    if not config.lora_paths:
+    if not config.has_lora:
         return weights, None
     slots = AdapterSlots(
         model,
@@ -91,8 +92,7 @@ def load_weights_and_slots(
         dtype=dtype,
         stacked=weights if is_stacked else None,
     )
-    for adapter in adapters.all:
+    for adapter in adapters.loaded:
         slots.prepare(adapter)
-    for adapter in adapters.pinned:
-        slots.place(adapter, in_use=())
+    adapters.prepare = slots.prepare
     return weights, slots

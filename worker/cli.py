@@ -53,6 +53,11 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
 
 def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
     lora.add_argument(
+        "--enable-lora",
+        action="store_true",
+        help="serve adapters that are loaded later (on by itself with --lora-paths, --lora-root)",
+    )
+    lora.add_argument(
         "--lora-paths",
         nargs="+",
         metavar="LORA",
@@ -62,7 +67,18 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
         "--max-loras-per-batch", type=int, metavar="N", help="distinct adapters in a batch (8)"
     )
     lora.add_argument(
-        "--max-loaded-loras", type=int, metavar="N", help="adapters in host memory (all given)"
+        "--max-loaded-loras", type=int, metavar="N", help="adapters in host memory (all)"
+    )
+    lora.add_argument(
+        "--lora-eviction-policy",
+        help="which leaves host memory first: lru, the least recently used (default), or fifo",
+    )
+    lora.add_argument(
+        "--lora-root",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders below which `producer lora load` may name adapters (none)",
     )
     lora.add_argument(
         "--max-lora-rank", type=int, metavar="N", help="largest rank (of the adapters given)"

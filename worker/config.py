@@ -33,6 +33,10 @@ class LoraPath(BaseModel):
     lora_path: str = Field(min_length=1)
     pinned: bool = False
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.lora_path).resolve()
+
     @classmethod
     def parse(cls, text: str) -> LoraPath:
         """Read ``PATH``, ``NAME=PATH`` or ``{"lora_name", "lora_path", "pinned"}``.
@@ -73,9 +77,12 @@ class WorkerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_path: Path
+    enable_lora: bool = False
     lora_paths: tuple[LoraPath, ...] = ()
+    lora_root: tuple[Path, ...] = ()
     max_loras_per_batch: Positive = 8
     max_loaded_loras: Positive | None = None
+    lora_eviction_policy: Literal["lru", "fifo"] = "lru"
     max_lora_rank: Positive | None = None
     lora_target_modules: Annotated[tuple[str, ...] | None, AfterValidator(_known_modules)] = None
     lora_backend: Literal["triton", "torch"] | None = None
@@ -118,10 +125,13 @@ class WorkerConfig(BaseModel):
                 f"--max-loaded-loras {loaded} is below --max-loras-per-batch"
                 f" {self.max_loras_per_batch}; a batch's adapters must all be in host memory"
             )
-        if loaded is not None and loaded < len(names):
+        if self.has_lora and not names and not (self.max_lora_rank and self.lora_target_modules):
             raise ValueError(
-                f"--max-loaded-loras {loaded} is below the number of --lora-paths, {len(names)}"
+                "--enable-lora and --lora-root need --max-lora-rank and --lora-target-modules"
+                " (names, or all) where no --lora-paths tell which adapters will be loaded"
             )
+        if missing := [str(root) for root in self.lora_root if not root.is_dir()]:
+            raise ValueError(f"--lora-root {missing[0]}: there is no folder of that name")
         if self.max_total_tokens is not None and self.mem_fraction_static is not None:
             raise ValueError("--max-total-tokens and --mem-fraction-static exclude each other")
         if self.resolved_device.type == "cpu" and self.lora_backend == "triton":
@@ -131,6 +141,11 @@ class WorkerConfig(BaseModel):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device; leave it out, or use cpu")
         return self
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether adapters can be served, from the start or loaded later."""
+        return self.enable_lora or bool(self.lora_paths) or bool(self.lora_root)
 
     @property
     def resolved_device(self) -> torch.device:

@@ -14,6 +14,7 @@ from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import load_registry
+from worker.adapters.residency import AdapterResidency
 from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
@@ -69,9 +70,12 @@ class Engine:
             max_running=config.running_limit,
             max_prefill_tokens=config.prefill_limit,
             max_adapters=config.max_loras_per_batch,
-            pinned=self.adapters.pinned,
         )
         self.counters = EngineCounters()
+        self._residency = None
+        if self.slots:
+            self._residency = AdapterResidency(self.adapters, self.slots, self.scheduler)
+            self._residency.follow()
         log.info(
             "engine_ready",
             model=str(config.model_path),
@@ -117,6 +121,8 @@ class Engine:
 
     def schedule(self) -> Batch | None:
         """The next batch, laid out; None if there is nothing to launch."""
+        if self._residency:
+            self._residency.follow()
         scheduled = self.scheduler.schedule()
         new_pages = self.scheduler.pool.take_new()
         if not scheduled:
@@ -136,7 +142,8 @@ class Engine:
         for sequence in batch.sampled:
             sequence.num_in_flight += 1
         self._count(batch)
-        self._prefetch()
+        if self._residency:
+            self._residency.prefetch()
 
     def collect(self, *, all_launched: bool = False) -> list[Sequence]:
         """Enter the tokens of launched batches; returns the sequences that are finished by them.
@@ -166,6 +173,9 @@ class Engine:
                 continue  # It was dropped, or its last token was in flight when this was launched.
             self.counters.output_tokens += 1
             if self._is_finished(sequence, token_id, now):
+                if sequence.adapter and not sequence.error:
+                    num_tokens = len(sequence.output_ids)
+                    self.adapters.count(sequence.adapter.name, output_tokens=num_tokens)
                 sequence.finished = now
                 self.scheduler.finish(sequence)
                 finished.append(sequence)
@@ -185,15 +195,6 @@ class Engine:
         """Names of the adapters whose weights stand in a slot."""
         return self.slots.resident if self.slots else []
 
-    def _prefetch(self) -> None:
-        """Send the weights of the adapters that are next to get a slot on their way."""
-        if self.slots is None:
-            return
-        kept = set(self.scheduler.adapters_in_use)
-        for adapter in self.scheduler.next_adapters():
-            self.slots.prefetch(adapter, kept)
-            kept.add(adapter)
-
     def _adapter_of(self, job: Job) -> Adapter | None:
         if job.lora is None:
             return None
@@ -202,7 +203,7 @@ class Engine:
             known = ", ".join(sorted(self.adapters.revisions)) or "none"
             raise JobError(
                 "unknown_adapter",
-                f"no adapter is called '{job.lora}'; this worker was started with: {known}",
+                f"no adapter is called '{job.lora}'; this worker serves: {known}",
             )
         return adapter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from broker.job_queue import Claim, ClaimRequest, Lease
 
@@ -13,10 +13,17 @@ from broker.job_queue import Claim, ClaimRequest, Lease
 class Leases:
     """Shared by the threads that claim, renew and commit."""
 
-    def __init__(self, *, max_jobs: int, max_adapters: int, pinned: Collection[str]) -> None:
+    def __init__(
+        self,
+        *,
+        max_jobs: int,
+        max_adapters: int,
+        pinned: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
+        """``pinned`` names the adapters that hold a slot even when no job uses them."""
         self._max_jobs = max_jobs
         self._max_adapters = max_adapters
-        self._pinned = frozenset(pinned)
+        self._pinned = pinned
         self._lock = threading.Lock()
         self._held: dict[str, Claim] = {}
         self._jobs_by_adapter: Counter[str] = Counter()
@@ -54,7 +61,7 @@ class Leases:
     def request(self, resident: Collection[str]) -> ClaimRequest:
         """What can be claimed now beside what is held."""
         with self._lock:
-            in_use = self._jobs_by_adapter.keys() | self._pinned
+            in_use = self._jobs_by_adapter.keys() | set(self._pinned())
             return ClaimRequest(
                 num_jobs=max(0, self._max_jobs - len(self._held)),
                 free_slots=max(0, self._max_adapters - len(in_use)),
@@ -69,11 +76,16 @@ class Leases:
         The choice falls on the one in use for longest. Returns it if it was chosen now.
         """
         with self._lock:
-            candidates = self._in_use_since.keys() - self._pinned
+            candidates = self._in_use_since.keys() - set(self._pinned())
             if not starving or self._draining or not candidates:
                 return None
             self._draining = min(candidates, key=lambda name: self._in_use_since[name])
             return self._draining
+
+    def adapters(self) -> list[str]:
+        """Names of the adapters of the jobs that are held."""
+        with self._lock:
+            return list(self._jobs_by_adapter)
 
     def _is_held(self, lease: Lease) -> bool:
         claim = self._held.get(lease.job_id)

@@ -55,7 +55,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
         self._max_adapters = max_adapters
-        self._pinned = frozenset(pinned)
+        self.pinned = frozenset(pinned)
         self._patience = patience
         self._clock = clock
         self._num_running: Counter[Adapter] = Counter()
@@ -92,7 +92,7 @@ class Scheduler:
     @property
     def adapters_in_use(self) -> set[Adapter]:
         """Adapters that hold a slot: the pinned ones and those of running sequences."""
-        return self._num_running.keys() | self._pinned
+        return self._num_running.keys() | self.pinned
 
     def next_adapters(self, count: int = 2) -> list[Adapter]:
         """Adapters that wait for a slot: at most ``count``, the next to get one first."""
@@ -158,7 +158,8 @@ class Scheduler:
 
     def _groups_with_slot(self, now: float) -> list[Group]:
         """Groups whose sequences may begin, longest unserved first; some get their slot now."""
-        num_free = self._max_adapters - len(self.adapters_in_use)
+        # Below 0 after one was pinned while others hold all slots.
+        num_free = max(0, self._max_adapters - len(self.adapters_in_use))
         slotless = self._slotless(now)
         left_out = set(slotless[num_free:])
         self._drain_for(slotless[num_free:], now)
@@ -193,7 +194,7 @@ class Scheduler:
         if not slotless or not self._starves(slotless[0], now):
             self._draining = None
         elif self._draining not in self._num_running:
-            in_use = (adapter for adapter in self._num_running if adapter not in self._pinned)
+            in_use = (adapter for adapter in self._num_running if adapter not in self.pinned)
             self._draining = next(in_use, None)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:

@@ -13,11 +13,12 @@ import structlog
 from broker.connection import connect
 from broker.job_queue import Claim, JobQueue, Lease
 from schemas.worker_state import WorkerState
+from worker.adapters.follower import DesiredStateFollower
 from worker.background import BackgroundLoop
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
 from worker.engine import Engine
-from worker.keeper import MAX_ATTEMPTS, Keeper
+from worker.keeper import ALIVE_SECONDS, MAX_ATTEMPTS, Keeper
 from worker.leases import Leases
 from worker.publisher import Finished, Publisher
 from worker.sequence import Sequence
@@ -45,14 +46,15 @@ class Worker:
         self._engine = engine
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
-        queues = [JobQueue(connect(redis_url), config.queue) for _ in range(4)]
-        self._queue, claim_queue, publish_queue, keep_queue = queues
+        queues = [JobQueue(connect(redis_url), config.queue) for _ in range(5)]
+        self._queue, claim_queue, publish_queue, keep_queue, follow_queue = queues
         self._leases = Leases(
             # A few more than can run, so that the next ones are ready when others finish.
             max_jobs=config.running_limit + max(4, config.running_limit // 8),
             max_adapters=config.max_loras_per_batch,
-            pinned=[adapter.name for adapter in engine.adapters.pinned],
+            pinned=lambda: engine.adapters.pinned_names,
         )
+        engine.adapters.in_use = self._leases.adapters
         self._publisher = Publisher(publish_queue, self.id, self._leases, engine.tokenizer)
         self._claimer = Claimer(
             claim_queue,
@@ -66,11 +68,21 @@ class Worker:
         self._keeper = Keeper(
             keep_queue, self.id, self._leases, self._state, lease_seconds=config.lease_seconds
         )
+        self._follower = DesiredStateFollower(
+            follow_queue,
+            engine.adapters,
+            is_enabled=config.has_lora,
+            own_folders=[lora.folder for lora in config.lora_paths],
+            roots=config.lora_root,
+            max_pinned=config.max_loras_per_batch - 1,
+            report=lambda: follow_queue.heartbeat(self._state(), alive_seconds=ALIVE_SECONDS),
+        )
         self._claim_loop = BackgroundLoop("claim", self._claimer.turn, self._thread_failed)
         self._publish_loop = BackgroundLoop("publish", self._publisher.turn, self._thread_failed)
         self._keep_loop = BackgroundLoop(
             "keep", self._keeper.turn, self._thread_failed, interval=self._keeper.interval
         )
+        self._follow_loop = BackgroundLoop("follow", self._follower.turn, self._thread_failed)
         self._sequences: dict[str, tuple[Claim, Sequence]] = {}
         """By job id, from the engine's taking it in to its end."""
         self._summary = StepSummary(engine)
@@ -80,9 +92,10 @@ class Worker:
     def run(self) -> int:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
         self._queue.announce(self._engine.adapters.records)
+        self._follower.follow()
         self._keeper.report()
         log.info("worker_ready", worker=self.id, queue=self._config.queue)
-        for loop in (self._claim_loop, self._publish_loop, self._keep_loop):
+        for loop in (self._claim_loop, self._publish_loop, self._keep_loop, self._follow_loop):
             loop.start()
         try:
             while not self._failed and self._stop_by is None and not self._is_drained():
@@ -125,6 +138,7 @@ class Worker:
 
     def _end(self) -> int:
         self._stop_claiming()
+        _stop(self._follow_loop)
         _stop(self._keep_loop)
         # What is left here ran when the engine failed, and may be to blame. The attempt counts, so
         # that no job goes round for ever.
@@ -193,6 +207,10 @@ class Worker:
             started=self._started,
             adapters=engine.adapters.revisions,
             resident=engine.resident,
+            pinned=sorted(engine.adapters.pinned_names),
+            desired_version=self._follower.version,
+            adapter_errors=engine.adapters.errors,
+            adapter_counts=engine.adapters.counts,
             max_loras_per_batch=self._config.max_loras_per_batch,
             running=len(engine.scheduler.running),
             waiting=len(engine.scheduler.waiting),

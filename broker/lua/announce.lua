@@ -1,12 +1,28 @@
--- Adds adapters to the desired state; its version rises if anything changed, or if it is the first.
+-- Adds the adapters that a worker was started with to the desired state, as far as that does not
+-- say otherwise: a record of another source wins, and so does one that a command has just written
+-- and nobody has read yet. Other weights under the same source are a replacement.
 --   ARGV: (name, record) an adapter
---   Returns the version.
-local changed = redis.call('EXISTS', ADAPTERS_VERSION) == 0
+--   Returns the version of the desired state; it is raised if anything changed, or if it is the
+--   first.
+-- Safe to repeat.
+local new_records = {}
 for i = 1, #ARGV, 2 do
-  if redis.call('HGET', ADAPTERS, ARGV[i]) ~= ARGV[i + 1] then
-    redis.call('HSET', ADAPTERS, ARGV[i], ARGV[i + 1])
-    changed = true
+  local name, announced = ARGV[i], cjson.decode(ARGV[i + 1])
+  local record = read_record(name)
+  if not record then
+    new_records[name] = announced
+  elseif record.source == announced.source and record.revision ~= announced.revision
+    and type(record.revision) == 'string' then
+    record.revision = announced.revision
+    new_records[name] = record
   end
 end
-if changed then return redis.call('INCR', ADAPTERS_VERSION) end
-return tonumber(redis.call('GET', ADAPTERS_VERSION))
+if not next(new_records) and redis.call('EXISTS', ADAPTERS_VERSION) == 1 then
+  return tonumber(redis.call('GET', ADAPTERS_VERSION))
+end
+local version = desired_state_changed()
+for name, record in pairs(new_records) do
+  record.version = version
+  write_record(name, record)
+end
+return version

@@ -106,19 +106,10 @@ local function deliver(adapter, entry, id)
   wanted = wanted - 1
 end
 
--- Reads up to `count` entries; the group is made on first use, and again after a FLUSHALL.
+-- Delivers up to `count` entries; returns whether there may be more.
 local function read(adapter, count)
   local stream = STREAM .. adapter
-  local function group_read()
-    return redis.pcall('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', stream, '>')
-  end
-  local found = group_read()
-  if type(found) == 'table' and found.err then
-    if not string.find(found.err, 'NOGROUP', 1, true) then error(found) end
-    redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
-    found = group_read()
-  end
-  local entries = found and found[1] and found[1][2] or {}
+  local entries = read_entries(adapter, worker, count)
   for _, entry in ipairs(entries) do deliver(adapter, entry[1], entry[2][2]) end
   if #entries < count then
     redis.call('ZREM', READY, adapter)

@@ -49,6 +49,22 @@ local function drop_entry(adapter, entry)
   end
 end
 
+-- The first entries of an adapter's stream that nobody has been given, up to `count`; they are
+-- given to `worker` now. The group is made on first use, and again after a FLUSHALL.
+local function read_entries(adapter, worker, count)
+  local stream = STREAM .. adapter
+  local function group_read()
+    return redis.pcall('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', stream, '>')
+  end
+  local found = group_read()
+  if type(found) == 'table' and found.err then
+    if not string.find(found.err, 'NOGROUP', 1, true) then error(found) end
+    redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+    found = group_read()
+  end
+  return found and found[1] and found[1][2] or {}
+end
+
 -- Puts a job at the end of its adapter's stream and makes the adapter ready.
 local function enqueue(id, adapter)
   redis.call('XADD', STREAM .. adapter, '*', 'id', id)
@@ -88,4 +104,21 @@ local function try_again(id, max_attempts)
   end
   requeue(id)
   return true
+end
+
+-- An adapter's record in the desired state, nil if there is none. A null in it is cjson.null.
+local function read_record(name)
+  local record = redis.call('HGET', ADAPTERS, name)
+  return record and cjson.decode(record) or nil
+end
+
+local function write_record(name, record)
+  redis.call('HSET', ADAPTERS, name, cjson.encode(record))
+end
+
+-- Raises the version of the desired state and tells the workers; returns the new version.
+local function desired_state_changed()
+  local version = redis.call('INCR', ADAPTERS_VERSION)
+  redis.call('PUBLISH', CONTROL, version)
+  return version
 end

@@ -1,89 +1,288 @@
-"""The adapters that this worker can run, by name."""
+"""The adapters that this worker can run, by name, and those of them that are in host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
+import structlog
 import torch
 
 from schemas.adapter import AdapterRecord
-from schemas.errors import BadInput
-from worker.adapters.peft_format import Adapter, load_adapter
-from worker.config import LoraPath, WorkerConfig
-from worker.model.config import LINEAR_MODULES, ModelConfig
+from schemas.errors import BadInput, JobError
+from schemas.worker_state import AdapterCounts
+from worker.adapters.loader import AdapterLoader
+from worker.adapters.peft_format import Adapter
+from worker.config import WorkerConfig
+from worker.model.config import ModelConfig
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class KnownAdapter:
+    """What stays of an adapter whether its weights are in memory or not."""
+
+    source: Path
+    revision: str
+    version: int
+    """Of the desired state, when it was announced or loaded."""
 
 
 class AdapterRegistry:
-    """Holds every adapter of ``--lora-paths`` in host memory."""
+    """Names and adapters; used by the threads that follow the desired state, claim and compute.
 
-    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
-        self._adapters = dict(adapters)
+    With ``max_loaded`` adapters in memory the next one takes the place of one that no job held by
+    this worker needs, the least recently used (``lru``) or the first loaded (``fifo``); it is read
+    again when it is wanted.
+    """
+
+    def __init__(
+        self, loader: AdapterLoader, *, max_loaded: int | None = None, policy: str = "lru"
+    ) -> None:
+        self.loader = loader
+        self.prepare: Callable[[Adapter], None] = lambda adapter: None
+        """What the slots need done to an adapter before it is placed."""
+        self._max_loaded = max_loaded
+        self._policy = policy
+        #: Held while a file is read, one at a time.
+        self._reading = threading.Lock()
+        #: Held for a moment, while what follows is looked at or changed.
+        self._lock = threading.RLock()
+        self._known: dict[str, KnownAdapter] = {}
+        #: In the order of eviction.
+        self._loaded: dict[str, Adapter] = {}
+        #: What was evicted and is still held by a sequence is not read a second time.
+        self._alive: WeakValueDictionary[tuple[str, str], Adapter] = WeakValueDictionary()
+        self._pinned_names: frozenset[str] = frozenset()
+        self._errors: dict[str, tuple[int, str]] = {}
+        self._counts: dict[str, AdapterCounts] = {}
+        self.in_use: Callable[[], Collection[str]] = frozenset
+        """Names of the adapters of the jobs that this worker holds."""
+        self.generation = 0
+        """Rises when adapters come, go, or are pinned."""
 
     def get(self, name: str) -> Adapter | None:
-        return self._adapters.get(name)
+        """The adapter, read from its source if it was evicted; None if the name is unknown.
+
+        Raises JobError if its source has gone or changed since.
+        """
+        if adapter := self._get_loaded(name):
+            return adapter
+        with self._reading:
+            # Another thread may have read it meanwhile.
+            adapter, known = self._get_loaded(name), self.known(name)
+            if adapter or known is None:
+                return adapter
+            try:
+                adapter = self._alive.get((name, known.revision)) or self._read(name, known.source)
+            except BadInput as error:
+                raise JobError("adapter_unavailable", f"adapter '{name}': {error}") from error
+            if adapter.revision != known.revision:
+                raise JobError(
+                    "adapter_unavailable",
+                    f"adapter '{name}': {known.source} holds another revision now"
+                    f" ({adapter.revision}) than when it was loaded ({known.revision});"
+                    " load it again",
+                )
+            with self._lock:
+                self._keep(name, adapter)
+            return adapter
+
+    def load(self, name: str, source: Path, version: int) -> KnownAdapter:
+        """Read an adapter, or keep what is there if its files have not changed.
+
+        Raises BadInput if it cannot be served; the name is not served then.
+        """
+        with self._reading:
+            held, adapter = self.known(name), None
+            try:
+                if held and held.revision == self.loader.revision(source):
+                    known = replace(held, source=source, version=version)
+                else:
+                    adapter = self._read(name, source)
+                    known = KnownAdapter(source, adapter.revision, version)
+            except BadInput as error:
+                self.refuse(name, version, str(error))
+                raise
+            with self._lock:
+                self._errors.pop(name, None)
+                self._known[name] = known
+                if adapter:
+                    self._loaded.pop(name, None)
+                    self._keep(name, adapter)
+            return known
+
+    def accept(self, name: str, version: int) -> None:
+        """Note that what is served under a name is what the desired state of a version asks for."""
+        with self._lock:
+            self._errors.pop(name, None)
+            self._known[name] = replace(self._known[name], version=version)
+
+    def refuse(self, name: str, version: int, reason: str) -> None:
+        """Serve nothing under a name, for a reason that a person can act on."""
+        with self._lock:
+            self._forget(name)
+            self._errors[name] = version, reason
+        log.warning("adapter_refused", adapter=name, reason=reason)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget every other name; jobs that run finish on the weights they began with."""
+        with self._lock:
+            for name in [*self._known]:
+                if name not in names:
+                    self._forget(name)
+                    log.info("adapter_unloaded", adapter=name)
+            self._errors = {name: error for name, error in self._errors.items() if name in names}
+
+    def pin(self, names: Iterable[str]) -> None:
+        """These adapters, and no others, hold a slot whether jobs use them or not."""
+        pinned = frozenset(names)
+        with self._lock:
+            if pinned != self._pinned_names:
+                self._pinned_names = pinned
+                self.generation += 1
+
+    def seen_version(self, name: str) -> int:
+        """Version of the desired state in which the name was loaded or refused; 0 if in none."""
+        with self._lock:
+            if error := self._errors.get(name):
+                return error[0]
+            return self._known[name].version if name in self._known else 0
+
+    def known(self, name: str) -> KnownAdapter | None:
+        return self._known.get(name)
+
+    def count(self, name: str, *, output_tokens: int) -> None:
+        """Count a job that was answered."""
+        with self._lock:
+            counts = self._counts_of(name)
+            self._counts[name] = counts.model_copy(
+                update={
+                    "requests": counts.requests + 1,
+                    "output_tokens": counts.output_tokens + output_tokens,
+                }
+            )
 
     @property
     def revisions(self) -> dict[str, str]:
         """Name -> revision."""
-        return {name: adapter.revision for name, adapter in self._adapters.items()}
+        with self._lock:
+            return {name: known.revision for name, known in self._known.items()}
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """Name -> why it is not served."""
+        with self._lock:
+            return {name: reason for name, (_, reason) in self._errors.items()}
+
+    @property
+    def counts(self) -> dict[str, AdapterCounts]:
+        with self._lock:
+            return dict(self._counts)
 
     @property
     def records(self) -> dict[str, AdapterRecord]:
         """What this worker adds to the queue's desired state."""
-        return {
-            name: AdapterRecord(
-                source=adapter.source, revision=adapter.revision, pinned=adapter.pinned
-            )
-            for name, adapter in self._adapters.items()
-        }
+        with self._lock:
+            return {
+                name: AdapterRecord(
+                    source=str(known.source),
+                    revision=known.revision,
+                    pinned=name in self._pinned_names,
+                )
+                for name, known in self._known.items()
+            }
 
     @property
-    def all(self) -> list[Adapter]:
-        return list(self._adapters.values())
+    def loaded(self) -> frozenset[Adapter]:
+        """Those in host memory."""
+        with self._lock:
+            return frozenset(self._loaded.values())
 
     @property
     def pinned(self) -> list[Adapter]:
-        return [adapter for adapter in self._adapters.values() if adapter.pinned]
+        with self._lock:
+            return [a for name, a in self._loaded.items() if name in self._pinned_names]
 
     @property
-    def max_rank(self) -> int:
-        return max((adapter.rank for adapter in self._adapters.values()), default=0)
+    def pinned_names(self) -> frozenset[str]:
+        with self._lock:
+            return self._pinned_names & self._known.keys()
 
-    @property
-    def target_modules(self) -> frozenset[str]:
-        return frozenset().union(*(a.target_modules for a in self._adapters.values()))
+    def _get_loaded(self, name: str) -> Adapter | None:
+        with self._lock:
+            adapter = self._loaded.get(name)
+            if adapter and self._policy == "lru":
+                self._loaded[name] = self._loaded.pop(name)
+            return adapter
+
+    def _read(self, name: str, source: Path) -> Adapter:
+        started = time.monotonic()
+        adapter = self.loader.load(name, source)
+        self.prepare(adapter)
+        seconds = time.monotonic() - started
+        with self._lock:
+            counts = self._counts_of(name)
+            self._counts[name] = counts.model_copy(
+                update={"loads": counts.loads + 1, "load_seconds": counts.load_seconds + seconds}
+            )
+        log.info("adapter_read", adapter=name, revision=adapter.revision, seconds=round(seconds, 3))
+        return adapter
+
+    def _keep(self, name: str, adapter: Adapter) -> None:
+        self._loaded[name] = adapter
+        self._alive[name, adapter.revision] = adapter
+        self.generation += 1
+        self._evict(spare=name)
+
+    def _evict(self, *, spare: str) -> None:
+        """Make room for one adapter; while all others are in use, there is one too many."""
+        if self._max_loaded is None or len(self._loaded) <= self._max_loaded:
+            return
+        kept = {spare, *self.in_use(), *self._pinned_names}
+        for name in [*self._loaded]:
+            if name not in kept and len(self._loaded) > self._max_loaded:
+                del self._loaded[name]
+                counts = self._counts_of(name)
+                self._counts[name] = counts.model_copy(update={"evictions": counts.evictions + 1})
+                log.info("adapter_evicted", adapter=name)
+
+    def _forget(self, name: str) -> None:
+        if name in self._known:
+            del self._known[name]
+            self._loaded.pop(name, None)
+            self.generation += 1
+
+    def _counts_of(self, name: str) -> AdapterCounts:
+        return self._counts.get(name) or AdapterCounts()
 
 
 def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> AdapterRegistry:
-    """Load all of ``--lora-paths``; raises BadInput for the first that cannot be served."""
-    adapters: dict[str, Adapter] = {}
+    """Load all of ``--lora-paths``; raises BadInput for the first that cannot be served.
+
+    From then on no adapter is served that has a larger rank than these, or changes other modules,
+    unless the flags allow it.
+    """
+    loader = AdapterLoader(model, dtype, config.max_lora_rank, config.lora_target_modules)
+    registry = AdapterRegistry(
+        loader, max_loaded=config.max_loaded_loras, policy=config.lora_eviction_policy
+    )
     for lora in config.lora_paths:
-        adapter = _load(lora, model, dtype)
-        _check_limits(adapter, config)
-        adapters[lora.lora_name] = adapter
-    return AdapterRegistry(adapters)
-
-
-def _load(lora: LoraPath, model: ModelConfig, dtype: torch.dtype) -> Adapter:
-    folder = Path(lora.lora_path)
-    if not folder.is_dir():
-        raise BadInput(f"--lora-paths {lora.lora_name}: there is no folder {folder}.")
-    try:
-        return load_adapter(lora.lora_name, folder.resolve(), model, dtype, pinned=lora.pinned)
-    except BadInput as error:
-        raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
-
-
-def _check_limits(adapter: Adapter, config: WorkerConfig) -> None:
-    if config.max_lora_rank is not None and adapter.rank > config.max_lora_rank:
-        raise BadInput(
-            f"--lora-paths {adapter.name}: its rank {adapter.rank} is above --max-lora-rank"
-            f" {config.max_lora_rank}; raise the flag."
-        )
-    allowed = set(config.lora_target_modules or LINEAR_MODULES)
-    if beyond := sorted(adapter.target_modules - allowed):
-        raise BadInput(
-            f"--lora-paths {adapter.name}: it changes {', '.join(beyond)}, which"
-            " --lora-target-modules leaves out; add them to the flag, or give 'all'."
-        )
+        try:
+            registry.load(lora.lora_name, lora.folder, version=0)
+        except BadInput as error:
+            raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
+    registry.pin(lora.lora_name for lora in config.lora_paths if lora.pinned)
+    adapters = registry.loaded
+    modules = frozenset[str]().union(*(adapter.target_modules for adapter in adapters))
+    registry.loader = replace(
+        loader,
+        max_rank=config.max_lora_rank or max((adapter.rank for adapter in adapters), default=0),
+        target_modules=config.lora_target_modules or modules,
+    )
+    return registry

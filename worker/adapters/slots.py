@@ -75,6 +75,8 @@ class AdapterSlots:
         self._last_used: dict[Adapter, int] = {}
         self._clock = 0
         self.num_loads = 0
+        self.pinned: frozenset[Adapter] = frozenset()
+        """They stay where they stand whether they are in use or not."""
         # Weights come on a stream of their own, while the engine's computes.
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -125,6 +127,13 @@ class AdapterSlots:
         if self._stream:
             self._on_host[adapter] = self._pack(adapter, page_locked=True)
 
+    def forget_all_but(self, adapters: Collection[Adapter]) -> None:
+        """Let go of every other adapter, in the slots and in page-locked memory."""
+        for adapter in [a for a in self._first_ranks if a not in adapters]:
+            self._vacate(adapter)
+        for adapter in [a for a in list(self._on_host) if a not in adapters]:
+            self._on_host.pop(adapter, None)
+
     def place(self, adapter: Adapter, in_use: Collection[Adapter]) -> int:
         """The first rank of the adapter, which is loaded, if need be, over the least recently used.
 
@@ -132,7 +141,7 @@ class AdapterSlots:
         must stay. At most ``num_slots`` adapters, this one among them, are in use or pinned; the
         scheduler sees to that.
         """
-        if not self._bring(adapter, in_use):
+        if not self.bring(adapter, in_use):
             raise RuntimeError(f"all {self.num_slots} slots are in use")
         if arrival := self._arriving.pop(adapter, None):
             torch.cuda.current_stream().wait_event(arrival)
@@ -142,9 +151,9 @@ class AdapterSlots:
         """On a GPU, begin to load an adapter that will soon be placed, if those in use leave room;
         the engine's batches go on meanwhile. On a CPU nothing could."""
         if self._stream and adapter not in self._first_ranks:
-            self._bring(adapter, in_use)
+            self.bring(adapter, in_use)
 
-    def _bring(self, adapter: Adapter, in_use: Collection[Adapter]) -> bool:
+    def bring(self, adapter: Adapter, in_use: Collection[Adapter]) -> bool:
         """See that the adapter stands in a slot, or is on its way there; False if there is no room.
 
         It is the last one used from now on.
@@ -168,7 +177,7 @@ class AdapterSlots:
         best: tuple[int, int, int] | None = None
         for first in range(0, self.capacity, size):
             held = self._held_in(first, size)
-            if any(adapter in in_use or adapter.pinned for adapter in held):
+            if any(adapter in in_use or adapter in self.pinned for adapter in held):
                 continue
             last_used = max((self._last_used[a] for a in held), default=0)
             candidate = self._level(first + size), last_used, first
@@ -177,9 +186,12 @@ class AdapterSlots:
             return None
         _, _, first = best
         for adapter in self._held_in(first, size):
-            del self._first_ranks[adapter], self._last_used[adapter]
-            self._arriving.pop(adapter, None)
+            self._vacate(adapter)
         return first
+
+    def _vacate(self, adapter: Adapter) -> None:
+        del self._first_ranks[adapter], self._last_used[adapter]
+        self._arriving.pop(adapter, None)
 
     def _held_in(self, first: int, size: int) -> list[Adapter]:
         return [
@@ -231,8 +243,10 @@ class AdapterSlots:
             columns_of = torch.split(b, weights.part_sizes, dim=1)
             for part, module in enumerate(LINEAR_GROUPS[group]):
                 if factors := adapter.factors.get((layer, module)):
-                    a[part * adapter.rank : (part + 1) * adapter.rank] = factors.a
-                    columns_of[part].copy_(factors.b)
+                    # A module of a smaller rank leaves the adapter's other ranks zero.
+                    rank = len(factors.a)
+                    a[part * adapter.rank :][:rank] = factors.a
+                    columns_of[part][:rank] = factors.b
             packed[layer, group] = a, b
         return packed
 

@@ -1,0 +1,32 @@
+"""Records read from Redis, where another program may have written them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from schemas.adapter import AdapterRecord
+from schemas.errors import LorryError
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def read_record(model: type[Record], text: str, what: str) -> Record:
+    """The record in a text; raises LorryError, which calls it ``what``, if there is none in it."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_input=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise LorryError(f"{what} is damaged: {place}: {problem['msg']}") from error
+
+
+def read_adapter(name: str, text: str) -> AdapterRecord:
+    """One adapter of the desired state; raises LorryError for a damaged record."""
+    return read_record(AdapterRecord, text, f"The record of adapter '{name}'")
+
+
+def read_adapters(records: dict[str, str]) -> dict[str, AdapterRecord]:
+    """The desired state in the order of the names; raises LorryError for a damaged record."""
+    return {name: read_adapter(name, record) for name, record in sorted(records.items())}

@@ -1,0 +1,273 @@
+"""Adapters while workers run: the commands that change them, and what workers answer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from broker.job_queue import JobQueue
+from broker.queue_reader import QueueReader
+from producer.advice import counted, listed
+from schemas.adapter import AdapterName, AdapterRecord
+from schemas.errors import BadInput, UnknownId
+from schemas.worker_state import AdapterCounts, WorkerState
+
+#: Seconds between two looks at the workers' heartbeats. A worker writes one once it has acted.
+LOOK_SECONDS = 0.1
+
+#: Told before every pause how many jobs of the adapter are left.
+OnPause = Callable[[int], None]
+
+_NAMES = TypeAdapter[str](AdapterName)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A command that the desired state holds."""
+
+    action: Literal["load", "unload", "pin", "unpin"]
+    name: str
+    version: int
+    """That of the desired state with it."""
+    pinned: bool = False
+    """Whether the adapter shall keep a slot."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a command on one worker."""
+
+    worker: str
+    success: bool
+    error_message: str | None
+    loaded_adapters: dict[str, str]
+    """Name -> revision of all adapters that it serves."""
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """An adapter of the desired state, and what the living workers say of it."""
+
+    name: str
+    source: str
+    revision: str | None
+    """None until a worker has read it."""
+    pinned: bool
+    unloading: str | None
+    """"drain" or "force"."""
+    num_workers: int
+    """Living workers; the next two count some of them."""
+    num_loaded: int
+    num_resident: int
+    """Workers on which its weights stand in a slot."""
+    errors: dict[str, str]
+    """Worker -> why it does not serve the adapter."""
+    waiting: int
+    """Jobs that nobody has claimed yet."""
+    requests: int
+    """Jobs that the living workers have answered, and with how many tokens."""
+    output_tokens: int
+    loads: int
+    evictions: int
+    mean_load_seconds: float | None
+
+
+def load(
+    queue: JobQueue, reader: QueueReader, name: str, source: Path | str, *, pinned: bool
+) -> Change:
+    """Let every worker read an adapter from the folder, in place of one of that name."""
+    _require_name(name)
+    folder = _folder(str(source))
+    if pinned:
+        _require_slot_to_keep(reader, name)
+    return Change("load", name, queue.set_adapter(name, folder, pinned=pinned), pinned)
+
+
+def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> Change:
+    """Take an adapter off all workers, once its waiting jobs are finished, or failed by force."""
+    _require_name(name)
+    version = queue.unload_adapter(name, "force" if force else "drain")
+    if version is None:
+        raise _unknown(reader, name)
+    return Change("unload", name, version)
+
+
+def pin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
+    """Let an adapter keep a slot on every worker."""
+    _require_name(name)
+    if record := reader.adapter(name):
+        if record.unloading:
+            raise BadInput(f"'{name}' is being unloaded; `producer lora load` brings it back.")
+        _require_slot_to_keep(reader, name)
+    version = queue.pin_adapter(name, True)
+    if version is None:
+        raise _unknown(reader, name)
+    return Change("pin", name, version, pinned=True)
+
+
+def unpin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
+    """Let an adapter give up its slot like any other."""
+    _require_name(name)
+    version = queue.pin_adapter(name, False)
+    if version is None:
+        raise _unknown(reader, name)
+    return Change("unpin", name, version)
+
+
+def answers(
+    reader: QueueReader, change: Change, *, timeout: float, on_pause: OnPause
+) -> list[Answer]:
+    """Waits until every living worker has answered; one that dies meanwhile drops out.
+
+    A worker that has not by the end of ``timeout`` seconds answers so. While an adapter drains, the
+    time begins anew as long as jobs of it are left and somebody serves them.
+    """
+    if not timeout >= 0:  # Written so that it refuses NaN too.
+        raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
+    deadline = time.monotonic() + timeout
+    while True:
+        workers = sorted(reader.workers(), key=lambda worker: worker.id)
+        record = reader.adapter(change.name)
+        num_jobs = reader.num_jobs_of(change.name)
+        found = [(worker, _answer(change, record, worker)) for worker in workers]
+        is_served = any(change.name in worker.adapters for worker in workers)
+        now = time.monotonic()
+        if record and record.unloading == "drain" and num_jobs and is_served:
+            deadline = now + timeout
+        if now >= deadline or all(answer for _, answer in found):
+            late = _why_late(change, timeout, num_jobs, is_served)
+            return [answer or _failure(worker, late) for worker, answer in found]
+        on_pause(num_jobs)
+        time.sleep(LOOK_SECONDS)
+
+
+def read_statuses(reader: QueueReader) -> list[AdapterStatus]:
+    """Every adapter of the desired state, by name, in a few round trips however many there are."""
+    records, workers = reader.adapters(), reader.workers()
+    waiting = reader.num_waiting_by_adapter()
+    resident = [set(worker.resident) for worker in workers]
+    return [
+        _status(name, record, workers, sum(name in names for names in resident), waiting)
+        for name, record in records.items()
+    ]
+
+
+def _status(
+    name: str,
+    record: AdapterRecord,
+    workers: Sequence[WorkerState],
+    num_resident: int,
+    waiting: dict[str, int],
+) -> AdapterStatus:
+    counts = [worker.adapter_counts.get(name, AdapterCounts()) for worker in workers]
+    loads = sum(count.loads for count in counts)
+    load_seconds = sum(count.load_seconds for count in counts)
+    return AdapterStatus(
+        name=name,
+        source=record.source,
+        revision=record.revision,
+        pinned=record.pinned,
+        unloading=record.unloading,
+        num_workers=len(workers),
+        num_loaded=sum(name in worker.adapters for worker in workers),
+        num_resident=num_resident,
+        errors={w.id: w.adapter_errors[name] for w in workers if name in w.adapter_errors},
+        waiting=waiting.get(name, 0),
+        requests=sum(count.requests for count in counts),
+        output_tokens=sum(count.output_tokens for count in counts),
+        loads=loads,
+        evictions=sum(count.evictions for count in counts),
+        mean_load_seconds=load_seconds / loads if loads else None,
+    )
+
+
+def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -> Answer | None:
+    """What the worker's state says; None if it has not acted on the change yet."""
+    name = change.name
+    if change.action == "unload":
+        if record and not record.unloading:
+            return _failure(worker, "it was loaded again meanwhile")
+        return None if record or name in worker.adapters else _success(worker)
+    if worker.desired_version < change.version:
+        return None
+    if change.action == "unpin":
+        is_pinned = name in worker.pinned
+        return _failure(worker, "it is still pinned") if is_pinned else _success(worker)
+    if name in worker.adapter_errors:
+        return _failure(worker, worker.adapter_errors[name])
+    if name not in worker.adapters:
+        return _failure(worker, "it was unloaded meanwhile")
+    if change.pinned and name not in worker.pinned:
+        return _failure(
+            worker,
+            "it is loaded, but not pinned: others keep the slots, or it was unpinned meanwhile",
+        )
+    return _success(worker)
+
+
+def _success(worker: WorkerState) -> Answer:
+    return Answer(worker.id, True, None, worker.adapters)
+
+
+def _failure(worker: WorkerState, reason: str) -> Answer:
+    return Answer(worker.id, False, reason, worker.adapters)
+
+
+def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool) -> str:
+    if change.action != "unload" or not num_jobs:
+        return f"no answer in {timeout:g} s"
+    left = f"{counted(num_jobs)} of it left after {timeout:g} s"
+    return left if is_served else f"{left}, and no worker serves them; --force lets them fail"
+
+
+def _require_name(name: str) -> None:
+    try:
+        _NAMES.validate_python(name)
+    except ValidationError:
+        raise BadInput(
+            f"'{name}' cannot name an adapter: use up to 128 letters, digits and . _ - /"
+            " beginning with a letter or digit."
+        ) from None
+
+
+def _folder(source: str) -> str:
+    """The folder as workers are told it: absolute if it exists here, else as it was typed, since
+    it is their file system that counts."""
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"'{source}' is not UTF-8, so workers cannot be told it.") from None
+    if not source.strip() or "\0" in source or os.path.isfile(source):
+        raise BadInput(f"'{source}' is no folder; an adapter is a folder with its PEFT files.")
+    return str(Path(source).resolve()) if os.path.isdir(source) else source
+
+
+def _unknown(reader: QueueReader, name: str) -> UnknownId:
+    known = list(reader.adapters())
+    close = get_close_matches(name, known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else "."
+    names = f" Known adapters: {listed(known)}." if known else ""
+    return UnknownId(f"Queue '{reader.name}' knows no adapter '{name}'{hint}{names}")
+
+
+def _require_slot_to_keep(reader: QueueReader, name: str) -> None:
+    """Raises BadInput if a worker has no slot left to keep for the adapter: one must stay free."""
+    pinned = [
+        other for other, record in reader.adapters().items() if record.pinned and other != name
+    ]
+    worker = min(reader.workers(), key=lambda w: w.max_loras_per_batch, default=None)
+    if worker is None or len(pinned) < worker.max_loras_per_batch - 1:
+        return
+    limit = worker.max_loras_per_batch - 1
+    raise BadInput(
+        f"'{name}' cannot be pinned: worker {worker.id} can keep {counted(limit, 'adapter')} pinned"
+        f" (--max-loras-per-batch {worker.max_loras_per_batch}, of which one slot stays free)"
+        + (f", and pinned already: {listed(pinned)}." if pinned else ".")
+    )

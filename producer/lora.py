@@ -1,0 +1,112 @@
+"""The commands below ``lora``, as they are typed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from producer.options import Json, Queue, RedisUrl
+
+app = typer.Typer(
+    name="lora",
+    help="Load, unload and pin adapters on all workers while they run.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter, as jobs name it.")]
+Wait = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="Wait until every living worker has done it.")
+]
+Timeout = Annotated[
+    float,
+    typer.Option("--timeout", metavar="SECONDS", min=0, help="Wait for a worker at most so long."),
+]
+
+TIMEOUT = 60.0
+
+
+@app.command()
+def load(
+    name: Name,
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Its PEFT folder, as the workers see it.")
+    ],
+    pin: Annotated[bool, typer.Option("--pin", help="Let it keep a slot on every worker.")] = False,
+    wait: Wait = True,
+    timeout: Timeout = TIMEOUT,
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Load an adapter, or replace the one of that name: jobs that run go on with the old one."""
+    from producer import loading
+    from producer.place import Place
+
+    place = Place(redis_url, queue)
+    loading.load(place, name, path, pinned=pin, report=loading.Report(wait, timeout, json))
+
+
+@app.command()
+def unload(
+    name: Name,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force/--drain",
+            help="Let its waiting jobs fail, or finish them first. It takes no new ones.",
+        ),
+    ] = False,
+    wait: Wait = True,
+    timeout: Timeout = TIMEOUT,
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Unload an adapter; jobs that run are finished either way."""
+    from producer import loading
+    from producer.place import Place
+
+    place = Place(redis_url, queue)
+    loading.unload(place, name, force=force, report=loading.Report(wait, timeout, json))
+
+
+@app.command()
+def pin(
+    name: Name,
+    wait: Wait = True,
+    timeout: Timeout = TIMEOUT,
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Let an adapter keep a slot on every worker."""
+    from producer import loading
+    from producer.place import Place
+
+    loading.pin(Place(redis_url, queue), name, loading.Report(wait, timeout, json))
+
+
+@app.command()
+def unpin(
+    name: Name,
+    wait: Wait = True,
+    timeout: Timeout = TIMEOUT,
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    queue: Queue = "lorry",
+) -> None:
+    """Let an adapter give up its slot like any other."""
+    from producer import loading
+    from producer.place import Place
+
+    loading.unpin(Place(redis_url, queue), name, loading.Report(wait, timeout, json))
+
+
+@app.command("list")
+def list_(json: Json = False, redis_url: RedisUrl = None, queue: Queue = "lorry") -> None:
+    """Show the adapters, where they are loaded, and what they have done."""
+    from producer import loading
+    from producer.place import Place
+
+    loading.list_adapters(Place(redis_url, queue), json_wanted=json)

@@ -1,0 +1,187 @@
+"""Adapters in host memory: which are there, which come back, and what is never mixed up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import BadInput, JobError
+from worker.adapters.loader import AdapterLoader
+from worker.adapters.peft_format import Adapter
+from worker.adapters.registry import AdapterRegistry
+
+
+class TextLoader(AdapterLoader):
+    """An adapter's files are one text file here, and its revision is that text."""
+
+    num_read: Counter[str]
+
+    def __init__(self) -> None:
+        self.__dict__["num_read"] = Counter()
+
+    def load(self, name: str, folder: Path) -> Adapter:
+        self.num_read[name] += 1
+        return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
+
+    def revision(self, folder: Path) -> str:
+        try:
+            return (folder / "weights").read_text()
+        except OSError as error:
+            raise BadInput(f"there is no folder {folder}.") from error
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(f"first {name}")
+    return tmp_path
+
+
+def registry(folder: Path, names: str, **limits: object) -> AdapterRegistry:
+    made = AdapterRegistry(TextLoader(), **limits)  # type: ignore[arg-type]
+    for version, name in enumerate(names, start=1):
+        made.load(name, folder / name, version)
+    return made
+
+
+def loaded(known: AdapterRegistry) -> str:
+    return "".join(sorted(adapter.name for adapter in known.loaded))
+
+
+def num_read(known: AdapterRegistry, name: str) -> int:
+    assert isinstance(known.loader, TextLoader)
+    return known.loader.num_read[name]
+
+
+# --- Room in host memory ------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_adapter_makes_room(folder: Path) -> None:
+    known = registry(folder, "abc", max_loaded=3)
+    known.get("a")
+    known.load("d", folder / "d", 4)
+    assert loaded(known) == "acd"
+    assert set(known.revisions) == set("abcd")
+    assert known.counts["b"].evictions == 1
+
+
+def test_by_fifo_the_first_one_loaded_makes_room(folder: Path) -> None:
+    known = registry(folder, "abc", max_loaded=3, policy="fifo")
+    known.get("a")
+    known.load("d", folder / "d", 4)
+    assert loaded(known) == "bcd"
+
+
+def test_adapters_in_use_and_pinned_ones_stay(folder: Path) -> None:
+    known = registry(folder, "abc", max_loaded=3)
+    known.in_use = lambda: ["a"]
+    known.pin("b")
+    known.load("d", folder / "d", 4)
+    assert loaded(known) == "abd"
+
+
+def test_while_all_are_in_use_there_is_one_too_many_until_the_next_load(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=2)
+    known.in_use = lambda: ["a", "b"]
+    known.load("c", folder / "c", 3)
+    assert loaded(known) == "abc"
+    known.in_use = list
+    known.load("d", folder / "d", 4)
+    assert loaded(known) == "cd"
+
+
+def test_an_evicted_adapter_comes_back_with_the_same_revision(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    assert loaded(known) == "b"
+    adapter = known.get("a")
+    assert adapter is not None
+    assert adapter.revision == "first a"
+    assert loaded(known) == "a"
+    assert num_read(known, "a") == 2
+
+
+def test_an_evicted_adapter_that_a_sequence_still_holds_is_not_read_again(folder: Path) -> None:
+    known = registry(folder, "a", max_loaded=1)
+    held = known.get("a")
+    known.load("b", folder / "b", 2)
+    assert known.get("a") is held
+    assert num_read(known, "a") == 1
+
+
+def test_an_evicted_adapter_whose_files_changed_fails_its_jobs_with_both_revisions(
+    folder: Path,
+) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    (folder / "a" / "weights").write_text("second a")
+    with pytest.raises(JobError, match=r"another revision now \(second a\).*\(first a\)") as error:
+        known.get("a")
+    assert error.value.code == "adapter_unavailable"
+
+
+def test_an_evicted_adapter_whose_files_are_gone_fails_its_jobs(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    (folder / "a" / "weights").unlink()
+    with pytest.raises(JobError, match="adapter 'a': there is no folder"):
+        known.get("a")
+
+
+# --- Loading again, refusing, forgetting --------------------------------------------------------
+
+
+def test_loading_unchanged_files_again_reads_nothing(folder: Path) -> None:
+    known = registry(folder, "a")
+    before = known.get("a")
+    known.load("a", folder / "a", 7)
+    assert known.get("a") is before
+    assert num_read(known, "a") == 1
+    assert known.seen_version("a") == 7
+
+
+def test_loading_changed_files_again_is_a_replacement(folder: Path) -> None:
+    known = registry(folder, "a")
+    before, generation = known.get("a"), known.generation
+    (folder / "a" / "weights").write_text("second a")
+    known.load("a", folder / "a", 7)
+    after = known.get("a")
+    assert after is not before
+    assert after is not None
+    assert after.revision == "second a"
+    assert known.loaded == {after}
+    assert known.generation > generation
+
+
+def test_a_replacement_that_cannot_be_read_leaves_the_name_unserved(folder: Path) -> None:
+    known = registry(folder, "a")
+    with pytest.raises(BadInput):
+        known.load("a", folder / "gone", 7)
+    assert known.get("a") is None
+    assert known.errors == {"a": f"there is no folder {folder / 'gone'}."}
+    assert known.seen_version("a") == 7
+
+
+def test_a_load_after_a_refusal_serves_the_name_again(folder: Path) -> None:
+    known = registry(folder, "")
+    known.refuse("a", 3, "for a reason")
+    known.load("a", folder / "a", 4)
+    assert known.errors == {}
+    assert known.get("a")
+
+
+def test_forgotten_names_are_unknown(folder: Path) -> None:
+    known = registry(folder, "ab")
+    known.refuse("c", 3, "for a reason")
+    known.keep_only({"b"})
+    assert known.get("a") is None
+    assert known.revisions == {"b": "first b"}
+    assert known.errors == {}
+    assert loaded(known) == "b"
+
+
+def test_only_known_names_count_as_pinned(folder: Path) -> None:
+    known = registry(folder, "a")
+    known.pin(name for name in "az")
+    assert known.pinned_names == {"a"}
+    assert [adapter.name for adapter in known.pinned] == ["a"]

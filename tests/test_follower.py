@@ -1,0 +1,273 @@
+"""Workers' registries against the desired state on a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from broker.job_queue import ClaimRequest, JobQueue
+from schemas.adapter import AdapterRecord
+from schemas.job import Job
+from tests.test_adapter_registry import TextLoader
+from worker.adapters.follower import DesiredStateFollower
+from worker.adapters.registry import AdapterRegistry
+
+
+class Follower(DesiredStateFollower):
+    """A worker's follower, with its registry at hand."""
+
+    def __init__(self, queue: JobQueue, **settings: object) -> None:
+        self.registry = AdapterRegistry(TextLoader())
+        self.num_reports = 0
+        super().__init__(
+            queue,
+            self.registry,
+            **{  # type: ignore[arg-type]
+                "is_enabled": True,
+                "own_folders": (),
+                "roots": (),
+                "max_pinned": 7,
+                "report": self._count_report,
+                **settings,
+            },
+        )
+
+    def _count_report(self) -> None:
+        self.num_reports += 1
+
+
+MakeFollower = Callable[..., Follower]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    for name in ("sql", "chat", "new"):
+        (root / name).mkdir(parents=True)
+        (root / name / "weights").write_text(f"{name} weights")
+    return root
+
+
+@pytest.fixture
+def make_follower(queue: JobQueue, root: Path) -> MakeFollower:
+    return lambda **settings: Follower(queue, **{"roots": (root,), **settings})
+
+
+def record(queue: JobQueue, name: str) -> AdapterRecord:
+    return queue.desired_state()[1][name]
+
+
+# --- Load ---------------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_once_every_worker_has(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    first, second = make_follower(), make_follower()
+    version = queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    first.follow()
+    second.follow()
+    later = make_follower()
+    later.follow()
+    for follower in (first, second, later):
+        assert follower.registry.revisions == {"sql": "sql weights"}
+        assert follower.version == version
+        assert follower.num_reports == 1
+    assert record(queue, "sql").revision == "sql weights"
+
+
+def test_without_a_change_nothing_is_read_or_reported_again(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    for _ in range(3):
+        follower.follow()
+    assert follower.num_reports == 1
+
+
+def test_a_load_of_other_weights_under_a_name_replaces_it(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    queue.set_adapter("sql", str(root / "new"), pinned=False)
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "new weights"}
+    assert record(queue, "sql").revision == "new weights"
+
+
+def test_files_changed_in_place_are_served_once_they_are_loaded_again(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    (root / "sql" / "weights").write_text("trained on")
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "sql weights"}
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "trained on"}
+
+
+def test_a_worker_that_finds_other_files_than_the_first_one_refuses_them(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    first, second = make_follower(), make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    first.follow()
+    (root / "sql" / "weights").write_text("another machine's")
+    second.follow()
+    assert second.registry.revisions == {}
+    assert "holds revision another machine's here, and sql weights" in second.registry.errors["sql"]
+
+
+# --- What commands may name ---------------------------------------------------------------------
+
+
+def refusal(queue: JobQueue, follower: Follower, source: Path) -> str:
+    queue.set_adapter("sql", str(source), pinned=False)
+    follower.follow()
+    assert follower.registry.revisions == {}
+    return follower.registry.errors["sql"]
+
+
+def test_a_folder_outside_the_roots_is_refused(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "rooted"
+    (root / "sql").rename(outside)
+    (root / "link").symlink_to(outside)
+    for source in (outside, root / "link", root / ".." / "rooted"):
+        reason = refusal(queue, make_follower(), source)
+        assert reason == f"{source} is not below --lora-root {root}."
+
+
+def test_without_roots_commands_load_nothing(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    reason = refusal(queue, make_follower(roots=()), root / "sql")
+    assert "started without --lora-root" in reason
+
+
+def test_a_worker_without_adapters_says_so(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    reason = refusal(queue, make_follower(is_enabled=False), root / "sql")
+    assert reason.startswith("this worker serves no adapters; start it with --enable-lora")
+
+
+def test_a_folder_of_the_command_line_needs_no_root(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower(roots=(), own_folders=[root / "sql"])
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "sql weights"}
+
+
+def test_a_refused_adapter_leaves_the_others_alone_and_is_served_once_loaded_right(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("chat", str(root / "chat"), pinned=False)
+    queue.set_adapter("sql", str(root / "gone"), pinned=False)
+    follower.follow()
+    assert follower.registry.revisions == {"chat": "chat weights"}
+    assert follower.registry.errors == {"sql": f"there is no folder {root / 'gone'}."}
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    assert follower.registry.errors == {}
+    assert set(follower.registry.revisions) == {"chat", "sql"}
+
+
+# --- The command line's adapters ----------------------------------------------------------------
+
+
+def test_what_a_worker_was_started_with_is_announced_and_not_read_again(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower(own_folders=[root / "sql"])
+    follower.registry.load("sql", root / "sql", version=0)
+    queue.announce(follower.registry.records)
+    follower.follow()
+    assert follower.registry.loader.num_read["sql"] == 1  # type: ignore[attr-defined]
+    assert follower.registry.revisions == {"sql": "sql weights"}
+
+
+def test_a_name_that_a_command_gave_other_weights_keeps_them_when_a_worker_starts(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    queue.set_adapter("sql", str(root / "new"), pinned=False)
+    follower = make_follower(own_folders=[root / "sql"])
+    follower.registry.load("sql", root / "sql", version=0)
+    queue.announce(follower.registry.records)
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "new weights"}
+
+
+def test_a_server_that_lost_everything_is_told_again(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    queue.client.delete(queue.keys.adapters, queue.keys.adapters_version)
+    follower.follow()
+    assert record(queue, "sql").source == str(root / "sql")
+    assert follower.registry.revisions == {"sql": "sql weights"}
+
+
+def test_a_damaged_record_stops_nothing_that_is_served(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    queue.client.hset(queue.keys.adapters, "chat", "{")
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "sql weights"}
+
+
+# --- Unload and pin -----------------------------------------------------------------------------
+
+
+def test_an_adapter_is_unloaded_once_its_jobs_are_done(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow()
+    job = Job(id="one", lora="sql", prompt_token_ids=[1])
+    queue.submit("submission", "", 1, 0, [job])
+    queue.unload_adapter("sql", "drain")
+    follower.follow()
+    assert follower.registry.get("sql")
+    request = ClaimRequest(num_jobs=1, free_slots=0, in_use=["sql"])
+    claims = queue.claim("worker", request, lease_seconds=60, patience=30).jobs
+    follower.follow()
+    assert follower.registry.get("sql")
+    queue.release("worker", [claims[0].lease], attempt_counts=True, max_attempts=1)
+    follower.follow()
+    assert follower.registry.get("sql") is None
+    assert queue.desired_state()[1] == {}
+
+
+def test_no_more_adapters_are_pinned_than_leave_a_slot(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower(max_pinned=1)
+    for name in ("sql", "chat"):
+        queue.set_adapter(name, str(root / name), pinned=True)
+    follower.follow()
+    assert follower.registry.pinned_names == {"chat"}
+    queue.pin_adapter("chat", False)
+    follower.follow()
+    assert follower.registry.pinned_names == {"sql"}
+    queue.unload_adapter("sql", "drain")
+    follower.follow()
+    assert follower.registry.pinned_names == set()

@@ -1,0 +1,135 @@
+"""Brings this worker's adapters in line with the queue's desired state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import structlog
+
+from broker.job_queue import JobQueue
+from schemas.adapter import AdapterRecord
+from schemas.errors import BadInput, LorryError
+from worker.adapters.registry import AdapterRegistry
+
+log = structlog.get_logger()
+
+#: Seconds after which the desired state is looked at though no message said that it changed.
+_INTERVAL = 2.0
+
+
+class DesiredStateFollower:
+    """Reads adapters that are wanted, forgets those that are not, and reports."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        registry: AdapterRegistry,
+        *,
+        is_enabled: bool,
+        own_folders: Collection[Path],
+        roots: Collection[Path],
+        max_pinned: int,
+        report: Callable[[], None],
+    ) -> None:
+        """``own_folders`` are those of the command line; any other must stand below one of
+        ``roots``. ``report`` writes the worker's observed state."""
+        self._is_enabled = is_enabled
+        self._queue = queue
+        self._registry = registry
+        self._own_folders = frozenset(own_folders)
+        self._roots = [root.resolve() for root in roots]
+        self._max_pinned = max_pinned
+        self._report = report
+        self._nudges = queue.client.pubsub(ignore_subscribe_messages=True)
+        self.version = 0
+        """Of the desired state that was followed last."""
+
+    def turn(self) -> None:
+        """Wait for a change, and follow it."""
+        self._wait()
+        self.follow()
+
+    def follow(self) -> None:
+        """Look at the desired state, and act on what has changed since the last look."""
+        try:
+            version, records = self._desired_state()
+        except LorryError as error:
+            log.error("desired_state_damaged", error=str(error))
+            return
+        if version == self.version:
+            return
+        for name, record in records.items():
+            if self._registry.seen_version(name) != record.version:
+                self._load(name, record)
+        self._registry.keep_only(records)
+        self._pin(records)
+        self.version = version
+        self._report()
+
+    def _desired_state(self) -> tuple[int, dict[str, AdapterRecord]]:
+        version, records = self._queue.desired_state()
+        if version == 0:
+            # The server has lost all it knew.
+            self._queue.announce(self._registry.records)
+            return self._queue.desired_state()
+        unloading = [name for name, record in records.items() if record.unloading]
+        have_left = [self._queue.retire_adapter(name) for name in unloading]
+        if any(have_left):
+            return self._queue.desired_state()
+        return version, records
+
+    def _load(self, name: str, record: AdapterRecord) -> None:
+        known = self._registry.known(name)
+        if known and (str(known.source), known.revision) == (record.source, record.revision):
+            self._registry.accept(name, record.version)
+            return
+        try:
+            folder = self._allowed(record.source)
+            loaded = self._registry.load(name, folder, record.version)
+        except BadInput as error:
+            self._registry.refuse(name, record.version, str(error))
+            return
+        recorded = self._queue.adopt_revision(name, record.version, loaded.revision)
+        if recorded not in (None, loaded.revision):
+            self._registry.refuse(
+                name,
+                record.version,
+                f"{folder} holds revision {loaded.revision} here, and {recorded} where it was read"
+                " first: the files differ between workers, or have changed. Load it again.",
+            )
+
+    def _allowed(self, source: str) -> Path:
+        """Raises BadInput for a folder that commands may not name."""
+        if not self._is_enabled:
+            raise BadInput(
+                "this worker serves no adapters; start it with --enable-lora, --lora-paths or"
+                " --lora-root."
+            )
+        folder = Path(source).resolve()
+        if folder in self._own_folders:
+            return folder
+        if not self._roots:
+            raise BadInput(
+                f"{source}: this worker was started without --lora-root, so commands can load no"
+                " folder into it."
+            )
+        if not any(folder.is_relative_to(root) for root in self._roots):
+            roots = ", ".join(map(str, self._roots))
+            raise BadInput(f"{source} is not below --lora-root {roots}.")
+        return folder
+
+    def _pin(self, records: Mapping[str, AdapterRecord]) -> None:
+        pinned = sorted(name for name, record in records.items() if record.pinned)
+        for name in pinned[self._max_pinned :]:
+            log.warning("adapter_not_pinned", adapter=name, max_pinned=self._max_pinned)
+        self._registry.pin(pinned[: self._max_pinned])
+
+    def _wait(self) -> None:
+        if not self._nudges.subscribed:
+            self._nudges.subscribe(self._queue.keys.control)
+        deadline = time.monotonic() + _INTERVAL
+        while (left := deadline - time.monotonic()) > 0:
+            if self._nudges.get_message(timeout=left):
+                return

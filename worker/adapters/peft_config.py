@@ -1,0 +1,208 @@
+"""``adapter_config.json``: the settings that decide the product, and those that are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from schemas.errors import BadInput
+
+Number = TypeVar("Number", int, float)
+
+CONFIG_FILE = "adapter_config.json"
+
+#: How PEFT 0.21 reads a key of ``rank_pattern`` and ``alpha_pattern`` (``get_pattern_key``), and an
+#: entry of ``layers_pattern`` (``check_target_module_exists``).
+_MODULE_PATTERN = r"(.*\.)?({})$"
+_LAYER_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+#: Ways to begin training that leave the base model's weights as they are. The others (PiSSA,
+#: OLoRA, CorDA, LoftQ) change them, and an adapter over the unchanged base would answer wrongly.
+_INNOCENT_INIT = (True, False, "gaussian", "eva", "orthogonal")
+
+#: Settings that change the product ``B A`` and are not served.
+_REFUSED_SETTINGS = {
+    "use_dora": "DoRA",
+    "modules_to_save": "fully trained modules",
+    "layer_replication": "replicated layers",
+    "lora_bias": "a bias in B",
+    "trainable_token_indices": "trained token embeddings",
+    "target_parameters": "bare parameters as targets",
+    "alora_invocation_tokens": "activation by tokens (aLoRA)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal factors",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+
+#: Settings that matter to training or to other tools and not to the result. ``fan_in_fan_out`` is
+#: of layers that store their weight transposed; PEFT turns it off for those of a Llama.
+_IGNORED_SETTINGS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+
+
+_Rank = Annotated[int, Field(ge=1)]
+_Alpha = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class PeftConfig(BaseModel):
+    """The part of ``adapter_config.json`` that decides the product.
+
+    A module is given by its whole name in the model, ``model.layers.0.self_attn.q_proj``.
+    """
+
+    # Strict, as PEFT would not take "8" for 8 either.
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    peft_type: str
+    r: _Rank
+    lora_alpha: _Alpha
+    use_rslora: bool = False
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    # PEFT trains and saves biases of the base model, and Llama has none.
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    @property
+    def layer_patterns(self) -> list[str]:
+        """What ``layers_pattern`` asks for; each holds the layer as the group ``idx``."""
+        given = self.layers_pattern or []
+        patterns = [given] if isinstance(given, str) else given
+        return [_LAYER_PATTERN.format(pattern) for pattern in patterns]
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern or {}, module, self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilized LoRA (Kalajdzievski, 2023)."""
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _by_pattern(values: Mapping[str, Number], module: str, otherwise: Number) -> Number:
+    """The value of the first pattern that matches, in the order of the file."""
+    for pattern, value in values.items():
+        if re.match(_MODULE_PATTERN.format(pattern), module):
+            return value
+    return otherwise
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Raises BadInput, naming the setting, for a config that cannot be served exactly."""
+    path = folder / CONFIG_FILE
+    settings = read_settings(folder)
+    if (peft_type := settings.get("peft_type", "missing")) != "LORA":
+        raise BadInput(f"{path}: peft_type is {peft_type}; only LORA can be served.")
+    try:
+        config = PeftConfig.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise BadInput(f"{path}: {place}: {problem['msg']}") from error
+    _check_settings(path, config.model_extra or {})
+    _check_targets(path, config)
+    _check_patterns(path, config)
+    return config
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the file holds; raises BadInput if that is no JSON object."""
+    path = folder / CONFIG_FILE
+    try:
+        settings = json.loads(path.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it holds something else")
+    except FileNotFoundError as error:
+        raise BadInput(f"{folder} is no PEFT adapter: it lacks {CONFIG_FILE}.") from error
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInput(f"{path}: is no JSON object: {error}") from error
+    return settings
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    for setting, value in settings.items():
+        if setting in _REFUSED_SETTINGS and value:
+            raise BadInput(f"{path}: {setting}: {_REFUSED_SETTINGS[setting]} is not supported.")
+        if value and setting not in _REFUSED_SETTINGS and setting not in _IGNORED_SETTINGS:
+            raise BadInput(
+                f"{path}: the setting '{setting}' is unknown here, so the adapter may not be"
+                " served as it was trained. Remove the setting if it does not matter."
+            )
+    init = settings.get("init_lora_weights", True)
+    if init not in _INNOCENT_INIT:
+        raise BadInput(
+            f"{path}: init_lora_weights is '{init}', which changes the base model's weights."
+            " Convert the adapter with PEFT (path_initial_model_for_weight_conversion) first."
+        )
+
+
+def _check_targets(path: Path, config: PeftConfig) -> None:
+    """Refuse what PEFT refuses, or decides by a table of its own."""
+    if config.target_modules is None:
+        raise BadInput(
+            f"{path}: target_modules is not given, and PEFT would choose by its version."
+            " Name the modules that were trained."
+        )
+    for setting in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, setting) is not None:
+            raise BadInput(f"{path}: {setting} does not go with target_modules in one string.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise BadInput(f"{path}: layers_pattern does not go without layers_to_transform.")
+
+
+def _check_patterns(path: Path, config: PeftConfig) -> None:
+    for setting, pattern in _patterns(config):
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise BadInput(
+                f"{path}: {setting}: '{pattern}' is no regular expression: {error}."
+            ) from error
+
+
+def _patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:
+    """Every regular expression, in the form in which it is used, after its setting."""
+    for setting, patterns in (
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
+        yield from ((setting, _MODULE_PATTERN.format(pattern)) for pattern in patterns or ())
+    for setting, names in (
+        ("target_modules", config.target_modules),
+        ("exclude_modules", config.exclude_modules),
+    ):
+        if isinstance(names, str):
+            yield setting, names
+    yield from (("layers_pattern", pattern) for pattern in config.layer_patterns)

@@ -1,0 +1,44 @@
+"""Keeps the slots, and the scheduler's idea of them, in line with the registry."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from worker.adapters.registry import AdapterRegistry
+from worker.adapters.slots import AdapterSlots
+from worker.scheduler import Scheduler
+
+
+class AdapterResidency:
+    """Used by the engine's thread alone, between steps."""
+
+    def __init__(
+        self, registry: AdapterRegistry, slots: AdapterSlots, scheduler: Scheduler
+    ) -> None:
+        self._registry = registry
+        self._slots = slots
+        self._scheduler = scheduler
+        self._seen_generation = -1
+        self._is_behind = False
+
+    def follow(self) -> None:
+        """Pin, and let go of, what the registry says. What sequences still use goes after them, and
+        an adapter that was pinned while others hold all slots gets the next free one."""
+        if self._seen_generation == self._registry.generation and not self._is_behind:
+            return
+        self._seen_generation = self._registry.generation
+        scheduler, slots = self._scheduler, self._slots
+        sequences = chain(scheduler.running, scheduler.waiting)
+        in_use = {sequence.adapter for sequence in sequences if sequence.adapter}
+        loaded, pinned = self._registry.loaded, frozenset(self._registry.pinned)
+        slots.pinned = scheduler.pinned = pinned
+        slots.forget_all_but(loaded | in_use)
+        have_slots = [slots.bring(adapter, scheduler.adapters_in_use) for adapter in pinned]
+        self._is_behind = not (in_use <= loaded and all(have_slots))
+
+    def prefetch(self) -> None:
+        """Send the weights of the adapters that are next to get a slot on their way."""
+        kept = set(self._scheduler.adapters_in_use)
+        for adapter in self._scheduler.next_adapters():
+            self._slots.prefetch(adapter, kept)
+            kept.add(adapter)
