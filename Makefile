@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install demo test test-gpu sanitize-gpu check fix bench
 
 help: ## Show what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/installed ## Set up .venv with all packages
 
@@ -30,9 +30,9 @@ test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
 	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_engine.py tests/test_real_model.py
 
 # Every allocation by itself, so that a kernel that leaves its tensor is seen.
-sanitize-gpu: ## Run the LoRA and attention kernels under compute-sanitizer
+sanitize-gpu: ## Run the kernels under compute-sanitizer
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(PYTHON) -m pytest tests/test_triton_ops.py --timeout 0 -k 'bfloat16 and (lora or attention)'
+		$(PYTHON) -m pytest tests/test_triton_ops.py --timeout 0 -k bfloat16
 
 check: install ## Lint and check types
 	$(BIN)/ruff check .

@@ -208,7 +208,7 @@ def shrink(group: str, rows: int) -> Timing:
     calls = []
     for _ in range(num_sets(bytes_)):
         x, a = normal(rows, inputs), normal(parts * NUM_RANKS, inputs, std=0.02)
-        calls.append(lambda x=x, a=a: lora_shrink_triton(x, a, tiles, max(RANKS), parts))
+        calls.append(lambda x=x, a=a: lora_shrink_triton(x, a, tiles, NUM_RANKS, parts))
     return Timing(f"LoRA shrink by segments, {group}", f"{rows} rows", graph_us(calls), bytes_, 0)
 
 

@@ -39,7 +39,7 @@ KINDS = {
     "SiLU-and-multiply, with LoRA expand": r"^_silu_and_mul",
     "norm with residual": r"^_add_rms_norm",
     "rotary and KV write": r"^_rotary_kv_write",
-    "choice of tokens": r"^_sample|reduce_kernel",
+    "choice of tokens": r"^_sample|^_largest_token",
     "copies": r"Memcpy|Memset",
     "other": r"",
 }
@@ -104,15 +104,19 @@ def kernels_of(profiler: profile) -> list[Kernel]:
 
 
 def by_step(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
-    """The kernels of each step: it begins with the one copy of its numbers to the device."""
+    """The kernels of each step: it begins with the copy of its numbers to the device, and ends with
+    that of its tokens to the host."""
     ((stream, _),) = Counter(kernel.stream for kernel in kernels).most_common(1)
     result: list[list[Kernel]] = []
+    is_over = True
     for kernel in kernels:
         if kernel.stream == stream:
-            if "HtoD" in kernel.name:
+            if is_over and "HtoD" in kernel.name:
                 result.append([])
-            if result:
+                is_over = False
+            if result and not is_over:
                 result[-1].append(kernel)
+            is_over = is_over or "DtoH" in kernel.name
     return result
 
 

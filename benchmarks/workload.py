@@ -97,7 +97,7 @@ def measure(
             if engine.device.type == "cuda":
                 # The allocator gives nothing back, so this is the most that was ever taken.
                 free, total = torch.cuda.mem_get_info()
-                figures["peak_memory_gb"] = round((total - free) / 1e9, 2)
+                figures["card_memory_gb"] = round((total - free) / 1e9, 2)
             yield figures
 
 

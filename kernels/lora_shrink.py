@@ -55,15 +55,15 @@ def lora_shrink_triton(
     x: torch.Tensor,
     a: torch.Tensor,
     tiles: torch.Tensor,
-    max_rank: int,
+    num_ranks: int,
     n_parts: int,
 ) -> torch.Tensor:
     """``tiles``: [tiles, 4] int32, those of the segments, ``SHRINK_TILE_ROWS`` rows each;
-    ``max_rank``: no adapter's is larger."""
-    h = x.new_empty(x.shape[0], a.shape[0])
+    ``num_ranks``: up to the last one of their adapters. Returns [rows, n_parts * num_ranks]."""
+    h = x.new_empty(x.shape[0], n_parts * num_ranks)
     block_n = 64
     # The columns of one tile side by side: its rows are read once, then found in the cache.
-    _shrink[(triton.cdiv(n_parts * max_rank, block_n), len(tiles))](
+    _shrink[(triton.cdiv(n_parts * num_ranks, block_n), len(tiles))](
         *(x, a, h, tiles, x.stride(0), h.stride(0)),
         FEATURES=x.shape[1],
         N_PARTS=n_parts,

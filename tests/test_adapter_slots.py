@@ -130,17 +130,24 @@ def test_a_large_adapter_takes_the_place_of_small_ones_that_are_not_in_use() -> 
     assert slots.resident == ["a", "b", "large"]
 
 
-def test_ranks_under_the_base_weights_are_used_from_the_lowest_level_on() -> None:
-    """Those up to the level in use are computed for every row, so 4 slots of rank 32 that are not
-    in use are rather loaded over than those of a level beyond."""
+def test_empty_places_are_taken_before_any_adapter_loses_its_own() -> None:
     slots = make_slots(4, stacked=True)
     adapters = [random_adapter(name, seed=i) for i, name in enumerate("abcd")]
-    for adapter in adapters[:3]:
+    for adapter in 3 * adapters:
+        slots.place(adapter, in_use={adapter})
+    assert slots.num_loads == 4
+
+
+def test_of_ranks_under_the_base_weights_the_lowest_level_is_loaded_over() -> None:
+    """Those up to the level in use are computed for every row."""
+    slots = make_slots(4, stacked=True)
+    a, b, c, d, e, f = (random_adapter(name, seed=i) for i, name in enumerate("abcdef"))
+    for adapter in (c, d, a, b, c, d):  # c and d stand lowest, a and b were unused for longest.
         slots.place(adapter, in_use=())
-    assert slots.resident == ["b", "c"]
-    assert slots.num_ranks([adapters[2]]) == 64
-    assert slots.place(adapters[3], in_use=adapters[1:3]) == 64
-    assert slots.num_ranks(adapters[1:]) == 96
+    assert slots.place(e, in_use=()) == 0
+    assert slots.num_ranks([d, e]) == 64
+    assert slots.place(f, in_use={d, e}) == 64
+    assert slots.num_ranks([d, e, f]) == 96
     assert slots.num_ranks([]) == 0
 
 

@@ -133,21 +133,32 @@ def test_the_base_model_needs_no_slot(queue: JobQueue) -> None:
 
 def test_a_small_claim_is_shared_among_the_adapters_in_turn(queue: JobQueue) -> None:
     join(queue)
-    submit(queue, jobs(40), "sub-base")
     for name in ADAPTERS:
         submit(queue, jobs(10, name), f"sub-{name}")
-    assert [job.adapter for job in claim(queue, 6)] == ["a", "a", "b", "b", "c", "c"]
-    served = [claim(queue, 1, in_use=ADAPTERS)[0].adapter for _ in range(3)]
-    assert sorted(served, key=str) == ["a", "b", "c"]
+    # One of them has the most waiting jobs, and may get only what the others leave.
+    claimed = Counter(job.adapter for _ in range(8) for job in claim(queue, 3, in_use=ADAPTERS))
+    assert len(claimed) == 3
+    assert min(claimed.values()) >= 6
 
 
-def test_the_adapter_with_the_most_waiting_jobs_gets_what_the_others_leave(
-    queue: JobQueue,
-) -> None:
+def test_what_the_others_leave_goes_to_the_adapter_with_more_waiting_jobs(queue: JobQueue) -> None:
     join(queue)
     for name, count in (("a", 10), ("b", 3), ("c", 1)):
         submit(queue, jobs(count, name), f"sub-{name}")
     assert Counter(job.adapter for job in claim(queue, 8)) == {"a": 4, "b": 3, "c": 1}
+
+
+def test_a_large_backlog_goes_on_beside_a_small_one_that_never_ends(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(400, "a"))
+    served: Counter[str | None] = Counter()
+    for number in range(100):
+        steady = [job.model_copy(update={"id": f"{number}-{job.id}"}) for job in jobs(2, "b")]
+        submit(queue, steady, f"sub-{number}")
+        served.update(job.adapter for job in claim(queue, 2, in_use=ADAPTERS))
+    # By lot it takes its turn 25 times of 100; less than 5 comes once in ten million.
+    assert served["a"] >= 5
+    assert served["b"] >= 100
 
 
 def test_the_adapter_with_the_most_waiting_jobs_is_not_passed_over_beyond_the_patience(

@@ -11,7 +11,7 @@ import torch
 
 from kernels.largest_token import NO_TOKEN, largest_token
 from schemas.job import Job
-from worker.sampler import draw, job_seed, uniform
+from worker.sampler import draw, uniform
 from worker.sequence import Sequence
 
 LARGEST_SEED = 2**64 - 1
@@ -30,6 +30,10 @@ def split_mix(state: int) -> Iterator[int]:
 def sequence(**settings: object) -> Sequence:
     job = Job.model_validate({"id": "a", "prompt_token_ids": [1], **settings})
     return Sequence(job, [1], job.max_tokens)
+
+
+def seed(job: Job) -> int:
+    return Sequence(job, [1], 1).seed
 
 
 def sample_batch(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
@@ -72,15 +76,15 @@ def test_other_seeds_and_positions_draw_other_numbers() -> None:
 
 
 def test_a_job_without_a_seed_has_the_same_one_at_every_attempt() -> None:
-    assert job_seed(Job(id="a", prompt="x")) == job_seed(Job(id="a", prompt="y", temperature=1))
+    assert seed(Job(id="a", prompt="x")) == seed(Job(id="a", prompt="y", temperature=1))
 
 
 def test_jobs_without_a_seed_have_different_ones() -> None:
-    assert len({job_seed(Job(id=f"job-{number}", prompt="x")) for number in range(1000)}) == 1000
+    assert len({seed(Job(id=f"job-{number}", prompt="x")) for number in range(1000)}) == 1000
 
 
 def test_a_job_with_a_seed_has_that_one() -> None:
-    assert job_seed(Job(id="a", prompt="x", seed=0)) == 0
+    assert seed(Job(id="a", prompt="x", seed=0)) == 0
 
 
 def test_a_batch_of_greedy_jobs_takes_the_largest_logits() -> None:

@@ -249,7 +249,7 @@ def test_lora_shrink(dtype: torch.dtype, count: int, n_parts: int, features: int
     segments = [segment for segment in adapters.segments if segment.rank]
     tiles = [*lora_tiles(segments, SHRINK_TILE_ROWS), LoraTile(0, 0, 0, 0)]
     on_device = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
-    actual = lora_shrink_triton(x, a, on_device, 256, n_parts)
+    actual = lora_shrink_triton(x, a, on_device, len(adapters.b), n_parts)
     expected = lora_shrink_torch(wide(x), wide(a), segments, n_parts)
     for first_row, end_row, first_rank, rank in segments:
         columns = slice(n_parts * first_rank, n_parts * (first_rank + rank))

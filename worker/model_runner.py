@@ -105,8 +105,7 @@ class ModelRunner:
         step = step_arrays(batch)
         replayed = self._graphs.replay(step, num_ranks=batch.num_ranks) if self._graphs else None
         logits, tokens = replayed or self._run(batch, step)
-        if any(sequence.job.temperature > 0 for sequence in batch.sampled):
-            draw(tokens, logits, batch.sampled)
+        if draw(tokens, logits, batch.sampled):
             lines = [sequence.line for sequence in batch.sampled]
             self.newest_tokens[send(lines, torch.int64, self.device)] = tokens
         return self._bring_back(batch, tokens, began)

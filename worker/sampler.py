@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from kernels.sample import Draw, sample
-from schemas.job import Job
 from worker.sequence import Sequence
 from worker.staging import send
 
 _MASK = 2**64 - 1
 
 
-def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> None:
-    """Replaces the tokens of sequences that want to be drawn for.
+def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> bool:
+    """Replaces the tokens of sequences that want to be drawn for; False if there are none.
 
     A draw is made with a number that depends on the job's seed and the token's position alone, so
     neither neighbours nor a second run change what a job gets. NO_TOKEN stays.
@@ -28,20 +25,14 @@ def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) 
             sequence.job.temperature,
             sequence.job.top_k,
             sequence.job.top_p,
-            uniform(job_seed(sequence.job), sequence.num_generated),
+            uniform(sequence.seed, sequence.num_generated),
         )
         for row, sequence in enumerate(sequences)
         if sequence.job.temperature > 0
     ]
     if draws:
         sample(tokens, logits, send(draws, torch.float64, logits.device))
-
-
-def job_seed(job: Job) -> int:
-    """The job's seed, or one made from its id: a second attempt draws the same tokens."""
-    if job.seed is not None:
-        return job.seed
-    return int.from_bytes(hashlib.sha256(job.id.encode()).digest()[:8], "big")
+    return bool(draws)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -16,6 +16,11 @@ from worker.waiting import Group, Waiting
 PATIENCE = 30.0
 
 
+#: Once in so many rounds the adapter with the most waiting sequences takes rows in turn with the
+#: others, and not only what they leave: else it stood still while they always have some.
+FULLEST_IN_TURN = 4
+
+
 class ScheduledSequence(NamedTuple):
     """A sequence's part in a batch: its next ``num_rows`` uncached tokens."""
 
@@ -62,6 +67,8 @@ class Scheduler:
         """Running sequences of each adapter that has any, in the order in which they got a slot."""
         self._draining: Adapter | None = None
         """Gets no new sequences, so that its slot becomes free."""
+        self._num_rounds = 0
+        """In which waiting sequences could begin."""
         self._free_lines = list(range(max_running - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
@@ -145,8 +152,11 @@ class Scheduler:
         """Groups in the order in which a sequence of each may begin. The one it came to last must
         have begun when the next is asked for."""
         groups = self._groups_with_slot(now)
+        self._num_rounds += 1
         fullest = self.waiting.fullest
-        turns = deque(g for g in groups if g is not fullest or self._starves(g, now))
+        if self._num_rounds % FULLEST_IN_TURN == 0 or (fullest and self._starves(fullest, now)):
+            fullest = None
+        turns = deque(group for group in groups if group is not fullest)
         while turns:
             group = turns.popleft()
             yield group

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 from schemas.errors import JobError
 from schemas.job import Job
@@ -53,6 +55,13 @@ class Sequence:
     """When its first batch began; this and the next two are moments of the monotonic clock."""
     first_token: float | None = None
     finished: float | None = None
+
+    @cached_property
+    def seed(self) -> int:
+        """The job's, or one made from its id: a second attempt draws the same tokens."""
+        if self.job.seed is not None:
+            return self.job.seed
+        return int.from_bytes(hashlib.sha256(self.job.id.encode()).digest()[:8], "big")
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,11 @@ from kernels.lora_shrink import SEGMENTED_FROM, SHRINK_TILE_ROWS
 from kernels.paged_attention_prefill import prefill_tiles
 from worker.batch import Batch, Int32s
 
+#: Rows of the largest step with prompts that has a CUDA graph. On an H100 the host launches the
+#: kernels of such a step of an 8B model in 16 to 23 ms; from about this size on the GPU takes
+#: longer.
+MAX_MIXED_ROWS = 1024
+
 Array = TypeVar("Array", Int32s, torch.Tensor, int)
 
 
@@ -55,10 +60,16 @@ def step_arrays(batch: Batch) -> StepArrays[Int32s]:
         lora_tiles=_flat(lora_tiles(batch.segments) if batch.adapters else []),
         shrink_tiles=_flat(
             lora_tiles([s for s in batch.segments if s.rank], SHRINK_TILE_ROWS)
-            if batch.num_rows * batch.num_ranks >= SEGMENTED_FROM
+            if _shrinks_by_segments(batch)
             else []
         ),
     )
+
+
+def _shrinks_by_segments(batch: Batch) -> bool:
+    """Only in steps that have no graph anyway: the graphs hold the other way."""
+    is_large = batch.num_rows * batch.num_ranks >= SEGMENTED_FROM
+    return is_large and bool(batch.chunks) and batch.num_rows > MAX_MIXED_ROWS
 
 
 def views(memory: torch.Tensor, sizes: Sequence[int]) -> StepArrays[torch.Tensor]:

@@ -16,15 +16,11 @@ from kernels.paged_attention_prefill import PREFILL_TILE, PrefillRows
 from worker.batch import Int32s
 from worker.model.config import LINEAR_GROUPS
 from worker.staging import Staging
-from worker.step_arrays import StepArrays, total_size, views
+from worker.step_arrays import MAX_MIXED_ROWS, StepArrays, total_size, views
 
 log = structlog.get_logger()
 
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-#: Rows of the largest step with prompts that has a graph. On an H100 the host launches the kernels
-#: of such a step of an 8B model in 16 to 23 ms; from about this size on the GPU takes longer.
-MAX_MIXED_ROWS = 1024
 
 #: Prompts in such a step: with graphs of 1,024 rows more than this are rare, and run without one.
 _MAX_CHUNKS = 16
@@ -54,6 +50,7 @@ class StepGraphs:
         pool = torch.cuda.graph_pool_handle()
         # All graphs write to one: it is read, if at all, before the next one runs.
         logits = torch.empty(max_running, vocab_size, dtype=dtype, device=device)
+        staging = Staging(device)
         sizes = {
             False: _decode_sizes(max_running),
             True: _mixed_sizes(max_running + max_prefill_tokens),
@@ -72,6 +69,7 @@ class StepGraphs:
                 max_segments=(1 + is_mixed) * (max_adapters + 1),
                 unused=(max_running, unused_page),
                 logits=logits[:size],
+                staging=staging,
                 pool=pool,
                 device=device,
             )
@@ -125,6 +123,7 @@ class _StepGraph:
         max_segments: int,
         unused: tuple[int, int],
         logits: torch.Tensor,
+        staging: Staging,
         pool: Any,
         device: torch.device,
     ) -> None:
@@ -139,7 +138,7 @@ class _StepGraph:
             *(size, size, size, num_sampled, 3 * size, num_sampled, num_sampled),
             *(4 * num_prefill_tiles, 4 * num_lora_tiles, 0),
         )
-        self._staging = Staging(device)
+        self._staging = staging
         # Rows, tiles and updates that do nothing.
         self._template = torch.zeros(total_size(self._sizes), dtype=torch.int32)
         template = views(self._template, self._sizes)

@@ -9,9 +9,11 @@
 -- Free slots go to adapters that waited unserved beyond the patience, longest first; then to that
 -- with the most waiting jobs, which fill the batch, unless one with more has a slot or needs none;
 -- then to those with the fewest, which soon make room for the next; of equal ones first to those
--- whose weights are resident. Jobs are then shared in turn, and the adapter with the most waiting
--- jobs gets what the others leave. READY's score is the moment when an adapter was last served, or
--- that when it came to have waiting jobs. worker/scheduler.py has the same rule.
+-- whose weights are resident. Jobs are then shared in turn; the adapter with the most waiting jobs
+-- gets what the others leave, and takes its turn with them in one claim of FULLEST_IN_TURN. READY's
+-- score is the moment when an adapter was last served, or that when it came to have waiting jobs.
+-- worker/scheduler.py has the same rule.
+local FULLEST_IN_TURN = 4
 local worker, lease, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local free_slots, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 local position = 6
@@ -61,7 +63,6 @@ local function sort_ready_adapters()
           table.insert(slotless, name)
         end
       elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
-        look_at(name)
         table.insert(picks, name)
       end
     end
@@ -133,9 +134,12 @@ local function share_among(adapters)
   end
 end
 
+-- The clock's last digits are as good as drawn by lot.
+local takes_its_turn = now_us() % FULLEST_IN_TURN == 0
 local first, last = {}, {}
 for _, name in ipairs(picks) do
-  table.insert(name == fullest and not is_starved(name) and last or first, name)
+  local waits = name == fullest and not takes_its_turn and not is_starved(name)
+  table.insert(waits and last or first, name)
 end
 share_among(first)
 share_among(last)

@@ -38,7 +38,8 @@ class AdapterResidency:
 
     def prefetch(self) -> None:
         """Send the weights of the adapters that are next to get a slot on their way."""
-        kept = set(self._scheduler.adapters_in_use)
-        for adapter in self._scheduler.next_adapters():
-            self._slots.prefetch(adapter, kept)
-            kept.add(adapter)
+        if not self._slots.can_prefetch:
+            return
+        following = self._scheduler.next_adapters()
+        for adapter in following:
+            self._slots.bring(adapter, self._scheduler.adapters_in_use.union(following))

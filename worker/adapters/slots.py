@@ -135,7 +135,7 @@ class AdapterSlots:
             self._on_host.pop(adapter, None)
 
     def place(self, adapter: Adapter, in_use: Collection[Adapter]) -> int:
-        """The first rank of the adapter, which is loaded, if need be, over the least recently used.
+        """The first rank of the adapter, which is loaded, if need be, over one that is not in use.
 
         What the engine launches from now on finds its weights there. ``in_use`` are adapters that
         must stay. At most ``num_slots`` adapters, this one among them, are in use or pinned; the
@@ -147,11 +147,10 @@ class AdapterSlots:
             torch.cuda.current_stream().wait_event(arrival)
         return self._first_ranks[adapter]
 
-    def prefetch(self, adapter: Adapter, in_use: Collection[Adapter]) -> None:
-        """On a GPU, begin to load an adapter that will soon be placed, if those in use leave room;
-        the engine's batches go on meanwhile. On a CPU nothing could."""
-        if self._stream and adapter not in self._first_ranks:
-            self.bring(adapter, in_use)
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether ``bring`` returns before the weights have come, and batches go on meanwhile."""
+        return self._stream is not None
 
     def bring(self, adapter: Adapter, in_use: Collection[Adapter]) -> bool:
         """See that the adapter stands in a slot, or is on its way there; False if there is no room.
@@ -172,19 +171,19 @@ class AdapterSlots:
         return True
 
     def _make_room(self, size: int, in_use: Collection[Adapter]) -> int | None:
-        """Evict what stands in a place of so many ranks, as low a level as can be; of those of one
-        level, what was left unused for longest."""
-        best: tuple[int, int, int] | None = None
+        """Find an empty place of so many ranks, or evict what stands in one: as low a level as can
+        be, and of those of one level what was left unused for longest."""
+        best: tuple[bool, int, int, int] | None = None
         for first in range(0, self.capacity, size):
             held = self._held_in(first, size)
             if any(adapter in in_use or adapter in self.pinned for adapter in held):
                 continue
             last_used = max((self._last_used[a] for a in held), default=0)
-            candidate = self._level(first + size), last_used, first
+            candidate = bool(held), self._level(first + size), last_used, first
             best = candidate if best is None else min(best, candidate)
         if best is None:
             return None
-        _, _, first = best
+        *_, first = best
         for adapter in self._held_in(first, size):
             self._vacate(adapter)
         return first
