@@ -1,7 +1,7 @@
 """How long an H100 takes for one batch of Llama-3.1-8B's shape: a model of measured times.
 
-The figures were measured on 2026-11-24, kernel by kernel, in microseconds of one layer where nothing
-else is said, and are interpolated between the rows that were measured. `REST` and what the
+The figures were measured on 2026-11-24, kernel by kernel, in microseconds of one layer where
+nothing else is said, and are interpolated between the rows that were measured. `REST` and what the
 expand takes in large batches are not measured; they are chosen so that the four workloads of
 benchmarks/make_model.py take as long as they did, in the order in which they ran then.
 """

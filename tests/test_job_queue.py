@@ -133,12 +133,11 @@ def test_the_base_model_needs_no_slot(queue: JobQueue) -> None:
 
 def test_a_small_claim_is_shared_among_the_adapters_in_turn(queue: JobQueue) -> None:
     join(queue)
-    for name in ADAPTERS:
-        submit(queue, jobs(10, name), f"sub-{name}")
-    # One of them has the most waiting jobs, and may get only what the others leave.
-    claimed = Counter(job.adapter for _ in range(8) for job in claim(queue, 3, in_use=ADAPTERS))
-    assert len(claimed) == 3
-    assert min(claimed.values()) >= 6
+    for name, count in (("a", 30), ("b", 10), ("c", 10)):
+        submit(queue, jobs(count, name), f"sub-{name}")
+    # By lot the one with the most waiting jobs takes its turn too.
+    claimed = Counter(job.adapter for job in claim(queue, 6, in_use=ADAPTERS))
+    assert claimed in ({"b": 3, "c": 3}, {"a": 2, "b": 2, "c": 2})
 
 
 def test_what_the_others_leave_goes_to_the_adapter_with_more_waiting_jobs(queue: JobQueue) -> None:

@@ -62,6 +62,10 @@ def bytes_to_run(build: Callable[[int], ModelRunner]) -> int:
     return free - left
 
 
+def _stacks_adapters(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def load_weights_and_slots(
     config: WorkerConfig,
     model: ModelConfig,
@@ -74,7 +78,7 @@ def load_weights_and_slots(
     assert max_rank is not None
     assert target_modules is not None
     # On a GPU the slots' A stand behind the base weights, so that one product makes both.
-    is_stacked = config.has_lora and device.type == "cuda"
+    is_stacked = config.has_lora and _stacks_adapters(device)
     capacity = rank_capacity(config.max_loras_per_batch, max_rank) if is_stacked else 0
     spare = spare_rows(target_modules, capacity)
     if config.load_format == "dummy":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 import torch
 
 from kernels.largest_token import largest_token
@@ -20,7 +22,9 @@ from worker.model.decoder import Decoder, DecoderInput
 from worker.sampler import draw
 from worker.staging import Staging, send
 from worker.step_arrays import StepArrays, step_arrays, total_size, views
-from worker.step_graphs import StepGraphs
+from worker.step_graphs import Record, StepGraphs, cuda_recorder
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -79,24 +83,50 @@ class ModelRunner:
     ) -> None:
         """On a GPU, compile what batches need, take the memory of the largest, and make the CUDA
         graphs; ``rank_levels``: see ``StepGraphs``."""
-        if self.device.type == "cuda":
-            self._draw_once()
-            num_rows = max_prefill_tokens + self._max_running
-            self._run_empty(num_rows, max(rank_levels, default=0), by_segments=False)
-            if rank_levels:
-                self._run_empty(num_rows, max(rank_levels), by_segments=True)
-            self._graphs = StepGraphs(
-                self.forward,
-                max_running=self._max_running,
-                max_prefill_tokens=max_prefill_tokens,
-                max_length=self.page_table.shape[1] * PAGE_SIZE,
-                unused_page=self._unused_page,
-                max_adapters=max_adapters,
-                rank_levels=rank_levels,
-                vocab_size=self.decoder.vocab_size,
-                dtype=self.decoder.dtype,
-                device=self.device,
-            )
+        if self.device.type != "cuda":
+            return
+        self._draw_once()
+        num_rows = max_prefill_tokens + self._max_running
+        self._run_empty(num_rows, max(rank_levels, default=0), by_segments=False)
+        if rank_levels:
+            self._run_empty(num_rows, max(rank_levels), by_segments=True)
+        started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
+        self.make_graphs(
+            cuda_recorder(),
+            max_prefill_tokens=max_prefill_tokens,
+            max_adapters=max_adapters,
+            rank_levels=rank_levels,
+        )
+        log.info(
+            "graphs_captured",
+            graphs=len(self._graphs or ()),
+            seconds=round(time.monotonic() - started, 1),
+            megabytes=(free - torch.cuda.mem_get_info()[0]) >> 20,
+        )
+
+    @torch.inference_mode()
+    def make_graphs(
+        self,
+        record: Record,
+        *,
+        max_prefill_tokens: int,
+        max_adapters: int,
+        rank_levels: Sequence[int],
+    ) -> None:
+        """Let steps of many sizes be replayed from now on."""
+        self._graphs = StepGraphs(
+            self.forward,
+            record,
+            max_running=self._max_running,
+            max_prefill_tokens=max_prefill_tokens,
+            max_length=self.page_table.shape[1] * PAGE_SIZE,
+            unused_page=self._unused_page,
+            max_adapters=max_adapters,
+            rank_levels=rank_levels,
+            vocab_size=self.decoder.vocab_size,
+            dtype=self.decoder.dtype,
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:

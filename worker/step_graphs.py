@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import structlog
 import torch
 
 from kernels.lora_segments import TILE_ROWS, LoraRows
@@ -18,12 +15,29 @@ from worker.model.config import LINEAR_GROUPS
 from worker.staging import Staging
 from worker.step_arrays import MAX_MIXED_ROWS, StepArrays, total_size, views
 
-log = structlog.get_logger()
+Output = tuple[torch.Tensor, torch.Tensor]
+Forward = Callable[..., Output]
 
-Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+#: Runs something once, and returns its output and what runs it again into that same output.
+Record = Callable[[Callable[[], Output]], tuple[Output, Callable[[], None]]]
 
 #: Prompts in such a step: with graphs of 1,024 rows more than this are rare, and run without one.
 _MAX_CHUNKS = 16
+
+
+def cuda_recorder() -> Record:
+    """Records CUDA graphs that share their memory: no two may run at once."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+        run()  # Kernels are compiled and libraries loaded outside of the graph.
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            output = run()
+        return output, graph.replay
+
+    return record
 
 
 class StepGraphs:
@@ -33,6 +47,7 @@ class StepGraphs:
     def __init__(
         self,
         forward: Forward,
+        record: Record,
         *,
         max_running: int,
         max_prefill_tokens: int,
@@ -46,8 +61,6 @@ class StepGraphs:
     ) -> None:
         """``forward``: ``ModelRunner.forward``; ``max_length``: tokens of the longest sequence;
         ``rank_levels``: numbers of the slots' ranks that a batch may need, beside none."""
-        started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
-        pool = torch.cuda.graph_pool_handle()
         # All graphs write to one: it is read, if at all, before the next one runs.
         logits = torch.empty(max_running, vocab_size, dtype=dtype, device=device)
         staging = Staging(device)
@@ -62,6 +75,7 @@ class StepGraphs:
         self._graphs = {
             (is_mixed, size, ranks): _StepGraph(
                 forward,
+                record,
                 size,
                 is_mixed=is_mixed,
                 max_length=max_length,
@@ -70,7 +84,6 @@ class StepGraphs:
                 unused=(max_running, unused_page),
                 logits=logits[:size],
                 staging=staging,
-                pool=pool,
                 device=device,
             )
             for is_mixed in (True, False)
@@ -78,16 +91,11 @@ class StepGraphs:
             for ranks in (0, *rank_levels)
         }
         self._sizes = sizes
-        log.info(
-            "graphs_captured",
-            graphs=len(self._graphs),
-            seconds=round(time.monotonic() - started, 1),
-            megabytes=(free - torch.cuda.mem_get_info()[0]) >> 20,
-        )
 
-    def replay(
-        self, step: StepArrays[Int32s], *, num_ranks: int
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def replay(self, step: StepArrays[Int32s], *, num_ranks: int) -> Output | None:
         """Logits and tokens of a batch that needs so many ranks; None if it has no graph."""
         is_mixed = len(step.prefill_tiles) > 0
         sizes = self._sizes[is_mixed]
@@ -115,6 +123,7 @@ class _StepGraph:
     def __init__(
         self,
         forward: Forward,
+        record: Record,
         size: int,
         *,
         is_mixed: bool,
@@ -124,7 +133,6 @@ class _StepGraph:
         unused: tuple[int, int],
         logits: torch.Tensor,
         staging: Staging,
-        pool: Any,
         device: torch.device,
     ) -> None:
         """``unused``: the line of the page table, and its page, of rows without sequence;
@@ -145,11 +153,11 @@ class _StepGraph:
         template.lines.fill_(line)
         template.sampled_lines.fill_(line)
         template.page_updates.view(-1, 3)[:] = torch.tensor([line, 0, page])
-        self._numbers = self._template.to(device)
+        self._numbers = self._template.to(device, copy=True)
         step = views(self._numbers, self._sizes)
         lora = LoraRows([], step.lora_tiles.view(-1, 4), num_ranks)
 
-        def run() -> tuple[torch.Tensor, torch.Tensor]:
+        def run() -> Output:
             return forward(
                 step,
                 max_length=max_length,
@@ -158,13 +166,9 @@ class _StepGraph:
                 logits=logits,
             )
 
-        run()  # Kernels are compiled and libraries loaded outside of the graph.
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            _, self._tokens = run()
+        (_, self._tokens), self._run_again = record(run)
 
-    def replay(self, step: StepArrays[Int32s]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def replay(self, step: StepArrays[Int32s]) -> Output | None:
         """Logits and tokens; None if the batch has more of something than the graph."""
         if any(len(part) > size for part, size in zip(step, self._sizes, strict=True)):
             return None
@@ -173,6 +177,6 @@ class _StepGraph:
         for target, part in zip(views(staged, self._sizes), step, strict=True):
             target.numpy()[: len(part)] = part
         self._numbers.copy_(staged, non_blocking=True)
-        self._graph.replay()
+        self._run_again()
         num_sampled = len(step.sampled_rows)
         return self._logits[:num_sampled], self._tokens[:num_sampled]

@@ -1,0 +1,177 @@
+"""Steps replayed from prepared numbers, without a GPU: what is recorded is run anew each time.
+
+The kernels that graphs need are interpreted, and A stands under the base weights, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.job import Job
+from tests.tiny_models import Oracle, make_adapter, make_llama
+from worker import assembly
+from worker.adapters.slots import rank_levels
+from worker.config import LoraPath, WorkerConfig
+from worker.engine import Engine
+from worker.step_graphs import Output, StepGraphs
+
+if torch.cuda.is_available():
+    pytest.skip("there tests/test_engine.py runs the real graphs", allow_module_level=True)
+
+ADAPTERS = {"three": (3, ("q_proj", "up_proj", "down_proj")), "five": (5, ("v_proj", "o_proj"))}
+MAX_RUNNING, MAX_PREFILL_TOKENS = 5, 24
+
+
+def record(run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
+    logits, tokens = run()
+
+    def run_again() -> None:
+        tokens.copy_(run()[1])
+
+    return (logits, tokens), run_again
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: make_adapter(
+            model_folder,
+            tmp_path_factory.mktemp(name),
+            rank=rank,
+            seed=seed,
+            target_modules=modules,
+        )
+        for seed, (name, (rank, modules)) in enumerate(ADAPTERS.items())
+    }
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[bool, bool, bool]]:
+    """Counts steps by (with prompts, with adapters, replayed)."""
+    counts: Counter[tuple[bool, bool, bool]] = Counter()
+    replay = StepGraphs.replay
+
+    def counted(graphs: StepGraphs, step: Any, *, num_ranks: int) -> Output | None:
+        output = replay(graphs, step, num_ranks=num_ranks)
+        counts[len(step.prefill_tiles) > 0, num_ranks > 0, output is not None] += 1
+        # The next replay overwrites them; a GPU has copied them to the host by then.
+        return output and (output[0].clone(), output[1].clone())
+
+    monkeypatch.setattr(StepGraphs, "replay", counted)
+    return counts
+
+
+@pytest.fixture
+def engine(
+    model_folder: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> Engine:
+    monkeypatch.setattr(assembly, "_stacks_adapters", lambda device: True)
+    engine = Engine(
+        WorkerConfig(
+            model_path=model_folder,
+            lora_paths=tuple(
+                LoraPath(lora_name=name, lora_path=str(path)) for name, path in adapters.items()
+            ),
+            device="cpu",
+            context_length=64,
+            max_total_tokens=256,
+            max_running_requests=MAX_RUNNING,
+            chunked_prefill_size=MAX_PREFILL_TOKENS,
+            max_loras_per_batch=2,
+        )
+    )
+    make_graphs(engine)
+    engine._max_launched = 1  # Launched ahead, as on a GPU.
+    return engine
+
+
+def make_graphs(engine: Engine) -> None:
+    assert engine.slots
+    engine._runner.make_graphs(
+        record,
+        max_prefill_tokens=MAX_PREFILL_TOKENS,
+        max_adapters=2,
+        rank_levels=rank_levels(engine.slots.capacity),
+    )
+
+
+def make_jobs(count: int) -> list[Job]:
+    names = [None, *ADAPTERS]
+    return [
+        Job(
+            id=f"job-{i}",
+            lora=names[i % 3],
+            prompt_token_ids=[(7 * i + j) % 211 for j in range(1 + 5 * i % 30)],
+            max_tokens=3 + i % 5,
+        )
+        for i in range(count)
+    ]
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict[str, list[int]]:
+    sequences = [engine.sequence_of(job) for job in jobs]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.scheduler.running or engine.scheduler.waiting:
+        engine.step()
+    return {sequence.job.id: sequence.output_ids for sequence in sequences}
+
+
+def expected(oracle: Oracle, jobs: list[Job]) -> dict[str, list[int]]:
+    return {
+        job.id: oracle.generate(job.prompt_token_ids or [], job.lora, job.max_tokens)
+        for job in jobs
+    }
+
+
+def test_replayed_steps_give_the_tokens_that_peft_gives(
+    engine: Engine,
+    model_folder: Path,
+    adapters: dict[str, Path],
+    replays: Counter[tuple[bool, bool, bool]],
+) -> None:
+    jobs = make_jobs(13)
+    assert run(engine, jobs) == expected(Oracle(model_folder, adapters), jobs)
+    assert replays[True, True, True]
+    assert replays[False, True, True]
+    assert replays.keys() <= {(True, True, True), (False, True, True), (False, False, True)}
+    assert engine.scheduler.pool.num_used == 0
+
+
+def test_replayed_steps_of_the_base_model_leave_each_others_keys_alone(
+    engine: Engine,
+    model_folder: Path,
+    adapters: dict[str, Path],
+    replays: Counter[tuple[bool, bool, bool]],
+) -> None:
+    jobs = [job.model_copy(update={"lora": None}) for job in make_jobs(9)]
+    assert run(engine, jobs) == expected(Oracle(model_folder, adapters), jobs)
+    assert replays.keys() == {(True, False, True), (False, False, True)}
+
+
+def test_a_step_with_more_prompts_than_its_graph_holds_runs_without_one(
+    engine: Engine,
+    model_folder: Path,
+    adapters: dict[str, Path],
+    replays: Counter[tuple[bool, bool, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the step tells the device, its new pages among it, must not be lost."""
+    monkeypatch.setattr("worker.step_graphs._MAX_CHUNKS", 0)
+    make_graphs(engine)
+    jobs = make_jobs(7)
+    assert run(engine, jobs) == expected(Oracle(model_folder, adapters), jobs)
+    assert replays[True, True, True]
+    assert replays[True, True, False]
+    assert replays[False, True, True]
