@@ -43,35 +43,43 @@ local function is_starved(name)
   return score[name] < starved_before
 end
 
--- Walks over the ready adapters, longest unserved first. An adapter that only another worker has
--- is left to it; one that the queue does not know at all is taken, so that its jobs fail.
-local function sort_ready_adapters()
+-- Adapters that need no slot any more, and the base model.
+local function pick_what_has_a_slot(name)
+  score[name] = tonumber(redis.call('ZSCORE', READY, name) or '')
+  if score[name] and not draining[name] then
+    look_at(name)
+    table.insert(picks, name)
+  end
+end
+
+-- Walks over the other ready adapters, longest unserved first, as far as there may be slots for
+-- them; without a free one only that counts which waits for longest. An adapter that only another
+-- worker has is left to it; one that the queue does not know at all is taken, so that its jobs fail.
+local function find_what_wants_a_slot()
   local first, window = 0, 256
-  while true do
+  local enough = free_slots > 0 and window or 1
+  while #slotless < enough do
     local found = redis.call('ZRANGE', READY, first, first + window - 1, 'WITHSCORES')
     for i = 1, #found, 2 do
       local name = found[i]
-      score[name] = tonumber(found[i + 1])
-      if name == BASE or in_use[name] then
-        if not draining[name] then
-          look_at(name)
-          table.insert(picks, name)
-        end
-      elseif redis.call('SISMEMBER', WORKER .. worker .. ':adapters', name) == 1 then
-        if #slotless < window then
+      if name ~= BASE and not in_use[name] and #slotless < enough then
+        score[name] = tonumber(found[i + 1])
+        if redis.call('SISMEMBER', WORKER .. worker .. ':adapters', name) == 1 then
           look_at(name)
           table.insert(slotless, name)
+        elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
+          table.insert(picks, name)
         end
-      elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
-        table.insert(picks, name)
       end
     end
-    local enough = #picks >= wanted and #slotless >= free_slots
-    if #found < 2 * window or enough then return end
+    if #found < 2 * window then return end
     first = first + window
   end
 end
-sort_ready_adapters()
+
+pick_what_has_a_slot(BASE)
+for name in pairs(in_use) do pick_what_has_a_slot(name) end
+find_what_wants_a_slot()
 
 local function gets_a_slot_before(a, b)
   if is_starved(a) ~= is_starved(b) then return is_starved(a) end
