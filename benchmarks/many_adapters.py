@@ -3,9 +3,9 @@
     python -m benchmarks.many_adapters [--names 10 100 1000 10000]
 
 On an embedded server: so many adapters are registered, each has jobs waiting, and one worker has
-them all. Submitting is `JobQueue.submit` in runs of 500 jobs; a claim takes 4 jobs for a worker with 8
-adapters in use and no free slot, as in steady state, or 288 for an idle one with 8 free slots;
-listing is what `producer lora list` reads. Medians of 20.
+them all. Submitting is `JobQueue.submit` in runs of 500 jobs; a claim takes 4 jobs for a worker
+with 8 adapters in use and no free slot, as in steady state, or 288 for an idle one with 8 free
+slots; listing is what `producer lora list` reads. Medians of 20.
 """
 
 from __future__ import annotations
