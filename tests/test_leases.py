@@ -33,3 +33,10 @@ def test_removing_a_former_lease_leaves_the_new_one() -> None:
     assert held.held() == [Lease("job", "2")]
     assert held.remove([Lease("job", "2")]) == {Lease("job", "2")}
     assert len(held) == 0
+
+
+def test_who_knows_what_is_pinned_may_ask_for_what_is_held() -> None:
+    """The registry does, from another thread, while it holds a lock of its own."""
+    leases = Leases(max_jobs=2, max_adapters=2, pinned=lambda: leases.adapters())
+    assert leases.request(()).in_use == []
+    assert leases.drain_for("starving") is None

@@ -60,8 +60,10 @@ class Leases:
 
     def request(self, resident: Collection[str]) -> ClaimRequest:
         """What can be claimed now beside what is held."""
+        # Asked for without the lock: who knows what is pinned may be asking what is held here.
+        pinned = set(self._pinned())
         with self._lock:
-            in_use = self._jobs_by_adapter.keys() | set(self._pinned())
+            in_use = self._jobs_by_adapter.keys() | pinned
             return ClaimRequest(
                 num_jobs=max(0, self._max_jobs - len(self._held)),
                 free_slots=max(0, self._max_adapters - len(in_use)),
@@ -75,8 +77,9 @@ class Leases:
 
         The choice falls on the one in use for longest. Returns it if it was chosen now.
         """
+        pinned = set(self._pinned())
         with self._lock:
-            candidates = self._in_use_since.keys() - set(self._pinned())
+            candidates = self._in_use_since.keys() - pinned
             if not starving or self._draining or not candidates:
                 return None
             self._draining = min(candidates, key=lambda name: self._in_use_since[name])

@@ -87,10 +87,13 @@ class DesiredStateFollower:
             return
         try:
             folder = self._allowed(record.source)
-            loaded = self._registry.load(name, folder, record.version)
         except BadInput as error:
             self._registry.refuse(name, record.version, str(error))
             return
+        try:
+            loaded = self._registry.load(name, folder, record.version)
+        except BadInput:
+            return  # The registry has noted why.
         recorded = self._queue.adopt_revision(name, record.version, loaded.revision)
         if recorded not in (None, loaded.revision):
             self._registry.refuse(
