@@ -401,6 +401,23 @@ def test_the_registry_reports_what_the_queue_is_to_know(model_folder: Path, fold
     }
 
 
+def test_limits_are_inferred_from_adapters_too_that_others_have_evicted(
+    model_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    small = make_adapter(model_folder, tmp_path, rank=2, seed=2, target_modules=("v_proj",))
+    paths = {"large": folder, "small": small}
+    config = WorkerConfig(
+        model_path=model_folder,
+        lora_paths=tuple(LoraPath(lora_name=n, lora_path=str(p)) for n, p in paths.items()),
+        max_loaded_loras=1,
+        max_loras_per_batch=1,
+        device="cpu",
+    )
+    known = load_registry(config, ModelConfig.from_folder(model_folder), torch.float32)
+    for name in ("large", "small", "large"):
+        assert known.get(name)
+
+
 def test_a_missing_adapter_folder_is_named(model_folder: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     expected = f"--lora-paths mine: there is no folder {gone}."

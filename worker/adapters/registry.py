@@ -272,17 +272,20 @@ def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) 
     registry = AdapterRegistry(
         loader, max_loaded=config.max_loaded_loras, policy=config.lora_eviction_policy
     )
+    max_rank, modules = 0, frozenset[str]()
     for lora in config.lora_paths:
         try:
             registry.load(lora.lora_name, lora.folder, version=0)
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
+        # Looked at now: the next one may evict it.
+        if adapter := registry.get(lora.lora_name):
+            max_rank = max(max_rank, adapter.rank)
+            modules |= adapter.target_modules
     registry.pin(lora.lora_name for lora in config.lora_paths if lora.pinned)
-    adapters = registry.loaded
-    modules = frozenset[str]().union(*(adapter.target_modules for adapter in adapters))
     registry.loader = replace(
         loader,
-        max_rank=config.max_lora_rank or max((adapter.rank for adapter in adapters), default=0),
+        max_rank=config.max_lora_rank or max_rank,
         target_modules=config.lora_target_modules or modules,
     )
     return registry
