@@ -128,6 +128,14 @@ def test_an_evicted_adapter_whose_files_are_gone_fails_its_jobs(folder: Path) ->
         known.get("a")
 
 
+def test_an_adapter_unloaded_while_it_is_read_again_does_not_come_back(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    known.prepare = lambda adapter: known.keep_only({"b"})
+    assert known.get("a")
+    assert known.get("a") is None
+    assert loaded(known) == "b"
+
+
 # --- Loading again, refusing, forgetting --------------------------------------------------------
 
 

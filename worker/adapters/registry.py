@@ -90,7 +90,9 @@ class AdapterRegistry:
                     " load it again",
                 )
             with self._lock:
-                self._keep(name, adapter)
+                # Else it was unloaded while it was read; the job at hand still runs with it.
+                if self._known.get(name) is known:
+                    self._keep(name, adapter)
             return adapter
 
     def load(self, name: str, source: Path, version: int) -> KnownAdapter:
