@@ -142,7 +142,8 @@ class Engine:
         for sequence in batch.sampled:
             sequence.num_in_flight += 1
         self._count(batch)
-        if self._residency:
+        if self.slots and self._residency:
+            self.slots.note_launched(batch.adapters)
             self._residency.prefetch()
 
     def collect(self, *, all_launched: bool = False) -> list[Sequence]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection
 from itertools import chain
+from weakref import WeakKeyDictionary
 
 import structlog
 import torch
 
+from worker.adapters.last_reads import LastReads
 from worker.adapters.peft_format import Adapter
 from worker.model.config import LINEAR_GROUPS, ModelConfig
 from worker.model.lora_linear import LoraWeights
@@ -16,8 +18,13 @@ from worker.model.weights import DecoderWeights
 
 log = structlog.get_logger()
 
+#: An adapter takes at least so many ranks: rows of 8 numbers of 2 bytes stay aligned to 16 bytes,
+#: as the products need to be fast.
+_LEAST_RANKS = 8
+
 #: Where the adapter's A and B of one linear group of one layer stand on the host.
 _Place = tuple[int, str]
+_Packed = dict[_Place, tuple[torch.Tensor, torch.Tensor]]
 
 
 def rank_capacity(num_slots: int, max_rank: int) -> int:
@@ -77,12 +84,14 @@ class AdapterSlots:
         self.num_loads = 0
         self.pinned: frozenset[Adapter] = frozenset()
         """They stay where they stand whether they are in use or not."""
-        # Weights come on a stream of their own, while the engine's computes.
-        self._stream: torch.cuda.Stream | None = None
+        self.stream: torch.cuda.Stream | None = None
+        """On which weights come to a GPU, while the engine's computes."""
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arriving: dict[Adapter, torch.cuda.Event] = {}
-        self._on_host: dict[Adapter, dict[_Place, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._last_reads = LastReads[torch.cuda.Event](self.capacity, _LEAST_RANKS)
+        #: Page-locked, as long as anybody holds the adapter.
+        self._on_host: WeakKeyDictionary[Adapter, _Packed] = WeakKeyDictionary()
         base: list[dict[str, torch.Tensor]] = [{}] * model.num_layers
         if stacked:
             base = [layer.linears for layer in stacked.layers]
@@ -93,6 +102,8 @@ class AdapterSlots:
             }
             for linears in base
         ]
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # It makes those zeros.
 
     @property
     def resident(self) -> list[str]:
@@ -124,15 +135,13 @@ class AdapterSlots:
 
     def prepare(self, adapter: Adapter) -> None:
         """Lay out an adapter in page-locked host memory, for a GPU to copy while it computes."""
-        if self._stream:
+        if self.stream and adapter not in self._on_host:
             self._on_host[adapter] = self._pack(adapter, page_locked=True)
 
     def forget_all_but(self, adapters: Collection[Adapter]) -> None:
-        """Let go of every other adapter, in the slots and in page-locked memory."""
+        """Let go of every other adapter."""
         for adapter in [a for a in self._first_ranks if a not in adapters]:
             self._vacate(adapter)
-        for adapter in [a for a in list(self._on_host) if a not in adapters]:
-            self._on_host.pop(adapter, None)
 
     def place(self, adapter: Adapter, in_use: Collection[Adapter]) -> int:
         """The first rank of the adapter, which is loaded, if need be, over one that is not in use.
@@ -147,10 +156,18 @@ class AdapterSlots:
             torch.cuda.current_stream().wait_event(arrival)
         return self._first_ranks[adapter]
 
+    def note_launched(self, adapters: Collection[Adapter]) -> None:
+        """A batch that reads these resident adapters has been launched."""
+        if self.stream is None or not adapters:
+            return
+        end = torch.cuda.current_stream().record_event()
+        for adapter in adapters:
+            self._last_reads.note(self._first_ranks[adapter], _rank_class(adapter.rank), end)
+
     @property
     def can_prefetch(self) -> bool:
         """Whether ``bring`` returns before the weights have come, and batches go on meanwhile."""
-        return self._stream is not None
+        return self.stream is not None
 
     def bring(self, adapter: Adapter, in_use: Collection[Adapter]) -> bool:
         """See that the adapter stands in a slot, or is on its way there; False if there is no room.
@@ -202,28 +219,29 @@ class AdapterSlots:
     def _load(self, adapter: Adapter, first: int) -> None:
         """Copy an adapter's factors; modules that it leaves alone become zero."""
         packed = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
-        if self._stream is None:
+        if self.stream is None:
             self._copy(packed, adapter.rank, first)
             return
-        # Batches that are launched may still read what stood there.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        # Batches that are launched may still read what stood there. (The product over all slots
+        # reads what is half copied, too; nobody reads those columns of its result.)
+        for end in self._last_reads.of(first, _rank_class(adapter.rank)):
+            self.stream.wait_event(end)
+        with torch.cuda.stream(self.stream):
             self._copy(packed, adapter.rank, first)
-        self._arriving[adapter] = self._stream.record_event()
+        self._arriving[adapter] = self.stream.record_event()
 
-    def _copy(
-        self, packed: dict[_Place, tuple[torch.Tensor, torch.Tensor]], rank: int, first: int
-    ) -> None:
+    def _copy(self, packed: _Packed, rank: int, first: int) -> None:
         end = first + rank
+        targets, sources = [], []
         for (layer, group), (a, b) in packed.items():
             weights = self.weights[layer][group]
             parts = len(weights.part_sizes)
-            weights.a[parts * first : parts * end].copy_(a, non_blocking=True)
-            weights.b[first:end].copy_(b, non_blocking=True)
+            targets += [weights.a[parts * first : parts * end], weights.b[first:end]]
+            sources += [a, b]
+        if targets:  # One call: 256 copies of an 8B model take the host as long as the bus.
+            torch._foreach_copy_(targets, sources, non_blocking=True)
 
-    def _pack(
-        self, adapter: Adapter, *, page_locked: bool
-    ) -> dict[_Place, tuple[torch.Tensor, torch.Tensor]]:
+    def _pack(self, adapter: Adapter, *, page_locked: bool) -> _Packed:
         """For each layer and group A [parts * rank, in_features] and B [rank, out_features]."""
         shapes = [
             (layer, group, len(weights.part_sizes) * adapter.rank, *weights.a.shape[1:], weights)
@@ -264,6 +282,5 @@ class AdapterSlots:
 
 
 def _rank_class(rank: int) -> int:
-    """The next power of two, and at least 8: rows of 8 numbers of 2 bytes stay aligned to 16, as
-    the products need to be fast."""
-    return max(8, 1 << (rank - 1).bit_length())
+    """Ranks that an adapter takes: the next power of two."""
+    return max(_LEAST_RANKS, 1 << (rank - 1).bit_length())
