@@ -46,6 +46,8 @@ class DiskReader:
         self._engine, self._slots, self._folders = engine, slots, folders
         self._on, self._ended = threading.Event(), threading.Event()
         self.num_read = 0
+        self.is_reading = False
+        """Also for a while after it was told to stop: it reads the adapter to its end."""
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
@@ -62,7 +64,9 @@ class DiskReader:
             self._on.wait()
             if self._ended.is_set():
                 return
+            self.is_reading = True
             self._slots.prepare(self._engine.adapters.loader.load(folder.name, folder))
+            self.is_reading = False
             self.num_read += 1
 
 
@@ -70,11 +74,11 @@ def step_times(
     engine: Engine, jobs: list[Job], bring: Callable[[], object], reader: DiskReader
 ) -> dict[bool, list[float]]:
     """Milliseconds between the ends of steps without prompts: calm ones, and those of phases with
-    loads. A phase's first steps, which may wait for the last of the other phase, do not count."""
+    loads. Steps that may still have to do with the phase before do not count."""
     for sequence in [engine.sequence_of(job) for job in jobs]:
         engine.add(sequence)
     times: dict[bool, list[float]] = defaultdict(list)
-    step, had_prompts, ended = 0, True, time.perf_counter()
+    step, had_prompts, was_reading, ended = 0, True, False, time.perf_counter()
     while batch := engine.schedule():
         is_churning = step // PHASE % 2 == 1
         reader.run(is_churning)
@@ -84,9 +88,11 @@ def step_times(
         engine.collect()
         now = time.perf_counter()
         # What has just ended is the batch before.
-        if not had_prompts and step % PHASE > 3:
+        is_clear = step % PHASE > 3 and (is_churning or not was_reading)
+        if not had_prompts and is_clear:
             times[is_churning].append(1000 * (now - ended))
         had_prompts, ended, step = bool(batch.chunks), now, step + 1
+        was_reading = reader.is_reading
     engine.collect(all_launched=True)
     return times
 

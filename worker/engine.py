@@ -18,6 +18,7 @@ from worker.adapters.residency import AdapterResidency
 from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
+from worker.device_memory import use_expandable_segments
 from worker.kv_cache import PAGE_SIZE, PagePool, pages_that_fit
 from worker.model.config import ModelConfig
 from worker.model_runner import Launched
@@ -47,6 +48,8 @@ class Engine:
     def __init__(self, config: WorkerConfig) -> None:
         """Load everything; raises BadInput for what a person must mend."""
         self.device = config.resolved_device
+        if self.device.type == "cuda":
+            use_expandable_segments()
         model = ModelConfig.from_folder(config.model_path)
         self.dtype = config.resolved_dtype(model.dtype)
         self.context_length = _context_length(config, model)

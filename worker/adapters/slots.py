@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection
-from itertools import chain
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import structlog
@@ -22,9 +22,36 @@ log = structlog.get_logger()
 #: as the products need to be fast.
 _LEAST_RANKS = 8
 
-#: Where the adapter's A and B of one linear group of one layer stand on the host.
-_Place = tuple[int, str]
-_Packed = dict[_Place, tuple[torch.Tensor, torch.Tensor]]
+#: Page-locked memory is taken, and goes to the device, in pieces of about so many bytes: while the
+#: driver locks pages, whoever launches a batch waits for it. The size that torch rounds up to.
+_PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """A or B of one linear group of one layer, for the ranks of all slots."""
+
+    layer: int
+    group: str
+    is_b: bool
+    memory: torch.Tensor
+    """Flat; a rank takes ``per_rank`` numbers of it."""
+    per_rank: int
+
+    def of_ranks(self, first: int, end: int) -> torch.Tensor:
+        return self.memory[first * self.per_rank : end * self.per_rank]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some of an adapter's factors, one behind the other in host memory."""
+
+    memory: torch.Tensor
+    factors: list[_Factor]
+
+    def split(self, memory: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+        """What each of ``factors`` has in ``memory``, this one or a copy of it."""
+        return torch.split(memory, [rank * factor.per_rank for factor in self.factors])
 
 
 def rank_capacity(num_slots: int, max_rank: int) -> int:
@@ -91,7 +118,7 @@ class AdapterSlots:
         self._arriving: dict[Adapter, torch.cuda.Event] = {}
         self._last_reads = LastReads[torch.cuda.Event](self.capacity, _LEAST_RANKS)
         #: Page-locked, as long as anybody holds the adapter.
-        self._on_host: WeakKeyDictionary[Adapter, _Packed] = WeakKeyDictionary()
+        self._on_host: WeakKeyDictionary[Adapter, list[_Piece]] = WeakKeyDictionary()
         base: list[dict[str, torch.Tensor]] = [{}] * model.num_layers
         if stacked:
             base = [layer.linears for layer in stacked.layers]
@@ -101,6 +128,14 @@ class AdapterSlots:
                 for group in spare_rows(target_modules, self.capacity)
             }
             for linears in base
+        ]
+        self._factors = [
+            _Factor(
+                layer, group, memory is weights.b, memory.view(-1), memory.numel() // self.capacity
+            )
+            for layer, groups in enumerate(self.weights)
+            for group, weights in groups.items()
+            for memory in (weights.a, weights.b)
         ]
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())  # It makes those zeros.
@@ -126,12 +161,8 @@ class AdapterSlots:
 
     def num_bytes(self, adapter: Adapter) -> int:
         """Memory that the adapter takes in the slots, ranks up to its class included."""
-        ranks = _rank_class(adapter.rank)
-        return sum(
-            ranks * (len(w.part_sizes) * w.a.shape[1] + w.b.shape[1]) * w.b.itemsize
-            for groups in self.weights
-            for w in groups.values()
-        )
+        per_rank = sum(factor.per_rank * factor.memory.itemsize for factor in self._factors)
+        return _rank_class(adapter.rank) * per_rank
 
     def prepare(self, adapter: Adapter) -> None:
         """Lay out an adapter in page-locked host memory, for a GPU to copy while it computes."""
@@ -218,54 +249,49 @@ class AdapterSlots:
 
     def _load(self, adapter: Adapter, first: int) -> None:
         """Copy an adapter's factors; modules that it leaves alone become zero."""
-        packed = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
+        pieces = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
         if self.stream is None:
-            self._copy(packed, adapter.rank, first)
+            self._copy(pieces, adapter.rank, first)
             return
         # Batches that are launched may still read what stood there. (The product over all slots
         # reads what is half copied, too; nobody reads those columns of its result.)
         for end in self._last_reads.of(first, _rank_class(adapter.rank)):
             self.stream.wait_event(end)
         with torch.cuda.stream(self.stream):
-            self._copy(packed, adapter.rank, first)
+            self._copy(pieces, adapter.rank, first)
         self._arriving[adapter] = self.stream.record_event()
 
-    def _copy(self, packed: _Packed, rank: int, first: int) -> None:
-        end = first + rank
-        targets, sources = [], []
-        for (layer, group), (a, b) in packed.items():
-            weights = self.weights[layer][group]
-            parts = len(weights.part_sizes)
-            targets += [weights.a[parts * first : parts * end], weights.b[first:end]]
-            sources += [a, b]
-        if targets:  # One call: 256 copies of an 8B model take the host as long as the bus.
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+    def _copy(self, pieces: list[_Piece], rank: int, first: int) -> None:
+        # Piece by piece and spread out there: a copy from the host for each of the 256 factors of
+        # an 8B model takes the host longer than the bus takes for an adapter of rank 16.
+        for piece in pieces:
+            arrived = piece.memory.to(self._device, non_blocking=True)
+            targets = [factor.of_ranks(first, first + rank) for factor in piece.factors]
+            torch._foreach_copy_(targets, piece.split(arrived, rank))
 
-    def _pack(self, adapter: Adapter, *, page_locked: bool) -> _Packed:
-        """For each layer and group A [parts * rank, in_features] and B [rank, out_features]."""
-        shapes = [
-            (layer, group, len(weights.part_sizes) * adapter.rank, *weights.a.shape[1:], weights)
-            for layer, groups in enumerate(self.weights)
-            for group, weights in groups.items()
-        ]
-        sizes = ((rows * columns, adapter.rank * w.b.shape[1]) for _, _, rows, columns, w in shapes)
-        counts = list(chain.from_iterable(sizes))
-        # One piece of memory: page-locking is slow by the piece.
-        memory = torch.zeros(sum(counts), dtype=self._dtype, pin_memory=page_locked)
-        pieces = iter(torch.split(memory, counts))
-        packed = {}
-        for layer, group, rows, columns, weights in shapes:
-            a = next(pieces).view(rows, columns)
-            b = next(pieces).view(adapter.rank, -1)
-            columns_of = torch.split(b, weights.part_sizes, dim=1)
-            for part, module in enumerate(LINEAR_GROUPS[group]):
-                if factors := adapter.factors.get((layer, module)):
-                    # A module of a smaller rank leaves the adapter's other ranks zero.
-                    rank = len(factors.a)
-                    a[part * adapter.rank :][:rank] = factors.a
-                    columns_of[part][:rank] = factors.b
-            packed[layer, group] = a, b
-        return packed
+    def _pack(self, adapter: Adapter, *, page_locked: bool) -> list[_Piece]:
+        """The adapter's factors in host memory; ranks that a module does not have are zero."""
+        pieces = []
+        for factors in _cut(self._factors, adapter.rank):
+            size = adapter.rank * sum(factor.per_rank for factor in factors)
+            memory = torch.zeros(size, dtype=self._dtype, pin_memory=page_locked)
+            piece = _Piece(memory, factors)
+            for factor, target in zip(factors, piece.split(memory, adapter.rank), strict=True):
+                self._fill(target, factor, adapter)
+            pieces.append(piece)
+        return pieces
+
+    def _fill(self, target: torch.Tensor, factor: _Factor, adapter: Adapter) -> None:
+        modules = LINEAR_GROUPS[factor.group]
+        if factor.is_b:
+            part_sizes = self.weights[factor.layer][factor.group].part_sizes
+            parts = torch.split(target.view(adapter.rank, -1), list(part_sizes), dim=1)
+        else:
+            parts = target.view(len(modules), adapter.rank, -1).unbind()
+        for part, module in zip(parts, modules, strict=True):
+            if given := adapter.factors.get((factor.layer, module)):
+                source = given.b if factor.is_b else given.a
+                part[: len(source)] = source
 
     def _make_weights(self, group: str, stacked: torch.Tensor | None) -> LoraWeights:
         parts = LINEAR_GROUPS[group]
@@ -284,3 +310,18 @@ class AdapterSlots:
 def _rank_class(rank: int) -> int:
     """Ranks that an adapter takes: the next power of two."""
     return max(_LEAST_RANKS, 1 << (rank - 1).bit_length())
+
+
+def _cut(factors: list[_Factor], rank: int) -> Iterator[list[_Factor]]:
+    """Parts of the list whose bytes at that rank make up at most a piece, if there are several."""
+    part: list[_Factor] = []
+    num_bytes = 0
+    for factor in factors:
+        size = rank * factor.per_rank * factor.memory.itemsize
+        if part and num_bytes + size > _PIECE_BYTES:
+            yield part
+            part, num_bytes = [], 0
+        part.append(factor)
+        num_bytes += size
+    if part:
+        yield part
