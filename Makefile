@@ -27,7 +27,7 @@ test: check ## Check the code and run all tests
 	$(BIN)/pytest -n 2
 
 test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
-	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_engine.py tests/test_real_model.py
+	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_blas.py tests/test_engine.py tests/test_real_model.py
 
 # Every allocation by itself, so that a kernel that leaves its tensor is seen.
 sanitize-gpu: ## Run the kernels under compute-sanitizer

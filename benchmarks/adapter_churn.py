@@ -87,9 +87,10 @@ def step_times(
         engine.launch(batch)
         engine.collect()
         now = time.perf_counter()
-        # What has just ended is the batch before.
+        # What has just ended is the batch before, and the host launched one meanwhile, which takes
+        # it longer with prompts.
         is_clear = step % PHASE > 3 and (is_churning or not was_reading)
-        if not had_prompts and is_clear:
+        if not had_prompts and not batch.chunks and is_clear:
             times[is_churning].append(1000 * (now - ended))
         had_prompts, ended, step = bool(batch.chunks), now, step + 1
         was_reading = reader.is_reading

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kernels.blas import choosing_libraries
 from kernels.lora_segments import TILE_ROWS, LoraRows
 from kernels.paged_attention_prefill import PREFILL_TILE, PrefillRows
 from worker.batch import Int32s
@@ -30,7 +31,8 @@ def cuda_recorder() -> Record:
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], Output]) -> tuple[Output, Callable[[], None]]:
-        run()  # Kernels are compiled and libraries loaded outside of the graph.
+        with choosing_libraries():
+            run()  # Kernels are compiled and libraries loaded outside of the graph, too.
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):

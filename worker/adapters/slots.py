@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from weakref import WeakKeyDictionary
 
 import structlog
@@ -115,6 +116,7 @@ class AdapterSlots:
         """On which weights come to a GPU, while the engine's computes."""
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._second_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arriving: dict[Adapter, torch.cuda.Event] = {}
         self._last_reads = LastReads[torch.cuda.Event](self.capacity, _LEAST_RANKS)
         #: Page-locked, as long as anybody holds the adapter.
@@ -250,24 +252,29 @@ class AdapterSlots:
     def _load(self, adapter: Adapter, first: int) -> None:
         """Copy an adapter's factors; modules that it leaves alone become zero."""
         pieces = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
+        end = first + adapter.rank
         if self.stream is None:
-            self._copy(pieces, adapter.rank, first)
+            for piece in pieces:
+                self._copy(piece, first, end)
             return
         # Batches that are launched may still read what stood there. (The product over all slots
         # reads what is half copied, too; nobody reads those columns of its result.)
-        for end in self._last_reads.of(first, _rank_class(adapter.rank)):
-            self.stream.wait_event(end)
-        with torch.cuda.stream(self.stream):
-            self._copy(pieces, adapter.rank, first)
+        for read in self._last_reads.of(first, _rank_class(adapter.rank)):
+            self.stream.wait_event(read)
+        self._second_stream.wait_stream(self.stream)
+        # On two streams in turn: one piece comes over the bus while the other is spread out.
+        for piece, stream in zip(pieces, cycle((self.stream, self._second_stream)), strict=False):
+            with torch.cuda.stream(stream):
+                self._copy(piece, first, end)
+        self.stream.wait_stream(self._second_stream)
         self._arriving[adapter] = self.stream.record_event()
 
-    def _copy(self, pieces: list[_Piece], rank: int, first: int) -> None:
-        # Piece by piece and spread out there: a copy from the host for each of the 256 factors of
-        # an 8B model takes the host longer than the bus takes for an adapter of rank 16.
-        for piece in pieces:
-            arrived = piece.memory.to(self._device, non_blocking=True)
-            targets = [factor.of_ranks(first, first + rank) for factor in piece.factors]
-            torch._foreach_copy_(targets, piece.split(arrived, rank))
+    def _copy(self, piece: _Piece, first: int, end: int) -> None:
+        # A copy from the host for each of the 256 factors of an 8B model takes the host longer than
+        # the bus takes for an adapter of rank 16.
+        arrived = piece.memory.to(self._device, non_blocking=True)
+        targets = [factor.of_ranks(first, end) for factor in piece.factors]
+        torch._foreach_copy_(targets, piece.split(arrived, end - first))
 
     def _pack(self, adapter: Adapter, *, page_locked: bool) -> list[_Piece]:
         """The adapter's factors in host memory; ranks that a module does not have are zero."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from kernels.blas import product
 from kernels.linear import Linear
 from kernels.lora_expand import lora_expand
 from kernels.lora_segments import LoraRows
@@ -52,7 +52,7 @@ class LoraLinear:
             return self._linear(x), lora_shrink(x, self.lora.a, rows, self.num_parts)
         out_features = sum(self.lora.part_sizes)
         # Ranks beyond the batch's adapters are left out; those between them come for nothing.
-        both = F.linear(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
+        both = product(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
         return both[:, :out_features], both[:, out_features:]
 
     @property
