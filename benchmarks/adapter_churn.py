@@ -60,6 +60,7 @@ class DiskReader:
         self._thread.join()
 
     def _read(self) -> None:
+        torch.set_num_threads(1)  # As the worker's thread does.
         for folder in cycle(self._folders):
             self._on.wait()
             if self._ended.is_set():

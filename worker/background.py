@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import structlog
+import torch
 
 from broker.connection import may_pass
 
@@ -39,6 +40,7 @@ class BackgroundLoop(threading.Thread):
         self.failure: Exception | None = None
 
     def run(self) -> None:
+        torch.set_num_threads(1)  # Of this thread: the engine's need the cores.
         pause = _FIRST_PAUSE
         while not self._stopping.is_set():
             try:
