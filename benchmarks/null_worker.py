@@ -62,7 +62,7 @@ class NullEngine(Engine):
         self.device = torch.device("cpu")
         self.adapters = AdapterRegistry(NullLoader())
         for name in adapters:
-            self.adapters.load(name, Path("/null"), version=0)
+            self.adapters.serve(name, self.adapters.read(name, Path("/null"), version=0))
         self.slots = None
         self.tokenizer = Tokenizer(Path("no-such-folder"), vocab_size=1)
         self.counters = EngineCounters()

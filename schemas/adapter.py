@@ -17,6 +17,15 @@ AdapterName = Annotated[
 Unloading = Literal["drain", "force"]
 
 
+class AdapterVersion(BaseModel):
+    """One state of the files of an adapter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    revision: str
+
+
 class AdapterRecord(BaseModel):
     """One field of the desired state ``{queue}:adapters``: what workers shall do with it."""
 
@@ -32,3 +41,6 @@ class AdapterRecord(BaseModel):
     version: int = 0
     """That of the desired state when it was last loaded or announced: once it changes, the source
     is to be read again."""
+    previous: AdapterVersion | None = None
+    """What the last load is to replace: it is served until a worker has read the new source, so for
+    good if none can."""

@@ -11,7 +11,7 @@ from redis import ResponseError
 
 from broker.job_queue import RETIRE_LIMIT, JobQueue, script_text
 from broker.queue_reader import QueueReader
-from schemas.adapter import AdapterRecord
+from schemas.adapter import AdapterRecord, AdapterVersion
 from schemas.errors import LorryError
 from schemas.worker_state import AdapterCounts, WorkerState
 from tests.test_job_queue import claim, jobs, join, keys_left, result, submit
@@ -119,7 +119,24 @@ def test_a_second_load_of_a_name_is_to_be_read_again(queue: JobQueue) -> None:
     queue.set_adapter("sql", "/sql", pinned=True)
     queue.adopt_revision("sql", 1, "r1")
     assert queue.set_adapter("sql", "/sql", pinned=False) == 2
-    assert record(queue) == AdapterRecord(source="/sql", version=2)
+    assert record(queue) == AdapterRecord(
+        source="/sql", version=2, previous=AdapterVersion(source="/sql", revision="r1")
+    )
+
+
+def test_what_was_read_last_stays_on_record_until_its_replacement_was_read(
+    queue: JobQueue, control: Control
+) -> None:
+    queue.announce({"sql": announced()})
+    for version, source in enumerate(("/gone", "/gone too"), start=2):
+        assert queue.set_adapter("sql", source, pinned=False) == version
+        assert record(queue).previous == AdapterVersion(source="/sql", revision="r1")
+    assert control.heard() == [1, 2, 3]
+    assert queue.adopt_revision("sql", 3, "r2") == "r2"
+    assert record(queue) == AdapterRecord(source="/gone too", revision="r2", version=3)
+    assert control.heard() == [4]
+    assert queue.adopt_revision("sql", 3, "r2") == "r2"
+    assert control.heard() == []
 
 
 def test_a_load_ends_an_unloading(queue: JobQueue) -> None:

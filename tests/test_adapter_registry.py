@@ -43,8 +43,13 @@ def folder(tmp_path: Path) -> Path:
 def registry(folder: Path, names: str, **limits: object) -> AdapterRegistry:
     made = AdapterRegistry(TextLoader(), **limits)  # type: ignore[arg-type]
     for version, name in enumerate(names, start=1):
-        made.load(name, folder / name, version)
+        load(made, name, folder / name, version)
     return made
+
+
+def load(known: AdapterRegistry, name: str, source: Path, version: int) -> None:
+    """Read an adapter and serve it, as a worker does at its start."""
+    known.serve(name, known.read(name, source, version))
 
 
 def loaded(known: AdapterRegistry) -> str:
@@ -62,7 +67,7 @@ def num_read(known: AdapterRegistry, name: str) -> int:
 def test_the_least_recently_used_adapter_makes_room(folder: Path) -> None:
     known = registry(folder, "abc", max_loaded=3)
     known.get("a")
-    known.load("d", folder / "d", 4)
+    load(known, "d", folder / "d", 4)
     assert loaded(known) == "acd"
     assert set(known.revisions) == set("abcd")
     assert known.counts["b"].evictions == 1
@@ -71,7 +76,7 @@ def test_the_least_recently_used_adapter_makes_room(folder: Path) -> None:
 def test_by_fifo_the_first_one_loaded_makes_room(folder: Path) -> None:
     known = registry(folder, "abc", max_loaded=3, policy="fifo")
     known.get("a")
-    known.load("d", folder / "d", 4)
+    load(known, "d", folder / "d", 4)
     assert loaded(known) == "bcd"
 
 
@@ -79,17 +84,17 @@ def test_adapters_in_use_and_pinned_ones_stay(folder: Path) -> None:
     known = registry(folder, "abc", max_loaded=3)
     known.in_use = lambda: ["a"]
     known.pin("b")
-    known.load("d", folder / "d", 4)
+    load(known, "d", folder / "d", 4)
     assert loaded(known) == "abd"
 
 
 def test_while_all_are_in_use_there_is_one_too_many_until_the_next_load(folder: Path) -> None:
     known = registry(folder, "ab", max_loaded=2)
     known.in_use = lambda: ["a", "b"]
-    known.load("c", folder / "c", 3)
+    load(known, "c", folder / "c", 3)
     assert loaded(known) == "abc"
     known.in_use = list
-    known.load("d", folder / "d", 4)
+    load(known, "d", folder / "d", 4)
     assert loaded(known) == "cd"
 
 
@@ -106,7 +111,7 @@ def test_an_evicted_adapter_comes_back_with_the_same_revision(folder: Path) -> N
 def test_an_evicted_adapter_that_a_sequence_still_holds_is_not_read_again(folder: Path) -> None:
     known = registry(folder, "a", max_loaded=1)
     held = known.get("a")
-    known.load("b", folder / "b", 2)
+    load(known, "b", folder / "b", 2)
     assert known.get("a") is held
     assert num_read(known, "a") == 1
 
@@ -142,7 +147,7 @@ def test_an_adapter_unloaded_while_it_is_read_again_does_not_come_back(folder: P
 def test_loading_unchanged_files_again_reads_nothing(folder: Path) -> None:
     known = registry(folder, "a")
     before = known.get("a")
-    known.load("a", folder / "a", 7)
+    load(known, "a", folder / "a", 7)
     assert known.get("a") is before
     assert num_read(known, "a") == 1
     assert known.seen_version("a") == 7
@@ -152,7 +157,7 @@ def test_loading_changed_files_again_is_a_replacement(folder: Path) -> None:
     known = registry(folder, "a")
     before, generation = known.get("a"), known.generation
     (folder / "a" / "weights").write_text("second a")
-    known.load("a", folder / "a", 7)
+    load(known, "a", folder / "a", 7)
     after = known.get("a")
     assert after is not before
     assert after is not None
@@ -161,19 +166,24 @@ def test_loading_changed_files_again_is_a_replacement(folder: Path) -> None:
     assert known.generation > generation
 
 
-def test_a_replacement_that_cannot_be_read_leaves_the_name_unserved(folder: Path) -> None:
+def test_what_is_served_stays_while_its_replacement_cannot_be_read(folder: Path) -> None:
     known = registry(folder, "a")
-    with pytest.raises(BadInput):
-        known.load("a", folder / "gone", 7)
+    before = known.get("a")
+    with pytest.raises(BadInput, match="there is no folder"):
+        known.read("a", folder / "gone", 7)
+    known.refuse("a", 7, "for a reason")
+    assert known.get("a") is before
+    assert known.errors == {"a": "for a reason"}
+    assert known.seen_version("a") == 7
+    known.forget("a")
     assert known.get("a") is None
-    assert known.errors == {"a": f"there is no folder {folder / 'gone'}."}
     assert known.seen_version("a") == 7
 
 
 def test_a_load_after_a_refusal_serves_the_name_again(folder: Path) -> None:
     known = registry(folder, "")
     known.refuse("a", 3, "for a reason")
-    known.load("a", folder / "a", 4)
+    load(known, "a", folder / "a", 4)
     assert known.errors == {}
     assert known.get("a")
 

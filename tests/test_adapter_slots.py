@@ -398,6 +398,7 @@ def test_the_registry_reports_what_the_queue_is_to_know(model_folder: Path, fold
         "pinned": True,
         "unloading": None,
         "version": 0,
+        "previous": None,
     }
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from schemas.errors import BadInput
 from schemas.job import Job
+from tests.test_adapter_registry import load
 from tests.test_adapter_slots import MAX_RANK, MODEL
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
@@ -71,7 +72,7 @@ class Worker:
         self.pinned: set[str] = set()
 
     def load(self, name: str) -> None:
-        self.registry.load(name, Path("/memory") / name, next(self.versions))
+        load(self.registry, name, Path("/memory") / name, next(self.versions))
 
     def replace(self, name: str) -> None:
         self.memory.trained[name] += 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from broker.job_queue import ClaimRequest, JobQueue
 from schemas.adapter import AdapterRecord
 from schemas.job import Job
-from tests.test_adapter_registry import TextLoader
+from tests.test_adapter_registry import TextLoader, load
 from worker.adapters.follower import DesiredStateFollower
 from worker.adapters.registry import AdapterRegistry
 
@@ -185,6 +186,99 @@ def test_a_refused_adapter_leaves_the_others_alone_and_is_served_once_loaded_rig
     assert set(follower.registry.revisions) == {"chat", "sql"}
 
 
+# --- A replacement that fails -------------------------------------------------------------------
+
+
+def replaced_by_nothing(queue: JobQueue, root: Path, *followers: Follower) -> None:
+    """All serve `sql`, and then are told to load it from a folder that is not there."""
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    for follower in followers:
+        follower.follow()
+    queue.set_adapter("sql", str(root / "later"), pinned=False)
+    for follower in followers:
+        follower.follow()
+
+
+def write_later(root: Path) -> None:
+    (root / "later").mkdir()
+    (root / "later" / "weights").write_text("later weights")
+
+
+def test_a_failed_replacement_takes_nothing_out_of_service(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    workers = make_follower(), make_follower()
+    replaced_by_nothing(queue, root, *workers)
+    for worker in workers:
+        assert worker.registry.revisions == {"sql": "sql weights"}
+        assert worker.registry.errors == {"sql": f"there is no folder {root / 'later'}."}
+
+
+def test_a_worker_that_starts_after_a_failed_replacement_serves_what_the_others_serve(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    replaced_by_nothing(queue, root, make_follower())
+    bare, with_other_paths = make_follower(), make_follower(own_folders=[root / "new"])
+    load(with_other_paths.registry, "sql", root / "new", version=0)
+    for worker in (bare, with_other_paths):
+        queue.announce(worker.registry.records)
+        worker.follow()
+        assert worker.registry.revisions == {"sql": "sql weights"}
+        assert worker.registry.errors == {"sql": f"there is no folder {root / 'later'}."}
+
+
+def test_what_was_replaced_in_vain_is_not_served_from_files_that_have_changed(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    replaced_by_nothing(queue, root, make_follower())
+    (root / "sql" / "weights").write_text("trained on")
+    later = make_follower()
+    later.follow()
+    assert later.registry.revisions == {}
+
+
+def test_once_one_worker_has_read_the_replacement_none_serves_what_it_replaces(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    cannot, can = make_follower(roots=(root / "sql",)), make_follower()
+    replaced_by_nothing(queue, root, cannot, can)
+    write_later(root)
+    other = make_follower()
+    for worker in (other, can, cannot):
+        worker.follow()
+    assert other.registry.revisions == can.registry.revisions == {"sql": "later weights"}
+    assert can.registry.errors == {}
+    assert cannot.registry.revisions == {}
+    assert "is not below --lora-root" in cannot.registry.errors["sql"]
+    assert record(queue, "sql").previous is None
+
+
+def test_a_load_that_follows_a_failed_one_still_replaces_what_is_served(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    worker = make_follower()
+    replaced_by_nothing(queue, root, worker)
+    queue.set_adapter("sql", str(root / "nowhere"), pinned=False)
+    worker.follow()
+    assert worker.registry.revisions == {"sql": "sql weights"}
+    queue.set_adapter("sql", str(root / "new"), pinned=False)
+    worker.follow()
+    assert worker.registry.revisions == {"sql": "new weights"}
+    assert worker.registry.errors == {}
+
+
+def test_a_server_that_lost_everything_after_a_failed_replacement_is_told_what_is_served(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    worker = make_follower()
+    replaced_by_nothing(queue, root, worker)
+    queue.client.delete(queue.keys.adapters, queue.keys.adapters_version)
+    worker.follow()
+    assert record(queue, "sql").source == str(root / "sql")
+    assert worker.registry.revisions == {"sql": "sql weights"}
+    assert worker.registry.errors == {}
+
+
 # --- The command line's adapters ----------------------------------------------------------------
 
 
@@ -192,7 +286,7 @@ def test_what_a_worker_was_started_with_is_announced_and_not_read_again(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     follower = make_follower(own_folders=[root / "sql"])
-    follower.registry.load("sql", root / "sql", version=0)
+    load(follower.registry, "sql", root / "sql", version=0)
     queue.announce(follower.registry.records)
     follower.follow()
     assert follower.registry.loader.num_read["sql"] == 1  # type: ignore[attr-defined]
@@ -204,10 +298,63 @@ def test_a_name_that_a_command_gave_other_weights_keeps_them_when_a_worker_start
 ) -> None:
     queue.set_adapter("sql", str(root / "new"), pinned=False)
     follower = make_follower(own_folders=[root / "sql"])
-    follower.registry.load("sql", root / "sql", version=0)
+    load(follower.registry, "sql", root / "sql", version=0)
     queue.announce(follower.registry.records)
     follower.follow()
     assert follower.registry.revisions == {"sql": "new weights"}
+
+
+def start_with(make_follower: MakeFollower, folder: Path) -> list[MutableMapping[str, object]]:
+    """What a worker logs that joins the queue with an adapter `sql` on its command line."""
+    follower = make_follower(own_folders=[folder])
+    load(follower.registry, "sql", folder, version=0)
+    with capture_logs() as logs:
+        follower.announce()
+        follower.follow()
+    return [entry for entry in logs if entry["event"] != "adapter_read"]
+
+
+def test_a_worker_says_which_of_its_adapters_a_command_has_overruled(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    queue.set_adapter("sql", str(root / "new"), pinned=False)
+    assert start_with(make_follower, root / "sql") == [
+        {
+            "event": "lora_path_overruled",
+            "log_level": "warning",
+            "adapter": "sql",
+            "lora_path": str(root / "sql"),
+            "desired_source": str(root / "new"),
+            "unloading": None,
+            "remedy": f"producer lora load sql {root / 'sql'}",
+        }
+    ]
+    assert start_with(make_follower, root / "new") == []
+
+
+def test_a_worker_says_that_one_of_its_adapters_is_being_unloaded(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    queue.submit("submission", "", 1, 0, [Job(id="one", lora="sql", prompt_token_ids=[1])])
+    queue.unload_adapter("sql", "drain")
+    (told,) = start_with(make_follower, root / "sql")
+    assert (told["event"], told["unloading"]) == ("lora_path_overruled", "drain")
+    assert record(queue, "sql").unloading == "drain"
+
+
+def test_an_adapter_that_was_unloaded_comes_back_with_a_worker_started_with_it_which_says_so(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    other = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    queue.unload_adapter("sql", "drain")
+    other.follow()
+    assert queue.desired_state()[1] == {}
+    (told,) = start_with(make_follower, root / "sql")
+    assert (told["event"], told["source"]) == ("adapter_announced", str(root / "sql"))
+    other.follow()
+    assert other.registry.revisions == {"sql": "sql weights"}
 
 
 def test_a_server_that_lost_everything_is_told_again(

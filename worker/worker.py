@@ -91,7 +91,7 @@ class Worker:
 
     def run(self) -> int:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
-        self._queue.announce(self._engine.adapters.records)
+        self._follower.announce()
         self._follower.follow()
         self._keeper.report()
         log.info("worker_ready", worker=self.id, queue=self._config.queue)

@@ -46,6 +46,29 @@ class DesiredStateFollower:
         self.version = 0
         """Of the desired state that was followed last."""
 
+    def announce(self) -> None:
+        """Add the adapters that this worker was started with to the desired state, as far as that
+        does not say otherwise, and log where it does."""
+        own = self._registry.records
+        try:
+            _, records = self._queue.desired_state()
+        except LorryError:
+            records = {}  # ``follow`` says what is damaged.
+        self._queue.announce(own)
+        for name, announced in own.items():
+            record = records.get(name)
+            if record is None:
+                log.info("adapter_announced", adapter=name, source=announced.source)
+            elif record.source != announced.source or record.unloading:
+                log.warning(
+                    "lora_path_overruled",
+                    adapter=name,
+                    lora_path=announced.source,
+                    desired_source=record.source,
+                    unloading=record.unloading,
+                    remedy=f"producer lora load {name} {announced.source}",
+                )
+
     def turn(self) -> None:
         """Wait for a change, and follow it."""
         self._wait()
@@ -61,7 +84,7 @@ class DesiredStateFollower:
         if version == self.version:
             return
         for name, record in records.items():
-            if self._registry.seen_version(name) != record.version:
+            if self._is_behind(name, record):
                 self._load(name, record)
         self._registry.keep_only(records)
         self._pin(records)
@@ -80,28 +103,52 @@ class DesiredStateFollower:
             return self._queue.desired_state()
         return version, records
 
+    def _is_behind(self, name: str, record: AdapterRecord) -> bool:
+        """Whether the record was loaded since the last look, or another worker has read of it what
+        this one could not."""
+        known = self._registry.known(name)
+        is_superseded = known is not None and record.revision not in (None, known.revision)
+        return is_superseded or self._registry.seen_version(name) != record.version
+
     def _load(self, name: str, record: AdapterRecord) -> None:
         known = self._registry.known(name)
         if known and (str(known.source), known.revision) == (record.source, record.revision):
             self._registry.accept(name, record.version)
             return
         try:
-            folder = self._allowed(record.source)
+            read = self._registry.read(name, self._allowed(record.source), record.version)
+            # Settled before anything is served, so that no two workers serve different weights.
+            recorded = self._queue.adopt_revision(name, record.version, read.known.revision)
+            if recorded is None:
+                return  # It has gone or was loaded again: the next look finds that.
+            if recorded != read.known.revision:
+                raise BadInput(
+                    f"{record.source} holds revision {read.known.revision} here, and {recorded}"
+                    " where it was read first: the files differ between workers, or have changed."
+                    " Load it again."
+                )
         except BadInput as error:
+            self._keep_previous(name, record)
             self._registry.refuse(name, record.version, str(error))
             return
+        self._registry.serve(name, read)
+
+    def _keep_previous(self, name: str, record: AdapterRecord) -> None:
+        """Serve what a load that failed here was to replace, as the other workers do, or nothing
+        once one of them has read the new source."""
+        known, previous = self._registry.known(name), record.previous
+        if previous and known and known.revision == previous.revision:
+            return
+        self._registry.forget(name)
+        if not previous:
+            return
         try:
-            loaded = self._registry.load(name, folder, record.version)
-        except BadInput:
-            return  # The registry has noted why.
-        recorded = self._queue.adopt_revision(name, record.version, loaded.revision)
-        if recorded not in (None, loaded.revision):
-            self._registry.refuse(
-                name,
-                record.version,
-                f"{folder} holds revision {loaded.revision} here, and {recorded} where it was read"
-                " first: the files differ between workers, or have changed. Load it again.",
-            )
+            read = self._registry.read(name, self._allowed(previous.source), record.version)
+        except BadInput as error:
+            log.warning("previous_adapter_unavailable", adapter=name, reason=str(error))
+            return
+        if read.known.revision == previous.revision:
+            self._registry.serve(name, read)
 
     def _allowed(self, source: str) -> Path:
         """Raises BadInput for a folder that commands may not name."""

@@ -33,6 +33,15 @@ class KnownAdapter:
     """Of the desired state, when it was announced or loaded."""
 
 
+@dataclass(frozen=True)
+class ReadAdapter:
+    """An adapter that can be served under a name."""
+
+    known: KnownAdapter
+    adapter: Adapter | None
+    """None if its weights are those that were served when it was read."""
+
+
 class AdapterRegistry:
     """Names and adapters; used by the threads that follow the desired state, claim and compute.
 
@@ -95,29 +104,24 @@ class AdapterRegistry:
                     self._keep(name, adapter)
             return adapter
 
-    def load(self, name: str, source: Path, version: int) -> KnownAdapter:
-        """Read an adapter, or keep what is there if its files have not changed.
-
-        Raises BadInput if it cannot be served; the name is not served then.
-        """
+    def read(self, name: str, source: Path, version: int) -> ReadAdapter:
+        """Read an adapter, but no weights if they are those that are served; to be served by
+        ``serve``. Raises BadInput if it cannot be."""
         with self._reading:
-            held, adapter = self.known(name), None
-            try:
-                if held and held.revision == self.loader.revision(source):
-                    known = replace(held, source=source, version=version)
-                else:
-                    adapter = self._read(name, source)
-                    known = KnownAdapter(source, adapter.revision, version)
-            except BadInput as error:
-                self.refuse(name, version, str(error))
-                raise
-            with self._lock:
-                self._errors.pop(name, None)
-                self._known[name] = known
-                if adapter:
-                    self._loaded.pop(name, None)
-                    self._keep(name, adapter)
-            return known
+            known = self.known(name)
+            if known and known.revision == self.loader.revision(source):
+                return ReadAdapter(KnownAdapter(source, known.revision, version), None)
+            adapter = self._read(name, source)
+            return ReadAdapter(KnownAdapter(source, adapter.revision, version), adapter)
+
+    def serve(self, name: str, read: ReadAdapter) -> None:
+        """Serve what was read, in place of what was served under the name."""
+        with self._lock:
+            self._errors.pop(name, None)
+            self._known[name] = read.known
+            if read.adapter:
+                self._loaded.pop(name, None)
+                self._keep(name, read.adapter)
 
     def accept(self, name: str, version: int) -> None:
         """Note that what is served under a name is what the desired state of a version asks for."""
@@ -126,19 +130,26 @@ class AdapterRegistry:
             self._known[name] = replace(self._known[name], version=version)
 
     def refuse(self, name: str, version: int, reason: str) -> None:
-        """Serve nothing under a name, for a reason that a person can act on."""
+        """Note why the desired state of a version cannot be followed, so that a person can act on
+        it. What is served under the name stays."""
         with self._lock:
-            self._forget(name)
             self._errors[name] = version, reason
         log.warning("adapter_refused", adapter=name, reason=reason)
 
-    def keep_only(self, names: Collection[str]) -> None:
-        """Forget every other name; jobs that run finish on the weights they began with."""
+    def forget(self, name: str) -> None:
+        """Serve nothing under a name; jobs that run finish on the weights they began with."""
         with self._lock:
-            for name in [*self._known]:
-                if name not in names:
-                    self._forget(name)
-                    log.info("adapter_unloaded", adapter=name)
+            if name in self._known:
+                del self._known[name]
+                self._loaded.pop(name, None)
+                self.generation += 1
+                log.info("adapter_unloaded", adapter=name)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """``forget`` every other name, and its error."""
+        with self._lock:
+            for name in self._known.keys() - set(names):
+                self.forget(name)
             self._errors = {name: error for name, error in self._errors.items() if name in names}
 
     def pin(self, names: Iterable[str]) -> None:
@@ -254,12 +265,6 @@ class AdapterRegistry:
                 self._counts[name] = counts.model_copy(update={"evictions": counts.evictions + 1})
                 log.info("adapter_evicted", adapter=name)
 
-    def _forget(self, name: str) -> None:
-        if name in self._known:
-            del self._known[name]
-            self._loaded.pop(name, None)
-            self.generation += 1
-
     def _counts_of(self, name: str) -> AdapterCounts:
         return self._counts.get(name) or AdapterCounts()
 
@@ -277,9 +282,10 @@ def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) 
     max_rank, modules = 0, frozenset[str]()
     for lora in config.lora_paths:
         try:
-            registry.load(lora.lora_name, lora.folder, version=0)
+            read = registry.read(lora.lora_name, lora.folder, version=0)
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
+        registry.serve(lora.lora_name, read)
         # Looked at now: the next one may evict it.
         if adapter := registry.get(lora.lora_name):
             max_rank = max(max_rank, adapter.rank)
