@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.text import Text
 
 from producer.adapters import AdapterStatus, Answer
 from producer.advice import listed
+from producer.messages import printable
 from producer.tables import cell, cells, new_table, printed
 
 #: Characters of a revision that a row shows.
@@ -39,13 +39,18 @@ def adapters(queue: str, found: Sequence[AdapterStatus]) -> str:
     for adapter in found:
         mean = adapter.mean_load_seconds
         table.add_row(
-            *cells(adapter.name, adapter.source, (adapter.revision or "")[:SHORT_REVISION]),
+            *cells(adapter.name, adapter.source, _short_revision(adapter)),
             "yes" if adapter.pinned else "",
             _state(adapter),
             *cells(adapter.waiting, adapter.requests, adapter.output_tokens),
             *cells(adapter.loads, adapter.evictions, "" if mean is None else f"{mean:.3f}"),
         )
-    return printed([table])
+    return printed([table, *_errors(found)])
+
+
+def _short_revision(adapter: AdapterStatus) -> str:
+    """Of what is served."""
+    return (adapter.revision or adapter.previous_revision or "")[:SHORT_REVISION]
 
 
 def _state(adapter: AdapterStatus) -> Text:
@@ -55,7 +60,29 @@ def _state(adapter: AdapterStatus) -> Text:
     if adapter.unloading:
         parts.insert(0, f"unloading ({adapter.unloading})")
     state = cell(", ".join(parts))
-    for error, number in Counter(adapter.errors.values()).items():
-        state.append("; error: ", "red")
-        state.append_text(cell(f"{error} (on {number})"))
+    if adapter.errors:
+        state.append(f", failed on {len(adapter.errors)}", "red")
     return state
+
+
+def _errors(found: Sequence[AdapterStatus]) -> list[Text]:
+    """Below the table, where they have the whole width: what failed, where, and the remedy."""
+    lines = [
+        Text("\n").append(printable(f"{adapter.name} on {listed(workers)}: "), "red")
+        + Text(printable(error))
+        for adapter in found
+        for error, workers in _workers_by_error(adapter).items()
+    ]
+    if lines:
+        hint = (
+            "`producer lora load NAME PATH` loads it again, `producer lora unload NAME` forgets it."
+        )
+        lines.append(Text(f"\n{hint}", "dim"))
+    return lines
+
+
+def _workers_by_error(adapter: AdapterStatus) -> dict[str, list[str]]:
+    by_error: dict[str, list[str]] = {}
+    for worker, error in adapter.errors.items():
+        by_error.setdefault(error, []).append(worker)
+    return by_error

@@ -14,13 +14,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
-from producer.advice import counted, listed
+from producer.advice import counted, known_adapters, listed
 from schemas.adapter import AdapterName, AdapterRecord
 from schemas.errors import BadInput, UnknownId
 from schemas.worker_state import AdapterCounts, WorkerState
 
 #: Seconds between two looks at the workers' heartbeats. A worker writes one once it has acted.
 LOOK_SECONDS = 0.1
+
+#: Seconds that a worker has for its answer, where nobody says otherwise.
+ANSWER_SECONDS = 60.0
 
 #: Told before every pause how many jobs of the adapter are left.
 OnPause = Callable[[int], None]
@@ -38,6 +41,8 @@ class Change:
     """That of the desired state with it."""
     pinned: bool = False
     """Whether the adapter shall keep a slot."""
+    is_retired: bool = False
+    """Whether no job of an unloaded adapter was left, so that the queue knows it no more."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class AdapterStatus:
     source: str
     revision: str | None
     """None until a worker has read it."""
+    previous_revision: str | None
+    """What the last load is to replace, served until a worker has read its source."""
     pinned: bool
     unloading: str | None
     """"drain" or "force"."""
@@ -96,7 +103,18 @@ def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> C
     version = queue.unload_adapter(name, "force" if force else "drain")
     if version is None:
         raise _unknown(reader, name)
-    return Change("unload", name, version)
+    return Change("unload", name, version, is_retired=_retire(queue, reader, name))
+
+
+def _retire(queue: JobQueue, reader: QueueReader, name: str) -> bool:
+    """Do what workers do with an adapter that is unloading, as there may be none alive: fail its
+    waiting jobs if that is by force, and take it off if no job is left."""
+    left = reader.num_jobs_of(name)
+    while not (is_retired := queue.retire_adapter(name)):
+        before, left = left, reader.num_jobs_of(name)
+        if left >= before:
+            break
+    return is_retired
 
 
 def pin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
@@ -122,16 +140,18 @@ def unpin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
 
 
 def answers(
-    reader: QueueReader, change: Change, *, timeout: float, on_pause: OnPause
+    reader: QueueReader, change: Change, *, timeout: float | None, on_pause: OnPause
 ) -> list[Answer]:
     """Waits until every living worker has answered; one that dies meanwhile drops out.
 
-    A worker that has not by the end of ``timeout`` seconds answers so. While an adapter drains, the
-    time begins anew as long as jobs of it are left and somebody serves them.
+    A worker that has not by the end of ``timeout`` seconds answers so. Without a timeout each has
+    ``ANSWER_SECONDS``, and an adapter that is unloaded as long as jobs of it are left and somebody
+    serves them.
     """
-    if not timeout >= 0:  # Written so that it refuses NaN too.
+    seconds = ANSWER_SECONDS if timeout is None else timeout
+    if not seconds >= 0:  # Written so that it refuses NaN too.
         raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + seconds
     while True:
         workers = sorted(reader.workers(), key=lambda worker: worker.id)
         record = reader.adapter(change.name)
@@ -139,10 +159,10 @@ def answers(
         found = [(worker, _answer(change, record, worker)) for worker in workers]
         is_served = any(change.name in worker.adapters for worker in workers)
         now = time.monotonic()
-        if record and record.unloading == "drain" and num_jobs and is_served:
-            deadline = now + timeout
+        if timeout is None and record and record.unloading and num_jobs and is_served:
+            deadline = now + seconds
         if now >= deadline or all(answer for _, answer in found):
-            late = _why_late(change, timeout, num_jobs, is_served)
+            late = _why_late(change, seconds, num_jobs, is_served)
             return [answer or _failure(worker, late) for worker, answer in found]
         on_pause(num_jobs)
         time.sleep(LOOK_SECONDS)
@@ -173,6 +193,7 @@ def _status(
         name=name,
         source=record.source,
         revision=record.revision,
+        previous_revision=record.previous.revision if record.previous else None,
         pinned=record.pinned,
         unloading=record.unloading,
         num_workers=len(workers),
@@ -238,22 +259,22 @@ def _require_name(name: str) -> None:
 
 
 def _folder(source: str) -> str:
-    """The folder as workers are told it: absolute if it exists here, else as it was typed, since
-    it is their file system that counts."""
+    """The folder as workers are told it: absolute, since theirs is another current folder."""
     try:
         source.encode()
     except UnicodeEncodeError:
         raise BadInput(f"'{source}' is not UTF-8, so workers cannot be told it.") from None
     if not source.strip() or "\0" in source or os.path.isfile(source):
         raise BadInput(f"'{source}' is no folder; an adapter is a folder with its PEFT files.")
-    return str(Path(source).resolve()) if os.path.isdir(source) else source
+    # Links are left to the workers, on whose file systems they may lead elsewhere.
+    return os.path.abspath(source)
 
 
 def _unknown(reader: QueueReader, name: str) -> UnknownId:
-    known = list(reader.adapters())
+    known = reader.adapters()
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else "."
-    names = f" Known adapters: {listed(known)}." if known else ""
+    names = f" {known_adapters(known)}" if known else ""
     return UnknownId(f"Queue '{reader.name}' knows no adapter '{name}'{hint}{names}")
 
 

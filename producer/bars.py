@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
-from producer.advice import no_worker
 from producer.client import Client
 from producer.messages import notice, warn
 from producer.status import Status, by_state, num_not_done
@@ -79,22 +78,24 @@ def show(status: Status, bar: Bar | ProgressLines) -> None:
 class Watcher:
     """Looks after a queue while somebody waits for it."""
 
-    def __init__(self, client: Client, *, has_warned: bool = False) -> None:
-        """``has_warned`` says that the person knows already that no worker is alive."""
+    def __init__(self, client: Client, adapters: Iterable[str | None] | None = None) -> None:
+        """``adapters`` are those of the jobs that are waited for, if that is known."""
         self._client = client
-        self._has_warned = has_warned
+        self._adapters = None if adapters is None else list(adapters)
+        self._told: list[str] = []
         self._next_look = 0.0
         self._next_look_at_workers = 0.0
 
     def look(self) -> None:
-        """Warn when there is no worker, or the last one has gone."""
+        """Warn when there is no worker any more, or none that serves an adapter."""
         if time.monotonic() < self._next_look_at_workers:
             return
         self._next_look_at_workers = time.monotonic() + WORKERS_LOOK_SECONDS
-        has_worker = self._client.has_worker()
-        if not has_worker and not self._has_warned:
-            warn(no_worker(self._client.queue))
-        self._has_warned = not has_worker
+        warnings = self._client.warnings(self._adapters)
+        for sentence in warnings:
+            if sentence not in self._told:
+                warn(sentence)
+        self._told = warnings
 
     def look_at(self, id_: str, bar: Bar | ProgressLines) -> None:
         """``look``, and show how far the submission is on the bar."""

@@ -9,8 +9,9 @@ from functools import cached_property, lru_cache
 from hashlib import blake2b
 
 from broker.queue_reader import READ_CHUNK, QueueReader
-from producer.advice import listed
+from producer.advice import known_adapters
 from producer.problems import MAX_TOLD, Problems
+from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput
 
 #: Characters of job records that are held for one look at the queue.
@@ -61,11 +62,11 @@ class AdapterCheck:
         if not self._known:
             queue = self._reader.name
             return f"Queue '{queue}' knows no adapter; leave lora out for the base model."
-        return f"Known adapters: {listed(self._known)}."
+        return known_adapters(self._known)
 
     @cached_property
-    def _known(self) -> list[str]:
-        return sorted(self._reader.adapters())
+    def _known(self) -> dict[str, AdapterRecord]:
+        return self._reader.adapters()
 
 
 class IdCheck:

@@ -31,6 +31,7 @@ EXIT_CODES = """\
 - 4: no server
 - 5: not finished
 - 6: not finished, or told to nobody (lora), and no worker is alive
+- 130: interrupted by Ctrl-C; what was sent goes on
 """
 
 #: The exit codes that a shell gives a program ended by Ctrl-C, or by a reader that has gone.
@@ -125,6 +126,12 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait, and write the results in input order.")
     ] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout", metavar="SECONDS", min=0, help="With --wait: give up after this time."
+        ),
+    ] = None,
     output: OutputFile = None,
     json: Json = False,
     redis_url: RedisUrl = None,
@@ -144,11 +151,15 @@ def submit(
     if not wait:
         if output:
             raise BadInput("-o takes results, and only --wait brings them.")
+        if timeout is not None:
+            raise BadInput("--timeout bounds a wait, and only --wait waits.")
         submitting.submit(place, file, lora, json_wanted=json)
         return
+    if timeout is not None and not timeout >= 0:  # NaN, which is not below the least.
+        raise BadInput(f"--timeout takes a number of seconds, not {timeout}.")
     if json and not output:
         raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
-    submitting.submit_and_wait(place, file, lora, output, json_wanted=json)
+    submitting.submit_and_wait(place, file, lora, output, timeout=timeout, json_wanted=json)
 
 
 @app.command()

@@ -37,7 +37,7 @@ from schemas.errors import (
     ServerUnavailable,
     UnknownId,
 )
-from schemas.keys import QUEUE_NAME
+from schemas.keys import BASE, QUEUE_NAME
 from schemas.result import Result
 
 #: How often a command is repeated whose reply was lost. All that is sent here may be repeated.
@@ -129,11 +129,15 @@ class Client:
             if on_sent:
                 on_sent(run.offset + len(run.jobs))
 
-    def warnings(self, spool: Spool) -> list[str]:
-        """Why the spool's jobs may have to wait, in sentences: no worker, or none that serves one
-        of the adapters."""
+    def warnings(self, adapters: Iterable[str | None] | None = None) -> list[str]:
+        """Why jobs of the adapters may have to wait, in sentences: no worker, or none that serves
+        one of them, and why not. None is the base model. Left out, they are those of the waiting
+        jobs."""
         with self._errors():
-            return advice.warnings(self._reader, spool)
+            if adapters is None:
+                waiting = self._reader.num_waiting_by_adapter()
+                adapters = [name for name, number in waiting.items() if number and name != BASE]
+            return advice.warnings(self._reader, adapters)
 
     def has_worker(self) -> bool:
         """Whether a worker is alive."""
@@ -180,11 +184,21 @@ class Client:
                 on_wake or _ignore,
             )
 
-    def follow_in_order(self, submission: str, on_wake: OnWake | None = None) -> Iterator[Result]:
+    def follow_in_order(
+        self, submission: str, on_wake: OnWake | None = None, timeout: float | None = None
+    ) -> Iterator[Result]:
         """A submission's results in input order, each as soon as it and all before it have
-        finished. Its jobs must all have been sent."""
+        finished. Its jobs must all have been sent.
+
+        ``timeout`` is in seconds, and ends it as it does ``watch``.
+        """
+        deadline = _deadline(timeout)
         with self._errors():
-            yield from following.in_input_order(self._reader, submission, on_wake or _ignore)
+            yield from following.in_input_order(
+                self._reader, submission, on_wake or _ignore, deadline
+            )
+        if deadline is not None and not is_finished(status := self.status(submission)):
+            raise self.not_finished(f"{describe(status)} after {timeout:g} s")
 
     def watch(self, id_: str, timeout: float | None = None) -> Iterator[Status]:
         """The status of a submission or a job now, then whenever it may have changed, at least
@@ -193,9 +207,7 @@ class Client:
         ``timeout`` is in seconds. Raises NotFinished when they are over, or NoWorker if then no
         worker is alive.
         """
-        if timeout is not None and not timeout >= 0:  # Written so that it refuses NaN too.
-            raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         with self._errors():
             positions = following.positions(self._reader, id_, self._is_submission(id_))
             runs = following.finished_runs(self._reader, positions, deadline)
@@ -214,16 +226,17 @@ class Client:
         """Let every worker load an adapter, in place of one of that name: jobs that run go on with
         the old one. Returns at once; ``answers`` waits for the workers.
 
-        ``source`` is a folder as the workers see it; a path of a folder of this machine is made
-        absolute. A ``pinned`` adapter keeps a slot. Raises BadInput for what cannot be a name or a
-        folder, and for more pinned adapters than a worker can keep.
+        ``source`` is a folder as the workers see it; a relative one counts from the current folder
+        of this process. A ``pinned`` adapter keeps a slot. Raises BadInput for what cannot be a
+        name or a folder, and for more pinned adapters than a worker can keep.
         """
         with self._errors():
             return adapters.load(self._job_queue, self._reader, name, source, pinned=pinned)
 
     def unload_adapter(self, name: str, *, force: bool = False) -> Change:
         """Take an adapter off all workers once its waiting jobs are finished, or, by force, failed;
-        it gets no new ones. Returns at once. Raises UnknownId."""
+        it gets no new ones. Returns at once, with the waiting jobs failed if that was by force.
+        Raises UnknownId."""
         with self._errors():
             return adapters.unload(self._job_queue, self._reader, name, force=force)
 
@@ -241,12 +254,13 @@ class Client:
             return adapters.unpin(self._job_queue, self._reader, name)
 
     def answers(
-        self, change: Change, timeout: float = 60.0, on_pause: OnPause | None = None
+        self, change: Change, timeout: float | None = None, on_pause: OnPause | None = None
     ) -> list[Answer]:
         """What every living worker made of a change of the adapters, once all have acted on it.
 
-        One that has not within ``timeout`` seconds answers that; an adapter that drains may take
-        as long as its jobs do. No worker is alive if there are no answers.
+        One that has not within ``timeout`` seconds answers that. Left out, these are 60, and an
+        adapter that is unloaded may take as long as its jobs do. No worker is alive if there are
+        no answers.
         """
         with self._errors():
             return adapters.answers(
@@ -274,6 +288,15 @@ class Client:
 
     def _errors(self) -> AbstractContextManager[None]:
         return server_errors(self._url)
+
+
+def _deadline(timeout: float | None) -> float | None:
+    """The moment of ``time.monotonic`` at which so many seconds are over."""
+    if timeout is None:
+        return None
+    if not timeout >= 0:  # Written so that it refuses NaN too.
+        raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
+    return time.monotonic() + timeout
 
 
 def _ignore() -> None:

@@ -16,6 +16,7 @@ from producer.client import Client
 from producer.output import Output
 from producer.place import Place
 from producer.status import (
+    Overview,
     as_json,
     describe,
     is_finished,
@@ -77,6 +78,8 @@ def status(place: Place, id_: str | None, *, json_wanted: bool) -> None:
             return
         from producer import tables
 
+        if not isinstance(found, Overview) and not is_finished(found):
+            Watcher(client, [found.lora] if isinstance(found, Result) else None).look()
         if isinstance(found, Result):
             text = tables.job(found, client.payloads([found.id])[0])
         elif isinstance(found, SubmissionStatus):

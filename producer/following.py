@@ -64,19 +64,25 @@ def in_completion_order(
                 yield from reader.results(finished.job_ids)
 
 
-def in_input_order(reader: QueueReader, submission: str, on_wake: OnWake) -> Iterator[Result]:
+def in_input_order(
+    reader: QueueReader, submission: str, on_wake: OnWake, deadline: float | None = None
+) -> Iterator[Result]:
     """A submission's results in the order of its jobs, each as soon as it and all before it have
-    finished, in constant memory. All jobs of the submission must have been sent."""
-    runs = finished_runs(reader, {submission: reader.finished_position(submission)})
+    finished, in constant memory, until all have or the deadline (of ``time.monotonic``) is over.
+    All jobs of the submission must have been sent."""
+    runs = finished_runs(reader, {submission: reader.finished_position(submission)}, deadline)
     ids = reader.job_ids(submission)
     window: deque[str] = deque()
     while True:
         yield from _finished_head(reader, window, ids)
+        head_is_finished = False
+        while window and not head_is_finished:
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            on_wake()
+            head_is_finished = any(window[0] in finished.job_ids for finished in next(runs))
         if not window:
             return
-        on_wake()
-        while not any(window[0] in finished.job_ids for finished in next(runs)):
-            on_wake()
 
 
 def positions(reader: QueueReader, id_: str, is_submission: bool) -> dict[str, str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import typer
 
-from producer.adapters import Change
+from producer.adapters import AdapterStatus, Answer, Change
+from producer.advice import remedy
 from producer.bars import ProgressLines
 from producer.client import Client
 from producer.messages import say
 from producer.place import Place
-from schemas.errors import LorryError, NoWorker
+from schemas.errors import LorryError, NotFinished, NoWorker
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,15 @@ class Report:
     """What to tell about a command."""
 
     wait: bool
-    timeout: float
-    """Seconds."""
+    timeout: float | None
+    """Seconds; None as long as it takes, see ``Client.answers``."""
     json_wanted: bool
 
     def tell(self, client: Client, change: Change) -> None:
         """Print what became of the change, unless nobody is to be waited for.
 
-        Raises LorryError if a worker failed, and NoWorker if none is alive.
+        Raises LorryError if a worker failed, NotFinished if an adapter is still unloading, and
+        NoWorker if none is alive to act on it.
         """
         lines = ProgressLines(f"jobs of '{change.name}' left", None)
         try:
@@ -42,18 +45,44 @@ class Report:
             from producer import adapter_tables
 
             typer.echo(adapter_tables.answers(answers), nl=False)
-        if not self.wait:
+        if answers:
+            _require_success(client, change, answers)
+        elif change.is_retired:
+            say(f"Queue '{client.queue}' does not know '{change.name}' any more.")
+        elif not self.wait:
             say(f"Told the workers to {change.action} '{change.name}'.")
-            return
-        if not answers:
+        else:
             raise NoWorker(
                 f"No worker is alive on queue '{client.queue}'. The command is kept:"
-                f" workers {change.action} '{change.name}' once they start."
+                f" workers {change.action} '{change.name}' once they start"
+                + (", and have finished its jobs." if change.action == "unload" else ".")
             )
-        if failed := sum(not answer.success for answer in answers):
-            raise LorryError(
-                f"{failed} of {len(answers)} workers did not {change.action} '{change.name}'."
-            )
+
+
+def _require_success(client: Client, change: Change, answers: Sequence[Answer]) -> None:
+    failed = [answer for answer in answers if not answer.success]
+    if not failed:
+        return
+    name = change.name
+    status = next((adapter for adapter in client.adapters() if adapter.name == name), None)
+    if status and status.unloading and status.num_loaded:
+        raise NotFinished(
+            f"'{name}' takes no new jobs, but is not unloaded yet; the workers go on with it."
+            f" `producer lora unload {name}` waits again, and with --force fails the jobs that"
+            " wait."
+        )
+    sentence = f"{len(failed)} of {len(answers)} workers did not {change.action} '{name}'."
+    if change.action == "load" and status and not status.unloading:
+        sentence += f" {_after_failed_load(status)}"
+    raise LorryError(sentence)
+
+
+def _after_failed_load(status: AdapterStatus) -> str:
+    if status.previous_revision:
+        return f"What it was to replace, revision {status.previous_revision}, is served as before."
+    if status.num_loaded:
+        return f"{status.num_loaded} of {status.num_workers} serve it."
+    return f"Its name stays on the queue: {remedy(status.name)}"
 
 
 def load(place: Place, name: str, path: str, *, pinned: bool, report: Report) -> None:
@@ -65,7 +94,10 @@ def load(place: Place, name: str, path: str, *, pinned: bool, report: Report) ->
 def unload(place: Place, name: str, *, force: bool, report: Report) -> None:
     """Unload an adapter from all workers."""
     with place.client() as client:
-        report.tell(client, client.unload_adapter(name, force=force))
+        change = client.unload_adapter(name, force=force)
+        if force:
+            say("Jobs that waited for it have failed with adapter_unloaded.")
+        report.tell(client, change)
 
 
 def pin(place: Place, name: str, report: Report) -> None:

@@ -19,22 +19,29 @@ Wait = Annotated[
     bool, typer.Option("--wait/--no-wait", help="Wait until every living worker has done it.")
 ]
 Timeout = Annotated[
-    float,
-    typer.Option("--timeout", metavar="SECONDS", min=0, help="Wait for a worker at most so long."),
+    float | None,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        min=0,
+        help="Wait at most so long; else 60, and for an unload as long as its jobs are finished.",
+    ),
 ]
-
-TIMEOUT = 60.0
 
 
 @app.command()
 def load(
     name: Name,
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Its PEFT folder, as the workers see it.")
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="Its PEFT folder, as the workers see it; a relative one counts from here.",
+        ),
     ],
     pin: Annotated[bool, typer.Option("--pin", help="Let it keep a slot on every worker.")] = False,
     wait: Wait = True,
-    timeout: Timeout = TIMEOUT,
+    timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
     queue: Queue = "lorry",
@@ -58,7 +65,7 @@ def unload(
         ),
     ] = False,
     wait: Wait = True,
-    timeout: Timeout = TIMEOUT,
+    timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
     queue: Queue = "lorry",
@@ -75,7 +82,7 @@ def unload(
 def pin(
     name: Name,
     wait: Wait = True,
-    timeout: Timeout = TIMEOUT,
+    timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
     queue: Queue = "lorry",
@@ -91,7 +98,7 @@ def pin(
 def unpin(
     name: Name,
     wait: Wait = True,
-    timeout: Timeout = TIMEOUT,
+    timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
     queue: Queue = "lorry",

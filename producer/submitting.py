@@ -15,12 +15,12 @@ from producer.advice import counted
 from producer.bars import Watcher, bar_for, shown
 from producer.client import Client
 from producer.lines import numbered_lines
-from producer.messages import notice, say, warn
+from producer.messages import notice, say
 from producer.output import Output
 from producer.place import Place
 from producer.spool import Spool
 from producer.status import by_state, describe, require_all_done
-from schemas.errors import BadInput
+from schemas.errors import BadInput, NotFinished, NoWorker
 
 
 def submit(place: Place, file: str, lora: str | None, *, json_wanted: bool) -> None:
@@ -31,20 +31,26 @@ def submit(place: Place, file: str, lora: str | None, *, json_wanted: bool) -> N
         else:
             typer.echo(f"Submitted {counted(spool.num_jobs)} as {spool.submission}")
             typer.echo(f"Results: {place.command(f'results {spool.submission} --follow')}")
-        _warn_if_jobs_wait(client, spool)
+        Watcher(client, spool.num_jobs_by_adapter).look()
 
 
 def submit_and_wait(
-    place: Place, file: str, lora: str | None, path: Path | None, *, json_wanted: bool
+    place: Place,
+    file: str,
+    lora: str | None,
+    path: Path | None,
+    *,
+    timeout: float | None,
+    json_wanted: bool,
 ) -> None:
-    """Send a file and write its results in input order, each as soon as those before it are."""
+    """Send a file and write its results in input order, each as soon as those before it are, for
+    at most ``timeout`` seconds after it was sent."""
     _refuse_overwriting(file, path)
     with Output(path) as output, _sent(place, file, lora) as (client, spool):
         try:
             say(f"Submitted {counted(spool.num_jobs)} as {spool.submission}")
-            watcher = Watcher(client, has_warned=_warn_if_jobs_wait(client, spool))
-            _write_in_order(client, spool, output, watcher)
-        except KeyboardInterrupt:
+            _write_in_order(client, spool, output, timeout)
+        except (KeyboardInterrupt, NotFinished, NoWorker):
             say(f"The jobs go on: {place.command(f'results {spool.submission} --follow')}")
             raise
         status = client.status(spool.submission)
@@ -110,21 +116,16 @@ def _refuse_overwriting(file: str, path: Path | None) -> None:
         pass  # Opening it says so.
 
 
-def _warn_if_jobs_wait(client: Client, spool: Spool) -> bool:
-    warnings = client.warnings(spool)
-    for sentence in warnings:
-        warn(sentence)
-    return bool(warnings)
-
-
 def _summary(client: Client, spool: Spool) -> dict[str, object]:
     return {"submission": spool.submission, "queue": client.queue, "jobs": spool.num_jobs}
 
 
-def _write_in_order(client: Client, spool: Spool, output: Output, watcher: Watcher) -> None:
+def _write_in_order(client: Client, spool: Spool, output: Output, timeout: float | None) -> None:
+    watcher = Watcher(client, spool.num_jobs_by_adapter)
+    watcher.look()
     with bar_for("finished", spool.num_jobs) as bar:
         found = client.follow_in_order(
-            spool.submission, on_wake=lambda: watcher.look_at(spool.submission, bar)
+            spool.submission, lambda: watcher.look_at(spool.submission, bar), timeout
         )
         for result in found:
             with bar.taken_away() if output.is_terminal else nullcontext():

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from broker.queue_reader import SubmissionStatus
-from producer.advice import START_A_WORKER, counted, listed
+from producer.advice import START_A_WORKER, counted, listed, unserved
 from producer.messages import printable
 from producer.status import Overview, listed_states
 from schemas.keys import BASE
@@ -29,7 +29,7 @@ _STATE_STYLES = {"waiting": "", "running": "cyan", "done": "green"}
 
 
 _NUMBERS = {"jobs", "waiting", "running", "done", "other", "unfinished jobs"}
-_NUMBERS |= {"requests", "tokens", "loads", "evictions", "s a load"}
+_NUMBERS |= {"in slots", "requests", "tokens", "loads", "evictions", "s a load"}
 
 
 class ResultTable:
@@ -84,7 +84,14 @@ def prompt_of(payload: str | None) -> str:
 
 def overview(queue: str, found: Overview) -> str:
     """A queue's submissions, workers and waiting adapters."""
-    parts = [_submissions(queue, found), _workers(queue, found), _adapters(found)]
+    parts: list[RenderableType | None] = [
+        _submissions(queue, found),
+        _workers(queue, found),
+        _adapters(found),
+    ]
+    if found.workers:
+        names = [name for name in found.unfinished if name != BASE]
+        parts += [Text(printable(s), style="yellow") for s in unserved(names, found.workers)]
     return printed(_with_blank_lines(filter(None, parts)))
 
 
@@ -147,11 +154,11 @@ def _submissions(queue: str, found: Overview) -> RenderableType:
 def _workers(queue: str, found: Overview) -> RenderableType:
     if not found.workers:
         return Text(f"No worker is alive on queue '{queue}'. {START_A_WORKER}", style="yellow")
-    table = new_table("worker", "model", "device", "running", "waiting", "slots", "adapters")
+    table = new_table("worker", "model", "device", "running", "waiting", "in slots", "adapters")
     for worker in found.workers:
         table.add_row(
             *cells(worker.id, worker.model, worker.device, worker.running, worker.waiting),
-            f"{len(worker.resident)} of {worker.max_loras_per_batch}",
+            str(len(set(worker.resident))),
             cell(listed(sorted(worker.adapters)) or "(base model)"),
         )
     return table

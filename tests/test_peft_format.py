@@ -466,7 +466,7 @@ def test_a_pickle_is_never_opened(folder: Path, model: ModelConfig) -> None:
 def test_a_file_that_was_cut_off_is_refused(folder: Path, model: ModelConfig, length: int) -> None:
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:length])
-    assert refusal(folder, model).startswith(f"{path}: cannot be read: ")
+    assert refusal(folder, model).startswith(f"{path}: is damaged or not completely copied: ")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def embedded_folder() -> Iterator[Path]:
 
 def test_help_lists_the_commands_and_the_exit_codes() -> None:
     text = CliRunner().invoke(app, ["--help"]).stdout
-    for word in ("submit", "results", "status", "wait", "Exit codes", "6: not finished"):
+    for word in ("submit", "results", "status", "wait", "Exit codes", "6: not finished", "130: "):
         assert word in text
 
 

@@ -14,8 +14,9 @@ import redis.connection
 from typer.testing import CliRunner
 
 from broker.connection import connect
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.job_queue import RETIRE_LIMIT, ClaimRequest, JobQueue
 from broker.queue_reader import QueueReader
+from producer.advice import unserved
 from producer.cli import app
 from producer.client import Client
 from schemas.adapter import AdapterRecord
@@ -147,6 +148,11 @@ def send(queue: JobQueue, count: int, lora: str = "sql") -> None:
     queue.submit("sub", "file", count, 0, batch)
 
 
+def some_job(queue: JobQueue) -> str:
+    """The id of some job on the queue."""
+    return next(queue.client.scan_iter(queue.keys.job("*"))).removeprefix(queue.keys.job(""))
+
+
 def test_help_lists_the_commands() -> None:
     assert "lora" in CliRunner().invoke(app, ["--help"]).stdout
     told = CliRunner().invoke(app, ["lora", "--help"]).stdout
@@ -200,6 +206,7 @@ def test_without_a_worker_the_command_is_kept_and_that_is_said(
     producer: Producer, queue: JobQueue, action: str
 ) -> None:
     queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    send(queue, 1)
     path = ("/adapters/new",) if action == "load" else ()
     outcome = producer("lora", action, "sql", *path)
     assert outcome.exit_code == 6
@@ -211,6 +218,43 @@ def test_without_a_worker_the_command_is_kept_and_that_is_said(
         "pin": record.pinned,
         "unpin": not record.pinned,
     }[action]
+
+
+def test_without_a_worker_an_adapter_that_has_no_jobs_is_unloaded_at_once(
+    producer: Producer, queue: JobQueue
+) -> None:
+    queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    outcome = producer("lora", "unload", "sql")
+    assert outcome.exit_code == 0
+    assert f"Queue '{queue.name}' does not know 'sql' any more." in outcome.stderr
+    assert desired(queue) == {}
+
+
+@pytest.mark.parametrize("wait", ["--wait", "--no-wait"])
+def test_without_a_worker_force_fails_the_waiting_jobs_and_says_so(
+    producer: Producer, queue: JobQueue, reader: QueueReader, wait: str
+) -> None:
+    queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    send(queue, RETIRE_LIMIT + 1)
+    outcome = producer("lora", "unload", "sql", "--force", wait)
+    assert outcome.exit_code == 0
+    assert "Jobs that waited for it have failed with adapter_unloaded." in outcome.stderr
+    assert reader.submission("sub").counts["failed"] == RETIRE_LIMIT + 1
+    assert {r.error.code for r in reader.results(["sql-0"]) if r.error} == {"adapter_unloaded"}
+    assert desired(queue) == {}
+
+
+def test_without_a_worker_force_leaves_what_a_dead_one_ran_to_the_next(
+    producer: Producer, queue: JobQueue, reader: QueueReader
+) -> None:
+    queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    send(queue, 2)
+    beat(queue, id="dead", adapters={"sql": "r"})
+    queue.claim("dead", ClaimRequest(1, 4, ()), lease_seconds=60, patience=60)
+    queue.leave("dead")
+    assert producer("lora", "unload", "sql", "--force").exit_code == 6
+    counts = reader.submission("sub").counts
+    assert (counts["failed"], counts["running"]) == (1, 1)
 
 
 def test_without_a_worker_json_is_printed_all_the_same(producer: Producer) -> None:
@@ -259,20 +303,22 @@ def test_without_waiting_nobody_is_asked(producer: Producer, queue: JobQueue) ->
     outcome = producer("lora", "load", "sql", "/adapters/sql", "--no-wait", "--json")
     assert outcome.exit_code == 0
     assert json.loads(outcome.stdout) == {"version": 1, "workers": []}
-    outcome = producer("lora", "unload", "sql", "--no-wait")
+    send(queue, 1)
+    outcome = producer("lora", "unload", "sql", "--no-wait", "--json")
     assert outcome.exit_code == 0
+    assert json.loads(outcome.stdout) == {"version": 2, "workers": []}
     assert "Told the workers to unload 'sql'." in outcome.stderr
 
 
-def test_a_folder_of_this_machine_is_told_by_its_absolute_path(
+def test_workers_are_told_an_absolute_path(
     producer: Producer, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sql").mkdir()
+    (tmp_path / "current").symlink_to(tmp_path / "sql")
     monkeypatch.chdir(tmp_path)
-    producer("lora", "load", "sql", "sql", "--no-wait")
-    producer("lora", "load", "elsewhere", "adapters/elsewhere", "--no-wait")
-    assert desired(queue)["sql"].source == str((tmp_path / "sql").resolve())
-    assert desired(queue)["elsewhere"].source == "adapters/elsewhere"
+    for path in ("sql", "only/here-is-it-not", "current", "/adapters/sql"):
+        producer("lora", "load", "sql", path, "--no-wait")
+        assert desired(queue)["sql"].source == str(tmp_path / path)
 
 
 @pytest.mark.parametrize("name", ["@base", "a b", "", "x" * 129, "ü", "\udcff"])
@@ -375,16 +421,36 @@ def test_an_adapter_without_jobs_is_unloaded_from_every_worker(
 
 
 def test_an_adapter_is_drained_for_as_long_as_jobs_of_it_are_left(
-    producer: Producer, queue: JobQueue, reader: QueueReader, start_worker: StartWorker
+    producer: Producer,
+    queue: JobQueue,
+    reader: QueueReader,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("producer.adapters.ANSWER_SECONDS", 0.3)
     worker = start_worker()
     producer("lora", "load", "sql", "/adapters/sql")
     send(queue, 3)
     threading.Timer(0.8, lambda: setattr(worker, "serves_jobs", True)).start()
     started = time.monotonic()
-    assert producer("lora", "unload", "sql", "--drain", "--timeout", "0.3").exit_code == 0
+    assert producer("lora", "unload", "sql", "--drain").exit_code == 0
     assert time.monotonic() - started > 0.8
     assert reader.submission("sub").counts["done"] == 3
+    assert desired(queue) == {}
+
+
+def test_a_timeout_bounds_the_wait_for_a_drain_that_goes_on(
+    producer: Producer, queue: JobQueue, start_worker: StartWorker
+) -> None:
+    worker = start_worker()
+    producer("lora", "load", "sql", "/adapters/sql")
+    send(queue, 3)
+    outcome = producer("lora", "unload", "sql", "--timeout", "0.3")
+    assert outcome.exit_code == 5
+    assert "3 jobs of it left after 0.3 s" in outcome.stdout
+    assert "'sql' takes no new jobs, but is not unloaded yet" in outcome.stderr
+    worker.serves_jobs = True
+    assert producer("lora", "unload", "sql").exit_code == 0
     assert desired(queue) == {}
 
 
@@ -505,6 +571,7 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
         "name": "sql",
         "source": "/adapters/sql",
         "revision": "0123456789abcdef",
+        "previous_revision": None,
         "pinned": True,
         "unloading": None,
         "num_workers": 2,
@@ -529,8 +596,71 @@ def test_the_list_is_a_table_for_a_person(producer: Producer, queue: JobQueue) -
     told = " ".join(" ".join(rows).split())
     assert "sql /adapters/sql 01234567 yes" in told
     assert "0.250" in told
-    for words in ("unloading (drain)", "too large", "in a slot on 1"):
+    for words in ("unloading (drain)", "failed on 1", "in a slot on 1"):
         assert all(word in told for word in words.split())
+    assert "json on w2: its rank is too large" in rows
+    assert "`producer lora unload NAME` forgets it" in rows[-1]
+
+
+def test_a_long_error_has_the_whole_width(producer: Producer, queue: JobQueue) -> None:
+    queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    error = "a word " * 20 + "end."
+    for worker in ("w1", "w2"):
+        beat(queue, id=worker, adapter_errors={"sql": error})
+    rows = producer("lora", "list").stdout.splitlines()
+    assert f"sql on w1, w2: {error}" in rows
+
+
+def test_an_adapter_that_no_worker_could_load_is_told_with_its_remedy(
+    producer: Producer, queue: JobQueue, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    start_worker(errors={"bad": "there is no folder /bad."})
+    outcome = producer("lora", "load", "bad", "/bad")
+    assert outcome.exit_code == 1
+    remedy = "`producer lora unload bad --force` forgets it"
+    assert remedy in outcome.stderr
+    assert "Known adapters: bad (not loaded by any worker yet)." in (
+        producer("lora", "pin", "worse").stderr
+    )
+    told = (
+        producer("submit", "--lora", "bad", prompts(tmp_path, '"x"')).stderr,
+        producer(
+            "submit", "--lora", "bad", prompts(tmp_path, '"x"'), "--wait", "--timeout", "0"
+        ).stderr,
+        producer("status").stdout,
+        producer("status", some_job(queue)).stderr,
+    )
+    for text in told:
+        words = " ".join(text.split())
+        assert (
+            "No living worker can serve 'bad', so its jobs wait: there is no folder /bad" in words
+        )
+        assert remedy in words
+    producer("lora", "unload", "bad", "--force")
+    assert "knows no adapter" in producer("lora", "list").stdout
+
+
+def test_a_replacement_that_fails_is_told_beside_what_is_served(
+    producer: Producer, queue: JobQueue
+) -> None:
+    queue.announce({"sql": AdapterRecord(source="/sql", revision="0123456789abcdef")})
+    error = {"sql": "there is no folder /gone."}
+    served = {"sql": "0123456789abcdef"}
+    beat(queue, adapters=served, adapter_errors=error, desired_version=2)
+    outcome = producer("lora", "load", "sql", "/gone")
+    assert outcome.exit_code == 1
+    assert "revision 0123456789abcdef, is served as before" in outcome.stderr
+    told = producer("lora", "list").stdout
+    assert "01234567" in told
+    assert "sql on idle: there is no folder /gone." in told
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_reasons_that_differ_are_counted(queue: JobQueue, reader: QueueReader, number: int) -> None:
+    for worker in range(number):
+        beat(queue, id=f"w{worker}", adapter_errors={"sql": f"reason {min(worker, 1)}."})
+    (sentence,) = unserved(["sql"], reader.workers())
+    assert f"(1 of {number}) reason 0. ({number - 1} of {number}) reason 1." in sentence
 
 
 def test_a_list_of_thousands_takes_as_many_round_trips_as_a_short_one(

@@ -20,6 +20,7 @@ from producer.bars import LINE_SECONDS, ProgressLines
 from producer.client import Client
 from schemas.errors import NotFinished, NoWorker, UnknownId
 from schemas.result import Result
+from schemas.worker_state import WorkerState
 from tests.test_producer_cli import Producer, Worker, prompts
 
 
@@ -402,6 +403,33 @@ def test_submit_and_wait_ends_with_1_if_a_job_failed(
     assert json.loads(outcome.stdout)["error"]["code"] == "bad_prompt"
 
 
+def test_submit_and_wait_gives_up_after_the_timeout_and_says_how_to_go_on(
+    producer: Producer, worker: Worker, tmp_path: Path
+) -> None:
+    file = prompts(tmp_path, *(json.dumps(line) for line in named("a", "b", "c")))
+    out = tmp_path / "out.jsonl"
+
+    def finish() -> None:
+        worker.claim()
+        worker.finish("a")
+
+    with meanwhile(finish):
+        outcome = producer("submit", file, "--wait", "--timeout", "1", "-o", str(out))
+    assert outcome.exit_code == 5
+    assert "error: 1 of 3 jobs of sub-" in outcome.stderr
+    assert "finished (2 running, 1 done) after 1 s." in outcome.stderr
+    assert "The jobs go on: `producer results sub-" in outcome.stderr
+    assert ids_of((tmp_path / "out.jsonl.partial").read_text()) == ["a"]
+
+
+@pytest.mark.parametrize("flags", [("--timeout", "1"), ("--wait", "--timeout", "nan")])
+def test_a_timeout_that_bounds_nothing_is_refused(
+    producer: Producer, client: Client, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    assert producer("submit", prompts(tmp_path, '"a"'), *flags).exit_code == 2
+    assert client.overview().num_submissions == 0
+
+
 def test_submit_and_wait_counts_the_states_for_machines(
     producer: Producer, worker: Worker, tmp_path: Path
 ) -> None:
@@ -508,6 +536,25 @@ def test_the_overview_shows_submissions_workers_and_waiting_adapters(
     shown = producer("status").stdout
     for word in (submission, "mine.jsonl", worker.id, "tiny-llama", "json, sql", "(base model)"):
         assert word in shown
+
+
+def test_more_adapters_may_stand_in_slots_than_a_batch_holds(
+    producer: Producer, queue: JobQueue
+) -> None:
+    """Small ones share the room of a large one."""
+    state = WorkerState(
+        id="w1",
+        model="m",
+        device="cpu",
+        started=0,
+        adapters={},
+        resident=["a", "b", "c", "c"],
+        max_loras_per_batch=2,
+    )
+    queue.heartbeat(state, alive_seconds=60)
+    shown = producer("status").stdout.splitlines()
+    (row,) = [line.split() for line in shown if line.startswith("w1")]
+    assert row == ["w1", "m", "cpu", "0", "0", "3", "(base", "model)"]
 
 
 def test_the_overview_shows_the_last_20_submissions(producer: Producer, client: Client) -> None:

@@ -150,6 +150,12 @@ def test_as_many_pinned_adapters_as_leave_one_slot_are_accepted() -> None:
     assert WorkerConfig.from_flags(flags).lora_paths[0].pinned
 
 
+@pytest.mark.parametrize("given", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"]])
+def test_target_modules_stand_apart_by_spaces_or_commas(given: list[str]) -> None:
+    config = WorkerConfig.from_flags({"model_path": "m", "lora_target_modules": given})
+    assert config.lora_target_modules == ("q_proj", "v_proj")
+
+
 def test_fewer_adapters_in_memory_than_in_a_batch_are_refused() -> None:
     assert refusal({"max_loaded_loras": 3, "max_loras_per_batch": 4}) == (
         "--max-loaded-loras 3 is below --max-loras-per-batch 4; a batch's adapters must all be in"

@@ -10,7 +10,8 @@ from pathlib import Path
 DESCRIPTION = """\
 Claims jobs from a queue, runs them in batches over many LoRA adapters, and writes one result a job
 back. Ends with status 0 after SIGTERM or Ctrl-C (what runs may finish; a second one hands it back),
-1 after a failure, 2 for a wrong flag, model or adapter, 4 if the Redis server cannot be used.
+1 after a failure, 2 for a wrong flag, model or adapter, 4 if the Redis server cannot be used, 130
+after Ctrl-C while it starts.
 """
 
 

@@ -60,9 +60,13 @@ class LoraPath(BaseModel):
             ) from error
 
 
-def _known_modules(modules: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    if modules is None or modules == ("all",):
-        return modules and LINEAR_MODULES
+def _known_modules(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The names, which may stand apart by spaces or by commas."""
+    if given is None:
+        return None
+    modules = tuple(module for value in given for module in value.split(",") if module)
+    if modules == ("all",):
+        return LINEAR_MODULES
     if unknown := [module for module in modules if module not in LINEAR_MODULES]:
         raise ValueError(f"{', '.join(unknown)}: choose from {', '.join(LINEAR_MODULES)}, or 'all'")
     return modules

@@ -138,8 +138,10 @@ def _open(folder: Path) -> Any:
     path = weights_file(folder)
     try:
         return safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error
+    except SafetensorError as error:
+        raise BadInput(f"{path}: is damaged or not completely copied: {error}.") from error
 
 
 def _adapter_name(path: Path, keys: Collection[str]) -> str | None:
