@@ -369,6 +369,22 @@ def test_a_server_that_lost_everything_is_told_again(
     assert follower.registry.revisions == {"sql": "sql weights"}
 
 
+def test_every_worker_tells_a_server_that_lost_everything_what_it_serves(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    sql, both = make_follower(roots=(root / "sql",)), make_follower()
+    for name in ("sql", "chat"):
+        queue.set_adapter(name, str(root / name), pinned=name == "chat")
+        sql.follow()
+        both.follow()
+    queue.client.delete(queue.keys.adapters, queue.keys.adapters_version)
+    for worker in (sql, both, sql):
+        worker.follow()
+    assert both.registry.revisions == {"sql": "sql weights", "chat": "chat weights"}
+    assert sql.registry.revisions == {"sql": "sql weights"}
+    assert record(queue, "chat").pinned
+
+
 def test_a_damaged_record_stops_nothing_that_is_served(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:

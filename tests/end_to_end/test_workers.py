@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from producer.client import Client
 from schemas.result import Result
-from tests.tiny_models import Oracle, make_adapter, make_llama
+from tests.end_to_end.at_work import wait_for_workers, wait_until_running
+from tests.end_to_end.conftest import StartWorker, running_workers
+from tests.tiny_models import Oracle, make_adapter
 
 ADAPTERS = ("red", "blue")
-
-StartWorker = Callable[..., subprocess.Popen[bytes]]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Larger than need be: a batch must take long enough to be interrupted.
-    return make_llama(tmp_path_factory.mktemp("model"), hidden_size=192, intermediate_size=512)
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +44,10 @@ def start_worker(
     tmp_path: Path,
 ) -> Iterator[StartWorker]:
     """Starts workers, with more flags if wanted; ends those that still run after the test."""
-    processes = []
-
-    def start(*flags: str) -> subprocess.Popen[bytes]:
-        loras = [f"{name}={path}" for name, path in adapters.items()]
-        with (tmp_path / f"worker-{len(processes)}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "worker.cli"),
-                    *("--model-path", str(model_folder), "--lora-paths", *loras),
-                    *("--redis-url", redis_url, "--queue", queue_name),
-                    *("--device", "cpu", "--max-total-tokens", "8192", *flags),
-                ],
-                stderr=log,
-            )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    loras = [f"{name}={path}" for name, path in adapters.items()]
+    place = ("--redis-url", redis_url, "--queue", queue_name)
+    with running_workers(model_folder, tmp_path) as start:
+        yield partial(start, "--lora-paths", *loras, *place)
 
 
 def lines(count: int, *, max_tokens: int = 12) -> list[dict[str, object]]:
@@ -87,15 +62,6 @@ def lines(count: int, *, max_tokens: int = 12) -> list[dict[str, object]]:
         }
         for i in range(count)
     ]
-
-
-def wait_for_workers(client: Client, count: int) -> list[str]:
-    """Their ids, once so many are alive."""
-    deadline = time.monotonic() + 60
-    while len(workers := client.overview().workers) < count:
-        assert time.monotonic() < deadline, "the workers did not come up"
-        time.sleep(0.05)
-    return [worker.id for worker in workers]
 
 
 def wait_for_a_result(client: Client, submission: str, worker: str | None = None) -> None:
@@ -178,10 +144,7 @@ def test_a_second_sigterm_hands_everything_back_at_once(
     worker = start_worker("--max-running-requests", "2")
     wait_for_workers(client, 1)
     submission = client.submit(lines(6, max_tokens=500))
-    deadline = time.monotonic() + 60
-    while not client.status(submission).counts["running"]:  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until_running(client, submission)
     worker.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     worker.send_signal(signal.SIGTERM)

@@ -93,8 +93,8 @@ class DesiredStateFollower:
 
     def _desired_state(self) -> tuple[int, dict[str, AdapterRecord]]:
         version, records = self._queue.desired_state()
-        if version == 0:
-            # The server has lost all it knew.
+        if version < max(1, self.version):
+            log.warning("desired_state_lost", version=version, followed=self.version)
             self._queue.announce(self._registry.records)
             return self._queue.desired_state()
         unloading = [name for name, record in records.items() if record.unloading]

@@ -1,0 +1,240 @@
+"""The ``lora`` commands against real workers, while they run, come and go, and the server too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from typer.testing import Result as Outcome
+
+from broker.embedded import EmbeddedServer
+from producer.cli import app
+from producer.client import Client
+from tests.end_to_end.at_work import (
+    assert_answers,
+    expected_tokens,
+    job,
+    status_of,
+    succeed,
+    wait_for_workers,
+    wait_until,
+    wait_until_running,
+)
+from tests.end_to_end.conftest import StartWorker
+from tests.tiny_models import Oracle
+
+
+def lora(redis_url: str, client: Client, *args: str) -> Outcome:
+    """A command as it is typed."""
+    place = ("--redis-url", redis_url, "--queue", client.queue, "--json")
+    return CliRunner().invoke(app, ["lora", *args, *place])
+
+
+def test_every_command_may_be_given_twice(
+    client: Client, redis_url: str, root: Path, oracle: Oracle
+) -> None:
+    def both_succeed(*args: str) -> list[dict[str, str]]:
+        found = []
+        for _ in range(2):
+            outcome = lora(redis_url, client, *args)
+            assert outcome.exit_code == 0, outcome.output
+            workers = json.loads(outcome.stdout)["workers"]
+            assert [worker["success"] for worker in workers] == [True, True]
+            found += [worker["loaded_adapters"] for worker in workers]
+        assert all(adapters == found[0] for adapters in found)
+        return found
+
+    both_succeed("load", "lora0", str(root / "lora0"))
+    assert status_of(client, "lora0").loads == 2, "each worker has read it once"
+    for command in ("pin", "unpin"):
+        both_succeed(command, "lora0")
+        assert status_of(client, "lora0").pinned == (command == "pin")
+    assert_answers(client, oracle, {None: None, "lora0": "lora0"})
+    assert lora(redis_url, client, "unload", "lora0").exit_code == 0
+    assert lora(redis_url, client, "unload", "lora0").exit_code == 3
+
+
+@pytest.mark.parametrize("command", ["unload", "pin", "unpin"])
+def test_an_unknown_name_changes_nothing(
+    client: Client, redis_url: str, root: Path, command: str
+) -> None:
+    succeed(client, client.load_adapter("lora2", root / "lora2"))
+    outcome = lora(redis_url, client, command, "lora3")
+    assert outcome.exit_code == 3
+    assert "did you mean 'lora2'?" in outcome.stderr
+    assert status_of(client, "lora2").num_loaded == 2
+
+
+def test_a_pin_beyond_the_limit_is_refused_and_the_base_model_and_others_are_served_beside(
+    client: Client, redis_url: str, root: Path, oracle: Oracle
+) -> None:
+    for name in ("lora0", "lora1"):
+        succeed(client, client.load_adapter(name, root / name, pinned=True))
+    outcome = lora(redis_url, client, "load", "lora2", str(root / "lora2"), "--pin")
+    assert outcome.exit_code == 2
+    assert "can keep 2 adapters pinned" in outcome.stderr
+    succeed(client, client.load_adapter("lora2", root / "lora2"))
+    assert_answers(client, oracle, {None: None, **{n: n for n in ("lora0", "lora1", "lora2")}})
+
+
+def test_a_replacement_that_cannot_be_read_leaves_the_old_weights_in_service(
+    client: Client, redis_url: str, root: Path, oracle: Oracle, tmp_path: Path
+) -> None:
+    before = succeed(client, client.load_adapter("lora0", root / "lora0"))
+    cut_off = root / "cut-off"
+    shutil.copytree(root / "lora1", cut_off)
+    weights = cut_off / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    outcome = lora(redis_url, client, "load", "lora0", str(cut_off))
+    assert outcome.exit_code == 1
+    assert f"revision {before['lora0']}, is served as before" in outcome.stderr
+    for worker in json.loads(outcome.stdout)["workers"]:
+        assert f"{weights}: is damaged or not completely copied" in worker["error_message"]
+        assert worker["loaded_adapters"] == before
+    assert_answers(client, oracle, {"lora0": "lora0"})
+
+    weights.write_bytes(whole)
+    after = succeed(client, client.load_adapter("lora0", cut_off))
+    assert after["lora0"] != before["lora0"]
+    assert_answers(client, oracle, {"lora0": "lora1"})
+    shutil.rmtree(cut_off)
+
+
+def test_commands_that_race_a_running_batch_do_not_change_its_answers(
+    client: Client, root: Path, oracle: Oracle
+) -> None:
+    succeed(client, client.load_adapter("lora0", root / "lora0"))
+    running = client.submit([job(name, 300) for name in (None, "lora0") * 8])
+    wait_until_running(client, running)
+    num_rounds = 0
+    while not client.status(running).is_complete and num_rounds < 20:  # type: ignore[union-attr]
+        for name in ("lora1", "lora2"):
+            client.load_adapter(name, root / name, pinned=True)
+            client.unpin_adapter(name)
+        client.load_adapter("lora0", root / "lora0")
+        for name in ("lora1", "lora2"):
+            succeed(client, client.unload_adapter(name))
+        num_rounds += 1
+    assert num_rounds > 1
+    client.wait(running, timeout=120)
+    for result in client.results(running):
+        assert result.token_ids == expected_tokens(oracle, result.lora, 300)
+    assert {name for worker in client.overview().workers for name in worker.adapters} == {"lora0"}
+
+
+def test_workers_that_were_down_or_came_meanwhile_have_what_was_commanded(
+    redis_url: str,
+    queue_name: str,
+    start_bare_worker: StartWorker,
+    root: Path,
+    oracle: Oracle,
+) -> None:
+    place = ("--redis-url", redis_url, "--queue", queue_name)
+    with Client(redis_url, queue_name) as client:
+        client.load_adapter("lora0", root / "lora0", pinned=True)  # While nobody is there.
+        killed, stopped = start_bare_worker(*place), start_bare_worker(*place)
+        wait_for_workers(client, 2)
+        assert status_of(client, "lora0").num_loaded == 2
+
+        os.kill(killed.pid, signal.SIGKILL)
+        stopped.send_signal(signal.SIGTERM)
+        client.unload_adapter("lora0")
+        change = client.load_adapter("lora1", root / "lora1")
+        start_bare_worker(*place)
+        start_bare_worker(*place)
+        assert killed.wait() == -signal.SIGKILL
+        assert stopped.wait(timeout=60) == 0
+        wait_for_workers(client, 2)  # The killed one is forgotten after 10 seconds.
+        assert set(succeed(client, change)) == {"lora1"}
+        assert_answers(client, oracle, {None: None, "lora1": "lora1"})
+
+
+@pytest.fixture
+def server_folder() -> Iterator[Path]:
+    # Not tmp_path: the path of a Unix socket must be short.
+    folder = Path(tempfile.mkdtemp(prefix="lorry-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_server_that_is_restarted_between_commands_knows_them_or_is_told_them_again(
+    server_folder: Path, start_bare_worker: StartWorker, root: Path, oracle: Oracle
+) -> None:
+    with ExitStack() as stack:
+
+        def restart() -> str:
+            stack.close()
+            return stack.enter_context(EmbeddedServer(server_folder)).url
+
+        url = restart()
+        with Client(url) as client:
+            for _ in range(2):
+                start_bare_worker("--redis-url", url)
+            wait_for_workers(client, 2)
+            succeed(client, client.load_adapter("lora0", root / "lora0", pinned=True))
+
+            restart()
+            assert status_of(client, "lora0").pinned
+            assert set(succeed(client, client.load_adapter("lora1", root / "lora1"))) == {
+                *("lora0", "lora1")
+            }
+            assert_answers(client, oracle, {None: None, "lora0": "lora0", "lora1": "lora1"})
+
+            stack.close()
+            shutil.rmtree(server_folder / "appendonlydir")
+            restart()
+            assert client.overview().num_submissions == 0
+            wait_for_workers(client, 2)
+            wait_until(lambda: [a.num_loaded for a in client.adapters()] == [2, 2])
+            assert status_of(client, "lora0").pinned
+            assert set(succeed(client, client.load_adapter("lora2", root / "lora2"))) == {
+                *("lora0", "lora1", "lora2")
+            }
+            names: dict[str | None, str | None] = {n: n for n in ("lora0", "lora1", "lora2")}
+            assert_answers(client, oracle, {None: None, **names})
+
+
+def test_an_evicted_adapter_comes_back_as_the_same_revision_or_not_at_all(
+    redis_url: str,
+    queue_name: str,
+    start_bare_worker: StartWorker,
+    root: Path,
+    oracle: Oracle,
+) -> None:
+    flags = ("--max-loras-per-batch", "1", "--max-loaded-loras", "1")
+    start_bare_worker(*flags, "--redis-url", redis_url, "--queue", queue_name)
+    folder = root / "in-place"
+    shutil.copytree(root / "lora0", folder)
+    with Client(redis_url, queue_name) as client:
+        wait_for_workers(client, 1)
+        loaded = succeed(client, client.load_adapter("mine", folder), workers=1)
+        succeed(client, client.load_adapter("lora1", root / "lora1"), workers=1)
+        for name in ("mine", "lora1"):
+            assert_answers(client, oracle, {name: name.replace("mine", "lora0")})
+        wait_until(lambda: status_of(client, "mine").evictions == 2)  # With the next heartbeat.
+        assert status_of(client, "mine").loads == 2
+        assert status_of(client, "mine").revision == loaded["mine"]
+
+        shutil.rmtree(folder)
+        shutil.copytree(root / "lora2", folder)
+        submission = client.submit([job("mine"), job("lora1"), job(None)])
+        client.wait(submission, timeout=60)
+        refused, *others = client.results(submission)
+        assert refused.error
+        assert refused.error.code == "adapter_unavailable"
+        assert f"than when it was loaded ({loaded['mine']}); load it again" in refused.error.message
+        assert [result.status for result in others] == ["done", "done"]
+
+        again = succeed(client, client.load_adapter("mine", folder), workers=1)
+        assert again["mine"] != loaded["mine"]
+        assert_answers(client, oracle, {"mine": "lora2"})
+    shutil.rmtree(folder)
