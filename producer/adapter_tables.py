@@ -54,7 +54,8 @@ def _short_revision(adapter: AdapterStatus) -> str:
 
 
 def _state(adapter: AdapterStatus) -> Text:
-    parts = [f"loaded on {adapter.num_loaded} of {adapter.num_workers} workers"]
+    what = "old revision loaded" if adapter.previous_revision else "loaded"
+    parts = [f"{what} on {adapter.num_loaded} of {adapter.num_workers} workers"]
     if adapter.num_resident:
         parts.append(f"in a slot on {adapter.num_resident}")
     if adapter.unloading:
@@ -68,17 +69,14 @@ def _state(adapter: AdapterStatus) -> Text:
 def _errors(found: Sequence[AdapterStatus]) -> list[Text]:
     """Below the table, where they have the whole width: what failed, where, and the remedy."""
     lines = [
-        Text("\n").append(printable(f"{adapter.name} on {listed(workers)}: "), "red")
-        + Text(printable(error))
+        Text(printable(f"{adapter.name} on {listed(workers)}: "), "red") + Text(printable(error))
         for adapter in found
         for error, workers in _workers_by_error(adapter).items()
     ]
-    if lines:
-        hint = (
-            "`producer lora load NAME PATH` loads it again, `producer lora unload NAME` forgets it."
-        )
-        lines.append(Text(f"\n{hint}", "dim"))
-    return lines
+    if not lines:
+        return []
+    hint = "`producer lora load NAME PATH` loads it again, `producer lora unload NAME` forgets it."
+    return [Text(), *lines, Text(hint, "dim")]
 
 
 def _workers_by_error(adapter: AdapterStatus) -> dict[str, list[str]]:

@@ -54,9 +54,14 @@ class Report:
         else:
             raise NoWorker(
                 f"No worker is alive on queue '{client.queue}'. The command is kept:"
-                f" workers {change.action} '{change.name}' once they start"
-                + (", and have finished its jobs." if change.action == "unload" else ".")
+                f" {_once_started(change)}"
             )
+
+
+def _once_started(change: Change) -> str:
+    if change.action == "unload":
+        return f"workers finish the jobs of '{change.name}' and unload it once they start."
+    return f"workers {change.action} '{change.name}' once they start."
 
 
 def _require_success(client: Client, change: Change, answers: Sequence[Answer]) -> None:

@@ -90,6 +90,16 @@ def test_an_adapter_announced_from_another_source_leaves_the_record_alone(queue:
     assert record(queue) == AdapterRecord(source="/new", revision="r9", version=1)
 
 
+def test_a_load_that_nobody_has_read_replaces_what_a_worker_announces(queue: JobQueue) -> None:
+    queue.set_adapter("sql", "/gone", pinned=False)
+    expected = AdapterRecord(
+        source="/gone", version=2, previous=AdapterVersion(source="/own", revision="r1")
+    )
+    for source in ("/own", "/other worker's"):
+        assert queue.announce({"sql": announced(source)}) == 2
+        assert record(queue) == expected
+
+
 def test_an_announcement_does_not_say_what_a_load_has_just_asked_for(queue: JobQueue) -> None:
     """The announcing worker may have read the folder before it was changed and loaded again."""
     queue.announce({"sql": announced()})

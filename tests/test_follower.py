@@ -332,6 +332,22 @@ def test_a_worker_says_which_of_its_adapters_a_command_has_overruled(
     assert start_with(make_follower, root / "new") == []
 
 
+def test_a_load_that_nobody_can_read_does_not_take_a_workers_own_adapter_out_of_service(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    other = make_follower()
+    queue.set_adapter("sql", str(root / "gone"), pinned=False)
+    other.follow()
+    assert other.registry.revisions == {}
+    own = make_follower(own_folders=[root / "sql"])
+    load(own.registry, "sql", root / "sql", version=0)
+    own.announce()
+    for worker in (own, other):
+        worker.follow()
+        assert worker.registry.revisions == {"sql": "sql weights"}
+        assert worker.registry.errors == {"sql": f"there is no folder {root / 'gone'}."}
+
+
 def test_a_worker_says_that_one_of_its_adapters_is_being_unloaded(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:

@@ -1,6 +1,7 @@
 -- Adds the adapters that a worker was started with to the desired state, as far as that does not
 -- say otherwise: a record of another source wins, and so does one that a command has just written
--- and nobody has read yet. Other weights under the same source are a replacement.
+-- and nobody has read yet; it replaces what is announced, which is served if nobody can read it.
+-- Other weights under the same source are a replacement.
 --   ARGV: (name, record) an adapter
 --   Returns the version of the desired state; it is raised if anything changed, or if it is the
 --   first.
@@ -14,6 +15,10 @@ for i = 1, #ARGV, 2 do
   elseif record.source == announced.source and record.revision ~= announced.revision
     and type(record.revision) == 'string' then
     record.revision = announced.revision
+    new_records[name] = record
+  elseif record.source ~= announced.source and type(record.revision) ~= 'string'
+    and type(record.previous) ~= 'table' then
+    record.previous = { source = announced.source, revision = announced.revision }
     new_records[name] = record
   end
 end
