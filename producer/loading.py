@@ -70,7 +70,7 @@ def _require_success(client: Client, change: Change, answers: Sequence[Answer]) 
         return
     name = change.name
     status = next((adapter for adapter in client.adapters() if adapter.name == name), None)
-    if status and status.unloading and status.num_loaded:
+    if change.action == "unload" and status and status.unloading and status.num_loaded:
         raise NotFinished(
             f"'{name}' takes no new jobs, but is not unloaded yet; the workers go on with it."
             f" `producer lora unload {name}` waits again, and with --force fails the jobs that"

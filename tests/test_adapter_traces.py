@@ -78,6 +78,12 @@ class Worker:
         self.memory.trained[name] += 1
         self.load(name)
 
+    def fail(self, name: str) -> None:
+        """A replacement that cannot be read: what is served stays."""
+        before = self.registry.get(name)
+        self.registry.refuse(name, next(self.versions), "for a reason")
+        assert self.registry.get(name) is before
+
     def unload(self, name: str) -> None:
         self.registry.keep_only(self.registry.revisions.keys() - {name})
         self.unpin(name)
@@ -150,7 +156,18 @@ def first_rows(batch: Batch) -> list[int]:
     return rows
 
 
-ACTIONS = ("load", "replace", "unload", "pin", "unpin", "submit", "submit", "cancel", "step")
+ACTIONS = (
+    "load",
+    "replace",
+    "fail",
+    "unload",
+    "pin",
+    "unpin",
+    "submit",
+    "submit",
+    "cancel",
+    "step",
+)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

@@ -410,6 +410,9 @@ def test_a_damaged_record_stops_nothing_that_is_served(
     queue.client.hset(queue.keys.adapters, "chat", "{")
     follower.follow()
     assert follower.registry.revisions == {"sql": "sql weights"}
+    (told,) = start_with(make_follower, root / "sql")
+    assert told["event"] == "desired_state_damaged"
+    assert "The record of adapter 'chat' is damaged" in str(told["error"])
 
 
 # --- Unload and pin -----------------------------------------------------------------------------

@@ -52,14 +52,14 @@ def test_every_command_may_be_given_twice(
         assert all(adapters == found[0] for adapters in found)
         return found
 
-    both_succeed("load", "lora0", str(root / "lora0"))
-    assert status_of(client, "lora0").loads == 2, "each worker has read it once"
+    both_succeed("load", "twice", str(root / "lora0"))
+    assert status_of(client, "twice").loads == 2, "each worker has read it once"
     for command in ("pin", "unpin"):
-        both_succeed(command, "lora0")
-        assert status_of(client, "lora0").pinned == (command == "pin")
-    assert_answers(client, oracle, {None: None, "lora0": "lora0"})
-    assert lora(redis_url, client, "unload", "lora0").exit_code == 0
-    assert lora(redis_url, client, "unload", "lora0").exit_code == 3
+        both_succeed(command, "twice")
+        assert status_of(client, "twice").pinned == (command == "pin")
+    assert_answers(client, oracle, {None: None, "twice": "lora0"})
+    assert lora(redis_url, client, "unload", "twice").exit_code == 0
+    assert lora(redis_url, client, "unload", "twice").exit_code == 3
 
 
 @pytest.mark.parametrize("command", ["unload", "pin", "unpin"])

@@ -195,5 +195,8 @@ def test_logs_are_json_and_hold_no_prompt(
     log = (tmp_path / "worker-0.log").read_text()
     events = [json.loads(line)["event"] for line in log.splitlines()]
     started = [event for event in events if event != "adapter_read"]
-    assert started[:3] == ["queue_server", "engine_ready", "worker_ready"]
+    assert started[:5] == [
+        *("queue_server", "engine_ready", "adapter_announced", "adapter_announced"),
+        "worker_ready",
+    ]
     assert "secret" not in log

@@ -53,7 +53,7 @@ class DesiredStateFollower:
         try:
             _, records = self._queue.desired_state()
         except LorryError:
-            records = {}  # ``follow`` says what is damaged.
+            records = own  # Nothing can be compared; ``follow`` says what is damaged.
         self._queue.announce(own)
         for name, announced in own.items():
             record = records.get(name)
