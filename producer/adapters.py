@@ -146,7 +146,7 @@ def answers(
 
     A worker that has not by the end of ``timeout`` seconds answers so. Without a timeout each has
     ``ANSWER_SECONDS``, and an adapter that is unloaded as long as jobs of it are left and somebody
-    serves them.
+    serves them; if nobody does, that is the answer.
     """
     seconds = ANSWER_SECONDS if timeout is None else timeout
     if not seconds >= 0:  # Written so that it refuses NaN too.
@@ -159,8 +159,11 @@ def answers(
         found = [(worker, _answer(change, record, worker)) for worker in workers]
         is_served = any(change.name in worker.adapters for worker in workers)
         now = time.monotonic()
-        if timeout is None and record and record.unloading and num_jobs and is_served:
+        unloading = record.unloading if record and num_jobs else None
+        if unloading and is_served and timeout is None:
             deadline = now + seconds
+        if unloading == "drain" and not is_served and _have_followed(workers, change):
+            deadline = now
         if now >= deadline or all(answer for _, answer in found):
             late = _why_late(change, seconds, num_jobs, is_served)
             return [answer or _failure(worker, late) for worker, answer in found]
@@ -233,6 +236,10 @@ def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -
     return _success(worker)
 
 
+def _have_followed(workers: Sequence[WorkerState], change: Change) -> bool:
+    return all(worker.desired_version >= change.version for worker in workers)
+
+
 def _success(worker: WorkerState) -> Answer:
     return Answer(worker.id, True, None, worker.adapters)
 
@@ -244,8 +251,10 @@ def _failure(worker: WorkerState, reason: str) -> Answer:
 def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool) -> str:
     if change.action != "unload" or not num_jobs:
         return f"no answer in {timeout:g} s"
-    left = f"{counted(num_jobs)} of it left after {timeout:g} s"
-    return left if is_served else f"{left}, and no worker serves them; --force lets them fail"
+    left = f"{counted(num_jobs)} of it left"
+    if is_served:
+        return f"{left} after {timeout:g} s"
+    return f"{left}, and no worker serves it; --force lets them fail"
 
 
 def _require_name(name: str) -> None:

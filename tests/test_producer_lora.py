@@ -473,9 +473,9 @@ def test_an_adapter_that_nobody_serves_cannot_drain_and_that_is_said(
     start_worker(errors={"sql": "there is no folder /adapters/sql"})
     producer("lora", "load", "sql", "/adapters/sql")
     send(queue, 2)
-    outcome = producer("lora", "unload", "sql", "--timeout", "0.3")
+    outcome = producer("lora", "unload", "sql")
     assert outcome.exit_code == 1
-    assert "2 jobs of it left after 0.3 s, and no worker serves them; --force" in outcome.stdout
+    assert "2 jobs of it left, and no worker serves it; --force lets them fail" in outcome.stdout
     assert producer("lora", "unload", "sql", "--force").exit_code == 0
 
 
