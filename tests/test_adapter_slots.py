@@ -19,13 +19,22 @@ from kernels.lora_shrink import lora_shrink_torch
 from schemas.errors import BadInput
 from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
+from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter, LoraFactors
+from worker.adapters.peft_targets import Place
 from worker.adapters.registry import AdapterRegistry, load_registry
 from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
-from worker.model.config import LINEAR_GROUPS, LINEAR_MODULES, ModelConfig
-from worker.model.weights import random_weights
+from worker.model.config import (
+    END_MODULES,
+    LINEAR_GROUPS,
+    LINEAR_MODULES,
+    TARGET_GROUPS,
+    TARGET_MODULES,
+    ModelConfig,
+)
+from worker.model.weights import load_weights, random_weights
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -56,9 +65,11 @@ def random_adapter(
     seed: int = 0,
 ) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for layer in range(MODEL.num_layers):
-        for module in modules:
+    factors: dict[Place, LoraFactors] = {}
+    for layer in (*range(MODEL.num_layers), None):
+        for module in END_MODULES if layer is None else LINEAR_MODULES:
+            if module not in modules:
+                continue
             out_features, in_features = MODEL.linear_shape(module)
             a = torch.randn(rank, in_features, generator=generator)
             b = torch.randn(rank, out_features, generator=generator)
@@ -86,22 +97,19 @@ def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
     """Every layer's and group's product equals the formula in float64; 0 for a module that the
     adapter leaves alone."""
     segments = [Segment(0, 4, slots.first_rank(adapter), adapter.rank)]
-    for layer, groups in enumerate(slots.weights):
-        for group, weights in groups.items():
-            modules = LINEAR_GROUPS[group]
-            x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(layer))
-            y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
-            h = lora_shrink_torch(x, weights.a, segments, len(modules))
-            lora_expand_torch(y, h, weights.b, segments, weights.part_sizes)
-            expected = []
-            for module in modules:
-                if factors := adapter.factors.get((layer, module)):
-                    expected.append(x.double() @ factors.a.double().t() @ factors.b.double())
-                else:
-                    expected.append(torch.zeros(4, MODEL.linear_shape(module)[0]).double())
-            torch.testing.assert_close(
-                y.double(), torch.cat(expected, dim=1), rtol=0, atol=TOLERANCE
-            )
+    for seed, ((layer, group), weights) in enumerate(slots.weights.items()):
+        modules = TARGET_GROUPS[group]
+        x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(seed))
+        y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
+        h = lora_shrink_torch(x, weights.a, segments, len(modules))
+        lora_expand_torch(y, h, weights.b, segments, weights.part_sizes)
+        expected = []
+        for module in modules:
+            if factors := adapter.factors.get((layer, module)):
+                expected.append(x.double() @ factors.a.double().t() @ factors.b.double())
+            else:
+                expected.append(torch.zeros(4, MODEL.linear_shape(module)[0]).double())
+        torch.testing.assert_close(y.double(), torch.cat(expected, dim=1), rtol=0, atol=TOLERANCE)
 
 
 # --- Which slot ---------------------------------------------------------------------------------
@@ -217,9 +225,9 @@ def test_placing_again_gives_the_same_slot() -> None:
 def test_placing_again_does_not_load_again() -> None:
     slots, a = make_slots(2), random_adapter("a")
     slots.place(a, ())
-    slots.weights[0]["o_proj"].a.fill_(7)
+    slots.weights[0, "o_proj"].a.fill_(7)
     slots.place(a, ())
-    assert (slots.weights[0]["o_proj"].a == 7).all()
+    assert (slots.weights[0, "o_proj"].a == 7).all()
 
 
 def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
@@ -235,11 +243,11 @@ def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
 @pytest.mark.parametrize("rank", [1, 3, MAX_RANK])
 @pytest.mark.parametrize(
     "modules",
-    [LINEAR_MODULES, ("k_proj", "down_proj"), ("v_proj", "up_proj", "o_proj"), ("q_proj",)],
+    [TARGET_MODULES, ("k_proj", "down_proj"), ("v_proj", "up_proj", "lm_head"), ("embed_tokens",)],
     ids=" ".join,
 )
 def test_a_slot_computes_its_adapters_product(rank: int, modules: tuple[str, ...]) -> None:
-    slots, adapter = make_slots(2), random_adapter("a", rank=rank, modules=modules)
+    slots, adapter = make_slots(2, TARGET_MODULES), random_adapter("a", rank=rank, modules=modules)
     slots.place(adapter, ())
     assert_slot_computes(slots, adapter)
 
@@ -254,12 +262,12 @@ def test_each_slot_computes_its_own_adapters_product() -> None:
         assert_slot_computes(slots, adapter)
 
 
-@pytest.mark.parametrize("modules", [LINEAR_MODULES, ("k_proj",), ("gate_proj", "down_proj")])
+@pytest.mark.parametrize("modules", [TARGET_MODULES, ("k_proj",), ("gate_proj", "lm_head")])
 def test_a_smaller_adapter_over_a_larger_one_leaves_no_trace_of_it(
     modules: tuple[str, ...],
 ) -> None:
-    slots = make_slots(1)
-    slots.place(random_adapter("large", rank=MAX_RANK, seed=1), ())
+    slots = make_slots(1, TARGET_MODULES)
+    slots.place(random_adapter("large", rank=MAX_RANK, modules=TARGET_MODULES, seed=1), ())
     small = random_adapter("small", rank=3, modules=modules, seed=2)
     slots.place(small, ())
     assert_slot_computes(slots, small)
@@ -288,7 +296,7 @@ def test_loading_a_slot_leaves_its_neighbours_alone() -> None:
 
 def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
     slots = make_slots(2, modules=("v_proj", "down_proj"))
-    assert [set(groups) for groups in slots.weights] == 2 * [{"qkv_proj", "down_proj"}]
+    assert slots.weights.keys() == {(n, g) for n in range(2) for g in ("qkv_proj", "down_proj")}
 
 
 @pytest.mark.parametrize(
@@ -296,13 +304,14 @@ def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
     [
         (("v_proj",), ["qkv_proj"]),
         (("down_proj", "gate_proj"), ["gate_up_proj", "down_proj"]),
-        (LINEAR_MODULES, list(LINEAR_GROUPS)),
+        (("lm_head", "q_proj"), ["qkv_proj", "lm_head"]),
+        (TARGET_MODULES, [*LINEAR_GROUPS, *END_MODULES]),
     ],
 )
 def test_an_adapter_names_the_groups_that_it_changes(
     modules: tuple[str, ...], groups: list[str]
 ) -> None:
-    assert random_adapter("a", modules=modules).linear_groups == groups
+    assert random_adapter("a", modules=modules).target_groups == groups
 
 
 # --- An adapter that spoils its own answers -----------------------------------------------------
@@ -369,7 +378,14 @@ def registry(model_folder: Path, folder: Path, **flags: object) -> AdapterRegist
     config = WorkerConfig.model_validate(
         {"model_path": model_folder, "lora_paths": (lora,), "device": "cpu", **flags}
     )
-    return load_registry(config, ModelConfig.from_folder(model_folder), torch.float32)
+    return load(config)
+
+
+def load(config: WorkerConfig) -> AdapterRegistry:
+    model = ModelConfig.from_folder(config.model_path)
+    limits = find_limits(config, model)
+    weights = load_weights(config.model_path, model, torch.device("cpu"), torch.float32)
+    return load_registry(config, AdapterLoader(model, weights, limits))
 
 
 def refusal(model_folder: Path, folder: Path, **flags: object) -> str:
@@ -413,7 +429,7 @@ def test_limits_are_inferred_from_adapters_too_that_others_have_evicted(
         max_loras_per_batch=1,
         device="cpu",
     )
-    known = load_registry(config, ModelConfig.from_folder(model_folder), torch.float32)
+    known = load(config)
     for name in ("large", "small", "large"):
         assert known.get(name)
 

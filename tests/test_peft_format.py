@@ -19,6 +19,7 @@ from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
 from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
+from worker.model.weights import DecoderWeights, load_weights, random_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model.layers"
@@ -74,13 +75,25 @@ def insert_name(weights: Weights, keys: list[str], name: str) -> None:
         weights[key.replace(".weight", f".{name}.weight")] = weights.pop(key)
 
 
-def load(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Adapter:
-    return load_adapter("name", folder, model, dtype)
+def load(
+    folder: Path,
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    base: DecoderWeights | None = None,
+) -> Adapter:
+    """``base`` matters only to adapters that refer to its weights."""
+    base = base or random_weights(model, torch.device("cpu"), dtype)
+    return load_adapter("name", folder, check_adapter(folder, model), base)
 
 
-def refusal(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> str:
+def refusal(
+    folder: Path,
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    base: DecoderWeights | None = None,
+) -> str:
     with pytest.raises(BadInput) as error:
-        load(folder, model, dtype)
+        load(folder, model, dtype, base)
     return str(error.value)
 
 
@@ -168,13 +181,155 @@ def test_factors_get_the_type_that_is_asked_for(folder: Path, model: ModelConfig
     assert (factors.a.dtype, factors.b.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
+# --- Token embeddings and output head -----------------------------------------------------------
+
+ENDS = ("embed_tokens", "lm_head")
+BASE_COPY = {
+    "embed_tokens": "base_model.model.model.embed_tokens.base_layer.weight",
+    "lm_head": "base_model.model.lm_head.base_layer.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def of_ends(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA of both ends and of q_proj. PEFT saves the base weights of the ends along."""
+    path = tmp_path_factory.mktemp("ends")
+    modules = [*ENDS, "q_proj"]
+    with ignoring_warnings():
+        return make_adapter(model_folder, path, rank=RANK, seed=1, target_modules=modules)
+
+
+@pytest.fixture
+def ends_folder(of_ends: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(of_ends, tmp_path / "ends"))
+
+
+@pytest.fixture(scope="module")
+def base(model_folder: Path, model: ModelConfig) -> DecoderWeights:
+    return load_weights(model_folder, model, torch.device("cpu"), torch.float32)
+
+
+def test_lora_of_embeddings_and_head_is_read(
+    ends_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    adapter = load(ends_folder, model, base=base)
+    weights = load_file(ends_folder / WEIGHTS)
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    embedding, head = adapter.factors[None, "embed_tokens"], adapter.factors[None, "lm_head"]
+    assert embedding.a.equal(weights[f"{prefix}A"])
+    assert embedding.b.equal(weights[f"{prefix}B"].t() * (ALPHA / RANK))
+    assert head.a.equal(weights["base_model.model.lm_head.lora_A.weight"])
+    assert head.b.equal(weights["base_model.model.lm_head.lora_B.weight"].t() * (ALPHA / RANK))
+    assert adapter.target_modules == {*ENDS, "q_proj"}
+
+
+def test_keys_of_embeddings_may_hold_the_adapters_name(
+    ends_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    def rename(weights: Weights) -> None:
+        for key in [key for key in weights if "lora_" in key]:
+            ending = ".weight" if key.endswith(".weight") else ""
+            weights[key.removesuffix(".weight") + ".default" + ending] = weights.pop(key)
+
+    edit_weights(ends_folder, rename)
+    assert load(ends_folder, model, base=base).target_modules == {*ENDS, "q_proj"}
+
+
+def test_base_weights_saved_along_are_compared_in_the_workers_type(
+    ends_folder: Path, model_folder: Path, model: ModelConfig
+) -> None:
+    base = load_weights(model_folder, model, torch.device("cpu"), torch.bfloat16)
+    assert load(ends_folder, model, torch.bfloat16, base).rank == RANK
+
+
+def test_embeddings_saved_beside_lora_of_other_modules_do_no_harm(
+    folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    """As ``save_embedding_layers=True`` does."""
+    keys = {"base_model.model.model.embed_tokens.weight": base.embedding}
+    keys["base_model.model.lm_head.weight"] = base.head
+    edit_weights(folder, lambda weights: weights.update(keys))
+    assert load(folder, model, base=base).target_modules == set(ALL_MODULES)
+
+
+@pytest.mark.parametrize("module", ENDS)
+def test_base_weights_saved_along_that_are_not_the_workers_are_refused(
+    ends_folder: Path, model: ModelConfig, base: DecoderWeights, module: str
+) -> None:
+    key = BASE_COPY[module]
+    edit_weights(ends_folder, lambda weights: weights[key][210, 71].add_(1e-3))
+    assert refusal(ends_folder, model, base=base) == (
+        f"{ends_folder / WEIGHTS}: {key} is not this base model's {module}, but of another base"
+        " model or trained. If it is trained, name it in modules_to_save; if not, leave it out"
+        " (save_embedding_layers=False)."
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [209, 212])
+def test_a_vocabulary_of_the_adapters_own_is_refused(
+    ends_folder: Path, model: ModelConfig, num_tokens: int
+) -> None:
+    key = BASE_COPY["lm_head"]
+    resized = torch.zeros(num_tokens, HIDDEN)
+    edit_weights(ends_folder, lambda weights: weights.update({key: resized}))
+    assert refusal(ends_folder, model) == (
+        f"{ends_folder / WEIGHTS}: {key} has the shape {(num_tokens, HIDDEN)}, and the base model's"
+        f" is {(211, HIDDEN)}: an adapter with a vocabulary of its own cannot be served. Resize and"
+        " save the base model with it, or train the adapter on the model as it is."
+    )
+
+
+def test_embeddings_stored_as_no_plain_numbers_are_refused(
+    ends_folder: Path, model: ModelConfig
+) -> None:
+    key = BASE_COPY["lm_head"]
+    quantized = torch.zeros(211, HIDDEN, dtype=torch.int8)
+    edit_weights(ends_folder, lambda weights: weights.update({key: quantized}))
+    assert refusal(ends_folder, model) == (
+        f"{ends_folder / WEIGHTS}: {key} is stored as I8; save it as float32 or bfloat16."
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("model.embed_tokens.lora_embedding_A", (RANK, 211)),
+        ("model.embed_tokens.lora_embedding_B", (HIDDEN, RANK)),
+        ("lm_head.lora_A.weight", (RANK, HIDDEN)),
+        ("lm_head.lora_B.weight", (211, RANK)),
+    ],
+)
+def test_factors_of_embeddings_and_head_are_held_against_the_model(
+    ends_folder: Path, model: ModelConfig, key: str, shape: tuple[int, int]
+) -> None:
+    key = f"base_model.model.{key}"
+    edit_weights(ends_folder, lambda weights: weights.update({key: torch.zeros(2, 2)}))
+    assert refusal(ends_folder, model) == (
+        f"{ends_folder / WEIGHTS}: {key} has the shape (2, 2); rank {RANK} of {CONFIG} and the"
+        f" model ask for {shape}. Is the adapter for another base model?"
+    )
+    edit_weights(ends_folder, lambda weights: weights.pop(key))
+    assert refusal(ends_folder, model).startswith(f"{ends_folder / WEIGHTS}: lacks {key}, of a")
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.lora_embedding_A", "lm_head.lora_A.weight"])
+def test_factors_of_embeddings_or_head_that_the_config_does_not_select_are_refused(
+    folder: Path, model: ModelConfig, key: str
+) -> None:
+    key = f"base_model.model.{key}"
+    edit_weights(folder, lambda weights: weights.update({key: torch.ones(RANK, HIDDEN)}))
+    expected = f"{folder / WEIGHTS}: {key}: {CONFIG} does not select this module."
+    assert refusal(folder, model) == expected
+
+
 # --- Revisions ----------------------------------------------------------------------------------
 
 
 def test_the_revision_does_not_change_with_names(
     original: Path, folder: Path, model: ModelConfig
 ) -> None:
-    there = load_adapter("another", original, model, torch.float32)
+    base = random_weights(model, torch.device("cpu"), torch.float32)
+    there = load_adapter("another", original, check_adapter(original, model), base)
     assert load(folder, model).revision == there.revision
 
 
@@ -245,18 +400,15 @@ def test_an_adapter_that_peft_made_with_dora_is_refused(
     assert refusal(tmp_path, model).endswith("use_dora: DoRA is not supported.")
 
 
-@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
-def test_an_adapter_that_peft_made_for_embeddings_or_output_head_is_refused(
-    model_folder: Path, tmp_path: Path, model: ModelConfig, module: str
-) -> None:
-    name, what = {
-        "embed_tokens": ("model.embed_tokens", "the token embeddings"),
-        "lm_head": ("lm_head", "the output head"),
-    }[module]
+def test_lora_that_is_tied_as_the_embeddings_are_is_refused(tmp_path: Path) -> None:
+    model_folder = make_llama(tmp_path / "model", tie_word_embeddings=True)
+    folder = tmp_path / "adapter"
+    settings = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
     with ignoring_warnings():
-        make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=["q_proj", module])
-    assert refusal(tmp_path, model) == (
-        f"{tmp_path / CONFIG}: target_modules selects {name}: LoRA of {what} is not supported."
+        make_adapter(model_folder, folder, rank=2, seed=1, **settings)
+    assert refusal(folder, ModelConfig.from_folder(model_folder)) == (
+        f"{folder / CONFIG}: ensure_weight_tying: one LoRA for both embed_tokens and lm_head is not"
+        " supported; train one for each, or for one of them."
     )
 
 
@@ -281,7 +433,7 @@ def test_a_config_that_targets_nothing_the_model_has_is_refused(
     assert refusal(folder, model) == (
         f"{folder / CONFIG}: targets nothing the model has. Look at target_modules, exclude_modules"
         " and layers_to_transform; the model has 3 layers with q_proj, k_proj, v_proj, o_proj,"
-        " gate_proj, up_proj, down_proj."
+        " gate_proj, up_proj, down_proj, embed_tokens, lm_head."
     )
 
 
@@ -488,18 +640,13 @@ def test_a_key_that_matches_no_module_is_refused(
     edit_weights(folder, lambda weights: weights.update({key: torch.ones(RANK, HIDDEN)}))
     assert refusal(folder, model) == (
         f"{folder / WEIGHTS}: {key}: matches no module that an adapter can change here"
-        " (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)."
+        " (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head)."
     )
 
 
 @pytest.mark.parametrize(
     ("key", "what"),
     [
-        ("lm_head.lora_A.weight", "LoRA of the output head"),
-        ("lm_head.weight", "fully trained modules"),
-        ("model.embed_tokens.lora_embedding_A", "LoRA of the token embeddings"),
-        ("model.embed_tokens.base_layer.weight", "fully trained modules"),
-        ("model.embed_tokens.weight", "fully trained modules"),
         ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trained token embeddings"),
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight", "DoRA"),

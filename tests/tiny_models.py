@@ -54,7 +54,7 @@ def make_adapter(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.3 / rank**0.5 if "lora_B" in name else 0.3)
+                parameter.normal_(std=0.3 / rank**0.5 if "_B." in name else 0.3)
     model.save_pretrained(folder)
     return folder
 

@@ -17,7 +17,7 @@ from kernels.paged_attention_prefill import PrefillChunk, PrefillRows, prefill_t
 from kernels.sample import Draw, sample
 from worker.batch import IN_FLIGHT, Batch, Int32s
 from worker.kv_cache import PAGE_SIZE
-from worker.model.config import LINEAR_GROUPS
+from worker.model.config import TARGET_GROUPS
 from worker.model.decoder import Decoder, DecoderInput
 from worker.sampler import draw
 from worker.staging import Staging, send
@@ -133,7 +133,9 @@ class ModelRunner:
         """Start a batch; on a GPU returns before it is done."""
         began = self._mark()
         step = step_arrays(batch)
-        replayed = self._graphs.replay(step, num_ranks=batch.num_ranks) if self._graphs else None
+        replayed = None
+        if self._graphs and batch.has_graph:
+            replayed = self._graphs.replay(step, num_ranks=batch.num_ranks)
         logits, tokens = replayed or self._run(batch, step)
         if draw(tokens, logits, batch.sampled):
             lines = [sequence.line for sequence in batch.sampled]
@@ -142,21 +144,25 @@ class ModelRunner:
 
     def _run(self, batch: Batch, step: StepArrays[Int32s]) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = self._upload(step)
-        prefill_tiles = lora_tiles = shrink_tiles = None
-        if self.device.type == "cuda":
-            prefill_tiles = on_device.prefill_tiles.view(-1, 4)
-            lora_tiles = on_device.lora_tiles.view(-1, 4)
-            if len(on_device.shrink_tiles):
-                shrink_tiles = on_device.shrink_tiles.view(-1, 4)
+        prefill_tiles = self._tiles(on_device.prefill_tiles)
+        tiles = self._tiles(on_device.lora_tiles), self._tiles(on_device.shrink_tiles)
+        head_tiles = self._tiles(on_device.head_tiles), self._tiles(on_device.head_shrink_tiles)
+        lora = {}
+        for group, segments in batch.group_segments.items():
+            expand, shrink = head_tiles if group == "lm_head" else tiles
+            lora[group] = LoraRows(segments, expand, batch.num_ranks, shrink)
         return self.forward(
             on_device,
             max_length=batch.max_decode_length,
             prefill=PrefillRows(batch.chunks, prefill_tiles) if batch.chunks else None,
-            lora={
-                group: LoraRows(segments, lora_tiles, batch.num_ranks, shrink_tiles)
-                for group, segments in batch.group_segments.items()
-            },
+            lora=lora,
         )
+
+    def _tiles(self, numbers: torch.Tensor) -> torch.Tensor | None:
+        """[tiles, 4]; None without any, or where the torch twins run, which go by segments."""
+        if self.device.type != "cuda" or not len(numbers):
+            return None
+        return numbers.view(-1, 4)
 
     def forward(
         self,
@@ -214,7 +220,7 @@ class ModelRunner:
             for row in range(0, num_rows, max_length)
         ]
         nothing = np.zeros(num_rows, np.int32)
-        segment = Segment(0, num_rows, 0, 0)
+        segment, sampled = Segment(0, num_rows, 0, 0), Segment(0, min(no_line, num_rows), 0, 0)
         step = StepArrays(
             token_ids=nothing,
             lines=nothing + no_line,
@@ -226,15 +232,19 @@ class ModelRunner:
             prefill_tiles=np.array(prefill_tiles(chunks), np.int32).ravel(),
             lora_tiles=np.array(lora_tiles([segment]), np.int32).ravel(),
             shrink_tiles=np.array(lora_tiles([segment], SHRINK_TILE_ROWS), np.int32).ravel(),
+            head_tiles=np.array(lora_tiles([sampled]), np.int32).ravel(),
+            head_shrink_tiles=np.array(lora_tiles([sampled], SHRINK_TILE_ROWS), np.int32).ravel(),
         )
         on_device = self._upload(step)
         tiles, shrink_tiles = on_device.lora_tiles.view(-1, 4), on_device.shrink_tiles.view(-1, 4)
-        lora = LoraRows([], tiles, num_ranks, shrink_tiles if by_segments else None)
+        rows = LoraRows([], tiles, num_ranks, shrink_tiles if by_segments else None)
+        head_tiles, head_shrink_tiles = on_device.head_tiles, on_device.head_shrink_tiles
+        head = LoraRows([], head_tiles.view(-1, 4), num_ranks, head_shrink_tiles.view(-1, 4))
         self.forward(
             on_device,
             max_length=0,
             prefill=PrefillRows(chunks, on_device.prefill_tiles.view(-1, 4)),
-            lora=dict.fromkeys(LINEAR_GROUPS, lora) if num_ranks else {},
+            lora=dict.fromkeys(TARGET_GROUPS, rows) | {"lm_head": head} if num_ranks else {},
         )
 
     def _upload(self, step: StepArrays[Int32s]) -> StepArrays[torch.Tensor]:

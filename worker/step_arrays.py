@@ -32,6 +32,8 @@ class StepArrays(NamedTuple, Generic[Array]):
     prefill_tiles: [4 * tiles], the fields of ``PrefillTile``
     lora_tiles: [4 * tiles], the fields of ``LoraTile``; empty if the batch has no adapter
     shrink_tiles: likewise, for ``lora_shrink``; empty if it is not to work by segments
+    head_tiles, head_shrink_tiles: likewise, of the sampled rows of adapters that change the output
+        head, which always works by segments
     """
 
     token_ids: Array
@@ -44,10 +46,13 @@ class StepArrays(NamedTuple, Generic[Array]):
     prefill_tiles: Array
     lora_tiles: Array
     shrink_tiles: Array
+    head_tiles: Array
+    head_shrink_tiles: Array
 
 
 def step_arrays(batch: Batch) -> StepArrays[Int32s]:
     """The arrays of a batch, on the host."""
+    head_segments = batch.group_segments.get("lm_head", [])
     return StepArrays(
         token_ids=batch.token_ids,
         lines=batch.lines,
@@ -63,6 +68,8 @@ def step_arrays(batch: Batch) -> StepArrays[Int32s]:
             if _shrinks_by_segments(batch)
             else []
         ),
+        head_tiles=_flat(lora_tiles(head_segments)),
+        head_shrink_tiles=_flat(lora_tiles(head_segments, SHRINK_TILE_ROWS)),
     )
 
 

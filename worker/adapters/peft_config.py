@@ -48,7 +48,6 @@ _IGNORED_SETTINGS = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
     "inference_mode",
@@ -91,6 +90,7 @@ class PeftConfig(BaseModel):
     layers_pattern: list[str] | str | None = None
     # PEFT trains and saves biases of the base model, and Llama has none.
     bias: Literal["none", "all", "lora_only"] = "none"
+    ensure_weight_tying: bool = False
 
     @property
     def layer_patterns(self) -> list[str]:

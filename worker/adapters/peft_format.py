@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from schemas.errors import BadInput
 from worker.adapters.peft_config import read_config, read_settings
 from worker.adapters.peft_targets import Place, selected_places
 from worker.adapters.peft_weights import (
     LoraFactors,
-    StoredFactors,
-    find_factors,
+    StoredWeights,
+    check_base_copies,
+    find_weights,
     read_factors,
     weights_file,
 )
-from worker.model.config import LINEAR_GROUPS, ModelConfig
+from worker.model.config import TARGET_GROUPS, ModelConfig
+from worker.model.weights import DecoderWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +43,11 @@ class Adapter:
         return frozenset(module for _, module in self.factors)
 
     @cached_property
-    def linear_groups(self) -> list[str]:
-        """The groups of fused linear modules that it changes."""
+    def target_groups(self) -> list[str]:
+        """The groups of fused modules that it changes."""
         return [
             group
-            for group, parts in LINEAR_GROUPS.items()
+            for group, parts in TARGET_GROUPS.items()
             if not self.target_modules.isdisjoint(parts)
         ]
 
@@ -56,15 +56,15 @@ class Adapter:
 class AdapterOutline:
     """What a folder holds, told without reading its weights."""
 
-    factors: dict[Place, StoredFactors]
+    weights: StoredWeights
 
     @property
     def rank(self) -> int:
-        return max(factors.rank for factors in self.factors.values())
+        return max(factors.rank for factors in self.weights.factors.values())
 
     @property
     def target_modules(self) -> frozenset[str]:
-        return frozenset(module for _, module in self.factors)
+        return frozenset(module for _, module in self.weights.factors)
 
 
 def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
@@ -75,16 +75,18 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     """
     config = read_config(folder)
     places = selected_places(folder, config, model)
-    return AdapterOutline(find_factors(folder, config, places, model))
+    return AdapterOutline(find_weights(folder, config, places, model))
 
 
-def load_adapter(name: str, folder: Path, model: ModelConfig, dtype: torch.dtype) -> Adapter:
-    """Read an adapter's PEFT folder.
+def load_adapter(name: str, folder: Path, outline: AdapterOutline, base: DecoderWeights) -> Adapter:
+    """Read an adapter's PEFT folder, in the type of the base weights.
 
-    Raises BadInput as ``check_adapter`` does, and for weights that are not finite in ``dtype``.
+    Raises BadInput for weights that are not finite in that type, and for copies of base weights
+    that differ from them.
     """
-    outline = check_adapter(folder, model)
-    factors = read_factors(folder, outline.factors, dtype)
+    stored = outline.weights
+    check_base_copies(folder, stored.base_copies, base)
+    factors = read_factors(folder, stored.factors, base.dtype)
     return Adapter(name, str(folder), revision_of(folder), outline.rank, factors)
 
 

@@ -1,4 +1,4 @@
-"""Which linear modules of a model an adapter's config selects, by the rules of PEFT."""
+"""Which modules of a model an adapter's config selects, by the rules of PEFT."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from pathlib import Path
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.model.config import LINEAR_MODULES, ModelConfig
+from worker.model.config import END_MODULES, LINEAR_MODULES, TARGET_MODULES, ModelConfig
 from worker.model.weights import PARENTS, group_of
 
-#: A layer, and one of its linear modules.
-Place = tuple[int, str]
+#: A layer and one of its linear modules, or no layer and one of ``END_MODULES``.
+Place = tuple[int | None, str]
 
 #: Where ``layers_pattern`` is not given, the layer is the first number between dots.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
-#: What PEFT can change besides the linear modules of the layers.
-_OTHER_MODULES = {"model.embed_tokens": "the token embeddings", "lm_head": "the output head"}
+#: What transformers and PEFT call ``END_MODULES``.
+_END_NAMES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
 def module_name(place: Place) -> str:
     """What transformers and PEFT call it, ``model.layers.0.self_attn.q_proj``."""
     layer, module = place
+    if layer is None:
+        return _END_NAMES[module]
     return f"model.layers.{layer}.{PARENTS[group_of(module)]}.{module}"
+
+
+def all_places(model: ModelConfig) -> list[Place]:
+    """Every module that an adapter can change."""
+    layers = [(layer, module) for layer in range(model.num_layers) for module in LINEAR_MODULES]
+    return [*layers, *((None, module) for module in END_MODULES)]
 
 
 def selected_places(folder: Path, config: PeftConfig, model: ModelConfig) -> list[Place]:
@@ -32,18 +40,18 @@ def selected_places(folder: Path, config: PeftConfig, model: ModelConfig) -> lis
     Raises BadInput if there is none, or one that cannot be changed here.
     """
     path = folder / CONFIG_FILE
-    for name, what in _OTHER_MODULES.items():
-        if _selects(config, name):
-            raise BadInput(
-                f"{path}: target_modules selects {name}: LoRA of {what} is not supported."
-            )
-    places = [(layer, module) for layer in range(model.num_layers) for module in LINEAR_MODULES]
-    selected = [place for place in places if _selects(config, module_name(place))]
+    selected = [place for place in all_places(model) if _selects(config, module_name(place))]
     if not selected:
         raise BadInput(
             f"{path}: targets nothing the model has. Look at target_modules, exclude_modules and"
             f" layers_to_transform; the model has {model.num_layers} layers with"
-            f" {', '.join(LINEAR_MODULES)}."
+            f" {', '.join(TARGET_MODULES)}."
+        )
+    is_tied = model.tie_word_embeddings and config.ensure_weight_tying
+    if is_tied and any(layer is None for layer, _ in selected):
+        raise BadInput(
+            f"{path}: ensure_weight_tying: one LoRA for both embed_tokens and lm_head is not"
+            " supported; train one for each, or for one of them."
         )
     return selected
 
@@ -58,7 +66,7 @@ def _selects(config: PeftConfig, name: str) -> bool:
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            return name not in _OTHER_MODULES
+            return name not in _END_NAMES.values()
         return re.fullmatch(targets, name) is not None
     # A whole name is selected whatever layers_to_transform says.
     return name in targets or (_is_named(name, targets) and _is_in_layers(config, name))

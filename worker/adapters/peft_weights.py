@@ -13,16 +13,21 @@ from safetensors import SafetensorError, safe_open
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.adapters.peft_targets import Place, module_name
-from worker.model.config import LINEAR_MODULES, ModelConfig
+from worker.adapters.peft_targets import Place, all_places, module_name
+from worker.model.config import END_MODULES, TARGET_MODULES, ModelConfig
+from worker.model.weights import DecoderWeights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 
-#: PEFT leaves the adapter's name out when it saves; what is saved by hand may hold it.
+_PREFIX = "base_model.model."
+
+#: PEFT leaves the adapter's name out when it saves; what is saved by hand may hold it. Factors of
+#: the embedding are bare parameters: their keys do not end in ``weight``.
 _LORA_KEY = re.compile(
-    r"base_model\.model\.(?P<name>.+)\.lora_[AB](?:\.(?P<adapter>[^.]+))?\.weight"
+    r"base_model\.model\.(?P<name>.+)\.lora_(?P<bare>embedding_)?[AB]"
+    r"(?:\.(?P<adapter>[^.]+))?(?(bare)|\.weight)"
 )
 
 _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\..+")
@@ -30,8 +35,6 @@ _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\..+")
 #: What a key may tell of, whatever the config says; the first that is found in it.
 _REFUSED_KEYS = {
     "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA of the token embeddings",
-    "lm_head.lora_": "LoRA of the output head",
     "trainable_tokens_delta": "trained token embeddings",
     "modules_to_save": "fully trained modules",
     "lora_diag": "KaSA",
@@ -41,6 +44,9 @@ _REFUSED_KEYS = {
     "embed_tokens.weight": "fully trained modules",
     "lm_head.weight": "fully trained modules",
 }
+
+#: Rows of the vocabulary that are compared at once: 32 MB of a model of 8B.
+_COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,19 @@ class StoredFactors:
     scaling: float
 
 
-def find_factors(
+@dataclass(frozen=True)
+class StoredWeights:
+    """What stands where in the file."""
+
+    factors: dict[Place, StoredFactors]
+    base_copies: dict[str, str]
+    """Key -> the one of ``END_MODULES`` whose base weight PEFT has saved along."""
+
+
+def find_weights(
     folder: Path, config: PeftConfig, places: Collection[Place], model: ModelConfig
-) -> dict[Place, StoredFactors]:
-    """The factors of the modules that the config selects, by the header of the file alone.
+) -> StoredWeights:
+    """The weights of the modules that the config selects, by the header of the file alone.
 
     Raises BadInput, naming the key, if one is missing, has another shape or type than config and
     model ask for, or belongs to no selected module.
@@ -72,13 +87,16 @@ def find_factors(
     path = folder / WEIGHTS_FILE
     file = _open(folder)
     keys = sorted(file.keys())
-    if not keys:
-        raise BadInput(f"{path}: holds no LoRA weights.")
     inserted = _adapter_name(path, keys)
     found = {place: _stored(config, place, inserted) for place in places}
+    base_copies = {
+        key: module for module in END_MODULES for key in _base_keys(module) if key in keys
+    }
+    if not set(keys).difference(base_copies):
+        raise BadInput(f"{path}: holds no LoRA weights.")
     known = {key for factors in found.values() for key in (factors.key_a, factors.key_b)}
     for key in keys:
-        if key not in known:
+        if key not in known and key not in base_copies:
             raise BadInput(f"{path}: {key}: {_why_not(key, model)}")
     if missing := sorted(known.difference(keys)):
         raise BadInput(
@@ -90,13 +108,15 @@ def find_factors(
         rank = factors.rank
         _check_header(path, factors.key_a, file, rank, (rank, in_features))
         _check_header(path, factors.key_b, file, rank, (out_features, rank))
-    return found
+    for key in base_copies:
+        _check_vocabulary(path, key, file, model)
+    return StoredWeights(found, base_copies)
 
 
 def read_factors(
     folder: Path, stored: dict[Place, StoredFactors], dtype: torch.dtype
 ) -> dict[Place, LoraFactors]:
-    """Read what ``find_factors`` found; raises BadInput if a number is not finite in ``dtype``."""
+    """Read what ``find_weights`` found; raises BadInput if a number is not finite in ``dtype``."""
     path = folder / WEIGHTS_FILE
     file = _open(folder)
 
@@ -116,6 +136,26 @@ def read_factors(
         )
         for place, factors in stored.items()
     }
+
+
+def check_base_copies(folder: Path, copies: dict[str, str], base: DecoderWeights) -> None:
+    """Raises BadInput if a base weight in the file is not that of the worker, in its type.
+
+    PEFT saves them along with LoRA of embeddings or output head, and to load the adapter it writes
+    them over those of the model.
+    """
+    path = folder / WEIGHTS_FILE
+    file = _open(folder)
+    for key, module in copies.items():
+        weight, stored = base.ends()[module], file.get_slice(key)
+        for row in range(0, len(weight), _COMPARED_ROWS):
+            ours = weight[row : row + _COMPARED_ROWS]
+            if not stored[row : row + _COMPARED_ROWS].to(ours).equal(ours):
+                raise BadInput(
+                    f"{path}: {key} is not this base model's {module}, but of another base model"
+                    " or trained. If it is trained, name it in modules_to_save; if not, leave it"
+                    " out (save_embedding_layers=False)."
+                )
 
 
 def weights_file(folder: Path) -> Path:
@@ -154,11 +194,19 @@ def _adapter_name(path: Path, keys: Collection[str]) -> str | None:
 
 def _stored(config: PeftConfig, place: Place, adapter: str | None) -> StoredFactors:
     name = module_name(place)
+    factors, ending = ("lora_A", "lora_B"), "weight"
+    if place[1] == "embed_tokens":
+        factors, ending = ("lora_embedding_A", "lora_embedding_B"), ""
     key_a, key_b = (
-        ".".join(filter(None, ("base_model.model", name, factor, adapter, "weight")))
-        for factor in ("lora_A", "lora_B")
+        _PREFIX + ".".join(filter(None, (name, factor, adapter, ending))) for factor in factors
     )
     return StoredFactors(key_a, key_b, config.rank_of(name), config.scaling_of(name))
+
+
+def _base_keys(module: str) -> tuple[str, str]:
+    """Where PEFT saves a base weight: of a module with LoRA, and of one without."""
+    name = _PREFIX + module_name((None, module))
+    return f"{name}.base_layer.weight", f"{name}.weight"
 
 
 def _why_not(key: str, model: ModelConfig) -> str:
@@ -173,10 +221,9 @@ def _why_not(key: str, model: ModelConfig) -> str:
         return (
             f"the model has only {model.num_layers} layers. Is the adapter for another base model?"
         )
-    places = ((number, module) for number in range(model.num_layers) for module in LINEAR_MODULES)
-    if name in map(module_name, places):
+    if name in map(module_name, all_places(model)):
         return f"{CONFIG_FILE} does not select this module."
-    return f"matches no module that an adapter can change here ({', '.join(LINEAR_MODULES)})."
+    return f"matches no module that an adapter can change here ({', '.join(TARGET_MODULES)})."
 
 
 def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, int]) -> None:
@@ -186,5 +233,20 @@ def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, 
             f"{path}: {key} has the shape {found}; rank {rank} of {CONFIG_FILE} and the model ask"
             f" for {shape}. Is the adapter for another base model?"
         )
-    if (stored := header.get_dtype()) not in _WEIGHT_TYPES:
+    _check_type(path, key, file)
+
+
+def _check_vocabulary(path: Path, key: str, file: Any, model: ModelConfig) -> None:
+    shape = (model.vocab_size, model.hidden_size)
+    if (found := tuple(file.get_slice(key).get_shape())) != shape:
+        raise BadInput(
+            f"{path}: {key} has the shape {found}, and the base model's is {shape}: an adapter"
+            " with a vocabulary of its own cannot be served. Resize and save the base model with"
+            " it, or train the adapter on the model as it is."
+        )
+    _check_type(path, key, file)
+
+
+def _check_type(path: Path, key: str, file: Any) -> None:
+    if (stored := file.get_slice(key).get_dtype()) not in _WEIGHT_TYPES:
         raise BadInput(f"{path}: {key} is stored as {stored}; save it as float32 or bfloat16.")

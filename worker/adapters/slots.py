@@ -12,8 +12,8 @@ import torch
 
 from worker.adapters.last_reads import LastReads
 from worker.adapters.peft_format import Adapter
-from worker.model.config import LINEAR_GROUPS, ModelConfig
-from worker.model.lora_linear import LoraWeights
+from worker.model.config import END_MODULES, LINEAR_GROUPS, TARGET_GROUPS, ModelConfig
+from worker.model.lora_linear import LoraPlace, LoraWeights
 from worker.model.weights import DecoderWeights
 
 log = structlog.get_logger()
@@ -22,9 +22,8 @@ log = structlog.get_logger()
 #: as the products need to be fast.
 _LEAST_RANKS = 8
 
-#: Where the adapter's A and B of one linear group of one layer stand on the host.
-_Place = tuple[int, str]
-_Packed = dict[_Place, tuple[torch.Tensor, torch.Tensor]]
+#: Where the adapter's A and B of one group of modules of one layer stand on the host.
+_Packed = dict[LoraPlace, tuple[torch.Tensor, torch.Tensor]]
 
 
 def rank_capacity(num_slots: int, max_rank: int) -> int:
@@ -41,7 +40,8 @@ def rank_levels(capacity: int) -> list[int]:
 
 
 def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]:
-    """Rows of A that ``capacity`` ranks take in each linear group that adapters may change."""
+    """Rows of A that ``capacity`` ranks take behind the base weight of each linear group that
+    adapters may change."""
     return {
         group: len(parts) * capacity
         for group, parts in LINEAR_GROUPS.items()
@@ -50,12 +50,12 @@ def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]
 
 
 class AdapterSlots:
-    """Room for ``num_slots`` adapters of ``max_rank`` ranks, over all layers and linear groups.
+    """Room for ``num_slots`` adapters of ``max_rank`` ranks, in all groups of modules.
 
     An adapter takes the next power of two of its rank, at least 8, at a multiple of that; so a
     smaller one leaves room for others, and whatever ``num_slots - 1`` adapters are in use, one of
-    any rank finds a place that none of them touches. Linear groups without any of
-    ``target_modules`` have no weights at all.
+    any rank finds a place that none of them touches. Groups without any of ``target_modules``
+    have no weights at all.
     """
 
     def __init__(
@@ -92,16 +92,18 @@ class AdapterSlots:
         self._last_reads = LastReads[torch.cuda.Event](self.capacity, _LEAST_RANKS)
         #: Page-locked, as long as anybody holds the adapter.
         self._on_host: WeakKeyDictionary[Adapter, _Packed] = WeakKeyDictionary()
-        base: list[dict[str, torch.Tensor]] = [{}] * model.num_layers
-        if stacked:
-            base = [layer.linears for layer in stacked.layers]
-        self.weights: list[dict[str, LoraWeights]] = [
-            {
-                group: self._make_weights(group, linears.get(group))
-                for group in spare_rows(target_modules, self.capacity)
-            }
-            for linears in base
-        ]
+        self.weights: dict[LoraPlace, LoraWeights] = {
+            (layer, group): self._make_weights(
+                group, stacked.layers[layer].linears[group] if stacked else None
+            )
+            for layer in range(model.num_layers)
+            for group in spare_rows(target_modules, self.capacity)
+        }
+        self.weights |= {
+            (None, module): self._make_weights(module, None)
+            for module in END_MODULES
+            if module in target_modules
+        }
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())  # It makes those zeros.
 
@@ -129,8 +131,7 @@ class AdapterSlots:
         ranks = _rank_class(adapter.rank)
         return sum(
             ranks * (len(w.part_sizes) * w.a.shape[1] + w.b.shape[1]) * w.b.itemsize
-            for groups in self.weights
-            for w in groups.values()
+            for w in self.weights.values()
         )
 
     def prepare(self, adapter: Adapter) -> None:
@@ -233,8 +234,8 @@ class AdapterSlots:
     def _copy(self, packed: _Packed, rank: int, first: int) -> None:
         end = first + rank
         targets, sources = [], []
-        for (layer, group), (a, b) in packed.items():
-            weights = self.weights[layer][group]
+        for place, (a, b) in packed.items():
+            weights = self.weights[place]
             parts = len(weights.part_sizes)
             targets += [weights.a[parts * first : parts * end], weights.b[first:end]]
             sources += [a, b]
@@ -245,8 +246,7 @@ class AdapterSlots:
         """For each layer and group A [parts * rank, in_features] and B [rank, out_features]."""
         shapes = [
             (layer, group, len(weights.part_sizes) * adapter.rank, *weights.a.shape[1:], weights)
-            for layer, groups in enumerate(self.weights)
-            for group, weights in groups.items()
+            for (layer, group), weights in self.weights.items()
         ]
         sizes = ((rows * columns, adapter.rank * w.b.shape[1]) for _, _, rows, columns, w in shapes)
         counts = list(chain.from_iterable(sizes))
@@ -258,7 +258,7 @@ class AdapterSlots:
             a = next(pieces).view(rows, columns)
             b = next(pieces).view(adapter.rank, -1)
             columns_of = torch.split(b, weights.part_sizes, dim=1)
-            for part, module in enumerate(LINEAR_GROUPS[group]):
+            for part, module in enumerate(TARGET_GROUPS[group]):
                 if factors := adapter.factors.get((layer, module)):
                     # A module of a smaller rank leaves the adapter's other ranks zero.
                     rank = len(factors.a)
@@ -268,7 +268,7 @@ class AdapterSlots:
         return packed
 
     def _make_weights(self, group: str, stacked: torch.Tensor | None) -> LoraWeights:
-        parts = LINEAR_GROUPS[group]
+        parts = TARGET_GROUPS[group]
         part_sizes = tuple(self._model.linear_shape(part)[0] for part in parts)
 
         def zeros(rows: int, columns: int) -> torch.Tensor:

@@ -12,10 +12,13 @@ from kernels.lora_expand import lora_expand
 from kernels.lora_segments import LoraRows
 from kernels.lora_shrink import lora_shrink
 
+#: A layer and one of its linear groups, or no layer and one of ``END_MODULES``.
+LoraPlace = tuple[int | None, str]
+
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The slots' weights for one linear group of one layer.
+    """The slots' weights for one group of modules of one layer.
 
     a: [parts * rank_capacity, in_features]
     b: [rank_capacity, out_features], the parts side by side
@@ -37,10 +40,13 @@ class LoraLinear:
         self._linear = Linear(weight)
         self.lora = lora
 
-    def __call__(self, x: torch.Tensor, rows: LoraRows | None) -> torch.Tensor:
-        """x: [rows, in_features]; returns [rows, out_features], rows at any stride."""
+    def __call__(
+        self, x: torch.Tensor, rows: LoraRows | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x: [rows, in_features]; returns [rows, out_features], rows at any stride; written to
+        ``out`` if given, and then no adapter may change it."""
         if rows is None or self.lora is None:
-            return self._linear(x)
+            return self._linear(x, out)
         y, h = self.shrink(x, rows)
         lora_expand(y, h, self.lora.b, rows, self.lora.part_sizes)
         return y

@@ -54,6 +54,14 @@ class DecoderWeights:
     norm: torch.Tensor
     head: torch.Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.dtype
+
+    def ends(self) -> dict[str, torch.Tensor]:
+        """The weights of ``END_MODULES``, each [vocab_size, hidden_size]."""
+        return {"embed_tokens": self.embedding, "lm_head": self.head}
+
 
 def load_weights(
     folder: Path,
