@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
+from worker.adapters import device_weights
 from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
 from worker.model.weights import DecoderWeights, load_weights, random_weights
@@ -83,7 +84,7 @@ def load(
 ) -> Adapter:
     """``base`` matters only to adapters that refer to its weights."""
     base = base or random_weights(model, torch.device("cpu"), dtype)
-    return load_adapter("name", folder, check_adapter(folder, model), base)
+    return load_adapter("name", folder, check_adapter(folder, model), model, base)
 
 
 def refusal(
@@ -322,6 +323,123 @@ def test_factors_of_embeddings_or_head_that_the_config_does_not_select_are_refus
     assert refusal(folder, model) == expected
 
 
+# --- DoRA ---------------------------------------------------------------------------------------
+
+Q_M = f"{PREFIX}.1.self_attn.q_proj.lora_magnitude_vector"
+
+
+@pytest.fixture(scope="module")
+def of_dora(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dora")
+    modules = ["q_proj", "v_proj", "lm_head"]
+    with ignoring_warnings():
+        return make_adapter(
+            model_folder, path, rank=RANK, seed=1, target_modules=modules, use_dora=True
+        )
+
+
+@pytest.fixture
+def dora_folder(of_dora: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(of_dora, tmp_path / "dora"))
+
+
+def test_dora_multiplies_rows_by_magnitude_over_length(
+    dora_folder: Path, model: ModelConfig, model_folder: Path, base: DecoderWeights
+) -> None:
+    adapter = load(dora_folder, model, base=base)
+    stored = {key: tensor.double() for key, tensor in load_file(dora_folder / WEIGHTS).items()}
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weight = load_file(model_folder / "model.safetensors")[name].double()
+    b = stored[Q_B] * ALPHA / RANK
+    gain = stored[Q_M] / (weight + b @ stored[Q_A]).norm(dim=1)
+    # The sums of 75 squares under the norm are rounded to float32.
+    close = {"rtol": 75 * 2.0**-24, "atol": 0}
+    gains = adapter.on_device.gains["qkv_proj"]
+    torch.testing.assert_close(gains[1, :HIDDEN].double(), gain, **close)
+    factors = adapter.factors[1, "q_proj"]
+    torch.testing.assert_close(factors.b.double(), b.t() * gain, **close)
+    assert factors.a.equal(stored[Q_A].float())
+
+
+def test_dora_leaves_the_rows_of_other_modules_alone(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    gains = load(dora_folder, model, base=base).on_device.gains
+    assert gains.keys() == {"qkv_proj", "lm_head"}
+    assert gains["qkv_proj"].shape == (3, 72 + 24 + 24)
+    assert gains["lm_head"].shape == (1, 211)
+    assert (gains["qkv_proj"][:, 72:96] == 1).all()
+
+
+def test_magnitudes_may_stand_under_the_adapters_name(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    def rename(weights: Weights) -> None:
+        for key in [key for key in weights if "lora_" in key]:
+            weights[key.removesuffix(".weight") + ".mine.weight"] = weights.pop(key)
+
+    expected = load(dora_folder, model, base=base).on_device.gains["qkv_proj"]
+    edit_weights(dora_folder, rename)
+    assert load(dora_folder, model, base=base).on_device.gains["qkv_proj"].equal(expected)
+
+
+def test_a_module_without_its_magnitude_is_refused(dora_folder: Path, model: ModelConfig) -> None:
+    edit_weights(dora_folder, lambda weights: weights.pop(Q_M))
+    assert refusal(dora_folder, model) == (
+        f"{dora_folder / WEIGHTS}: lacks {Q_M}, of a module that {CONFIG} selects."
+        " Is the file whole, and the adapter for this base model?"
+    )
+
+
+def test_a_magnitude_of_the_wrong_shape_is_refused(dora_folder: Path, model: ModelConfig) -> None:
+    edit_weights(dora_folder, lambda weights: weights.update({Q_M: torch.ones(HIDDEN, 1)}))
+    assert refusal(dora_folder, model) == (
+        f"{dora_folder / WEIGHTS}: {Q_M} has the shape {(HIDDEN, 1)}; rank {RANK} of {CONFIG} and"
+        f" the model ask for {(HIDDEN,)}. Is the adapter for another base model?"
+    )
+
+
+@pytest.mark.parametrize("ending", ["", ".default.weight"])
+def test_a_magnitude_of_an_adapter_without_dora_is_refused(
+    folder: Path, model: ModelConfig, ending: str
+) -> None:
+    key = Q_M + ending
+    edit_weights(folder, lambda weights: weights.update({key: torch.ones(HIDDEN)}))
+    assert refusal(folder, model) == (
+        f"{folder / WEIGHTS}: {key}: {CONFIG} does not say that this module has DoRA (use_dora)."
+    )
+
+
+def test_a_magnitude_that_is_not_finite_is_refused(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    edit_weights(dora_folder, lambda weights: weights[Q_M][3].fill_(float("nan")))
+    assert refusal(dora_folder, model, base=base) == (
+        f"{dora_folder / WEIGHTS}: {Q_M}, divided by the lengths of the changed weight's rows,"
+        " holds NaN or infinite values."
+    )
+
+
+def test_a_row_without_length_is_refused(dora_folder: Path, model: ModelConfig) -> None:
+    """PEFT would answer NaN."""
+    base = random_weights(model, torch.device("cpu"), torch.float32)
+    base.layers[1].linears["qkv_proj"][7] = 0
+    base.ends()["lm_head"].copy_(load_file(dora_folder / WEIGHTS)[BASE_COPY["lm_head"]])
+    edit_weights(dora_folder, lambda weights: weights[Q_B][7].fill_(0))
+    assert f"{Q_M}, divided by the lengths" in refusal(dora_folder, model, base=base)
+
+
+def test_magnitudes_that_find_no_room_on_the_device_are_refused_with_the_figure(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_weights, "_SPARED_BYTES", 1 << 60)
+    assert refusal(dora_folder, model, base=base) == (
+        "the magnitudes of its DoRA take 0.0 MB of the device's memory, which has 0.0 MB to spare."
+        " Unload other adapters, or start the worker with a lower --mem-fraction-static or"
+        " --max-loaded-loras."
+    )
+
+
 # --- Revisions ----------------------------------------------------------------------------------
 
 
@@ -329,7 +447,7 @@ def test_the_revision_does_not_change_with_names(
     original: Path, folder: Path, model: ModelConfig
 ) -> None:
     base = random_weights(model, torch.device("cpu"), torch.float32)
-    there = load_adapter("another", original, check_adapter(original, model), base)
+    there = load_adapter("another", original, check_adapter(original, model), model, base)
     assert load(folder, model).revision == there.revision
 
 
@@ -372,7 +490,6 @@ def test_the_revision_changes_with_the_order_of_patterns(folder: Path, model: Mo
 @pytest.mark.parametrize(
     ("setting", "value", "what"),
     [
-        ("use_dora", True, "DoRA"),
         ("modules_to_save", ["lm_head"], "fully trained modules"),
         ("layer_replication", [[0, 2], [1, 3]], "replicated layers"),
         ("lora_bias", True, "a bias in B"),
@@ -391,13 +508,6 @@ def test_a_setting_that_changes_the_product_is_refused(
 ) -> None:
     edit_config(folder, **{setting: value})
     assert refusal(folder, model) == f"{folder / CONFIG}: {setting}: {what} is not supported."
-
-
-def test_an_adapter_that_peft_made_with_dora_is_refused(
-    model_folder: Path, tmp_path: Path, model: ModelConfig
-) -> None:
-    make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=["o_proj"], use_dora=True)
-    assert refusal(tmp_path, model).endswith("use_dora: DoRA is not supported.")
 
 
 def test_lora_that_is_tied_as_the_embeddings_are_is_refused(tmp_path: Path) -> None:
@@ -648,8 +758,6 @@ def test_a_key_that_matches_no_module_is_refused(
     ("key", "what"),
     [
         ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trained token embeddings"),
-        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight", "DoRA"),
         ("model.layers.0.self_attn.q_proj.lora_B.bias", "a bias in B"),
         ("model.layers.0.self_attn.q_proj.base_layer.bias", "a trained bias"),
         ("model.layers.0.self_attn.q_proj.base_layer.weight", "fully trained modules"),

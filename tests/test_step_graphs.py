@@ -160,6 +160,30 @@ def test_replayed_steps_of_the_base_model_leave_each_others_keys_alone(
     assert replays.keys() == {(True, False, True), (False, False, True)}
 
 
+def test_steps_of_adapters_that_graphs_do_not_hold_run_without_one(
+    engine: Engine,
+    model_folder: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    replays: Counter[tuple[bool, bool, bool]],
+) -> None:
+    """Base jobs and others beside them too; alone they are replayed again."""
+    modules = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    dora = make_adapter(
+        model_folder, tmp_path, rank=4, seed=7, target_modules=modules, use_dora=True
+    )
+    engine.adapters.load("dora", dora, version=1)
+    jobs = make_jobs(6)
+    jobs[1] = jobs[1].model_copy(update={"lora": "dora", "max_tokens": 9})
+    oracle = Oracle(model_folder, adapters | {"dora": dora})
+    assert run(engine, jobs) == expected(oracle, jobs)
+    replays.clear()
+    assert run(engine, jobs[1:2]) == expected(oracle, jobs[1:2])
+    assert not replays
+    assert run(engine, jobs[2:]) == expected(oracle, jobs[2:])
+    assert replays[False, True, True]
+
+
 def test_a_step_with_more_prompts_than_its_graph_holds_runs_without_one(
     engine: Engine,
     model_folder: Path,

@@ -54,7 +54,10 @@ def make_adapter(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.3 / rank**0.5 if "_B." in name else 0.3)
+                if "magnitude" in name:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 2))
+                else:
+                    parameter.normal_(std=0.3 / rank**0.5 if "_B." in name else 0.3)
     model.save_pretrained(folder)
     return folder
 

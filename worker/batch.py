@@ -10,11 +10,11 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.lora_segments import Segment
+from kernels.lora_segments import GainRows, Segment
 from kernels.paged_attention_prefill import PrefillChunk
 from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
-from worker.model.config import END_MODULES
+from worker.model.config import END_MODULES, TARGET_GROUPS
 from worker.scheduler import ScheduledSequence
 from worker.sequence import Sequence
 
@@ -55,6 +55,9 @@ class Batch:
     """For each group of modules that an adapter of the batch changes, the segments of such
     adapters. Those of the output head are of ``sampled_rows``."""
 
+    group_gains: dict[str, list[GainRows]]
+    """Likewise, for each group that an adapter changes with DoRA."""
+
     num_ranks: int
     """Ranks of the slots up to the last one of the batch's adapters."""
 
@@ -66,7 +69,7 @@ class Batch:
     def has_graph(self) -> bool:
         """Whether adapters change nothing but the layers' linear modules: CUDA graphs hold no more
         than that."""
-        return self.group_segments.keys().isdisjoint(END_MODULES)
+        return not self.group_gains and self.group_segments.keys().isdisjoint(END_MODULES)
 
     @property
     def max_decode_length(self) -> int:
@@ -106,8 +109,13 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
             sampled_rows.append(len(token_ids) - 1)
     segments = _segments(((item.sequence.adapter, item.num_rows) for item in ordered), slots)
     sampled_segments = _segments(((sequence.adapter, 1) for sequence in sampled), slots)
-    by_group = _by_group(segments)
-    by_group["lm_head"] = _by_group(sampled_segments).get("lm_head", [])
+    group_segments, group_gains = {}, {}
+    for group in TARGET_GROUPS:
+        rows = sampled_segments if group == "lm_head" else segments
+        if changed := [(s, a) for s, a in rows if a and group in a.target_groups]:
+            group_segments[group] = [segment for segment, _ in changed]
+            if gains := _gains(group, changed):
+                group_gains[group] = gains
     return Batch(
         scheduled=ordered,
         sampled=sampled,
@@ -123,7 +131,8 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         num_decode_rows=len(ordered) - len(chunks),
         chunks=chunks,
         segments=[segment for segment, _ in segments],
-        group_segments={group: segments for group, segments in by_group.items() if segments},
+        group_segments=group_segments,
+        group_gains=group_gains,
         num_ranks=slots.num_ranks(adapters) if slots else 0,
     )
 
@@ -155,9 +164,9 @@ def _segments(
     return segments
 
 
-def _by_group(segments: list[tuple[Segment, Adapter | None]]) -> dict[str, list[Segment]]:
-    by_group: dict[str, list[Segment]] = {}
-    for segment, adapter in segments:
-        for group in adapter.target_groups if adapter else ():
-            by_group.setdefault(group, []).append(segment)
-    return by_group
+def _gains(group: str, segments: list[tuple[Segment, Adapter]]) -> list[GainRows]:
+    return [
+        GainRows(segment.first_row, segment.end_row, gains)
+        for segment, adapter in segments
+        if (gains := adapter.on_device.gains.get(group)) is not None
+    ]

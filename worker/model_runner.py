@@ -150,7 +150,8 @@ class ModelRunner:
         lora = {}
         for group, segments in batch.group_segments.items():
             expand, shrink = head_tiles if group == "lm_head" else tiles
-            lora[group] = LoraRows(segments, expand, batch.num_ranks, shrink)
+            gains = batch.group_gains.get(group, ())
+            lora[group] = LoraRows(segments, expand, batch.num_ranks, shrink, gains)
         return self.forward(
             on_device,
             max_length=batch.max_decode_length,

@@ -73,7 +73,7 @@ class AdapterLoader:
         """Raises BadInput for an adapter that cannot be served."""
         outline = _outline(folder, self.model)
         self.limits.check(outline)
-        return load_adapter(name, folder, outline, self.base)
+        return load_adapter(name, folder, outline, self.model, self.base)
 
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput if it cannot be read."""

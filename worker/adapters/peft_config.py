@@ -28,7 +28,6 @@ _INNOCENT_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
 #: Settings that change the product ``B A`` and are not served.
 _REFUSED_SETTINGS = {
-    "use_dora": "DoRA",
     "modules_to_save": "fully trained modules",
     "layer_replication": "replicated layers",
     "lora_bias": "a bias in B",
@@ -82,6 +81,7 @@ class PeftConfig(BaseModel):
     r: _Rank
     lora_alpha: _Alpha
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Alpha] | None = None
     target_modules: list[str] | str | None = None

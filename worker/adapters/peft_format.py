@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from schemas.errors import BadInput
+from worker.adapters.device_weights import DeviceWeights, stack_gains
 from worker.adapters.peft_config import read_config, read_settings
 from worker.adapters.peft_targets import Place, selected_places
+from worker.adapters.peft_tensors import check_base_copies, read_factors
 from worker.adapters.peft_weights import (
     LoraFactors,
     StoredWeights,
-    check_base_copies,
     find_weights,
-    read_factors,
     weights_file,
 )
 from worker.model.config import TARGET_GROUPS, ModelConfig
@@ -37,6 +37,7 @@ class Adapter:
     """The largest of its modules' ranks."""
     factors: dict[Place, LoraFactors]
     """By layer and module, each of its own rank."""
+    on_device: DeviceWeights = field(default_factory=DeviceWeights)
 
     @cached_property
     def target_modules(self) -> frozenset[str]:
@@ -78,16 +79,19 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     return AdapterOutline(find_weights(folder, config, places, model))
 
 
-def load_adapter(name: str, folder: Path, outline: AdapterOutline, base: DecoderWeights) -> Adapter:
+def load_adapter(
+    name: str, folder: Path, outline: AdapterOutline, model: ModelConfig, base: DecoderWeights
+) -> Adapter:
     """Read an adapter's PEFT folder, in the type of the base weights.
 
-    Raises BadInput for weights that are not finite in that type, and for copies of base weights
-    that differ from them.
+    Raises BadInput for weights that are not finite in that type, for copies of base weights that
+    differ from them, and if there is no room on the device.
     """
     stored = outline.weights
     check_base_copies(folder, stored.base_copies, base)
-    factors = read_factors(folder, stored.factors, base.dtype)
-    return Adapter(name, str(folder), revision_of(folder), outline.rank, factors)
+    factors, gains = read_factors(folder, stored.factors, model, base)
+    on_device = DeviceWeights(stack_gains(gains, model, base.device))
+    return Adapter(name, str(folder), revision_of(folder), outline.rank, factors, on_device)
 
 
 def revision_of(folder: Path) -> str:

@@ -15,7 +15,6 @@ from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
 from worker.adapters.peft_targets import Place, all_places, module_name
 from worker.model.config import END_MODULES, TARGET_MODULES, ModelConfig
-from worker.model.weights import DecoderWeights
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -30,11 +29,12 @@ _LORA_KEY = re.compile(
     r"(?:\.(?P<adapter>[^.]+))?(?(bare)|\.weight)"
 )
 
+_MAGNITUDE = "lora_magnitude_vector"
+
 _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\..+")
 
 #: What a key may tell of, whatever the config says; the first that is found in it.
 _REFUSED_KEYS = {
-    "lora_magnitude_vector": "DoRA",
     "trainable_tokens_delta": "trained token embeddings",
     "modules_to_save": "fully trained modules",
     "lora_diag": "KaSA",
@@ -44,9 +44,6 @@ _REFUSED_KEYS = {
     "embed_tokens.weight": "fully trained modules",
     "lm_head.weight": "fully trained modules",
 }
-
-#: Rows of the vocabulary that are compared at once: 32 MB of a model of 8B.
-_COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,17 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class StoredFactors:
-    """Where the factors of one module stand in the file: A [rank, in], B [out, rank]."""
+    """Keys of one module: A [rank, in], B [out, rank], and with DoRA the magnitude [out]."""
 
-    key_a: str
-    key_b: str
+    a: str
+    b: str
+    magnitude: str | None
     rank: int
     scaling: float
+
+    @property
+    def keys(self) -> set[str]:
+        return {self.a, self.b, *filter(None, [self.magnitude])}
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,16 @@ def find_weights(
     model ask for, or belongs to no selected module.
     """
     path = folder / WEIGHTS_FILE
-    file = _open(folder)
+    file = open_weights(folder)
     keys = sorted(file.keys())
     inserted = _adapter_name(path, keys)
-    found = {place: _stored(config, place, inserted) for place in places}
+    found = {place: _stored(config, place, inserted, keys) for place in places}
     base_copies = {
         key: module for module in END_MODULES for key in _base_keys(module) if key in keys
     }
     if not set(keys).difference(base_copies):
         raise BadInput(f"{path}: holds no LoRA weights.")
-    known = {key for factors in found.values() for key in (factors.key_a, factors.key_b)}
+    known = {key for factors in found.values() for key in factors.keys}
     for key in keys:
         if key not in known and key not in base_copies:
             raise BadInput(f"{path}: {key}: {_why_not(key, model)}")
@@ -106,56 +108,13 @@ def find_weights(
     for (_, module), factors in found.items():
         out_features, in_features = model.linear_shape(module)
         rank = factors.rank
-        _check_header(path, factors.key_a, file, rank, (rank, in_features))
-        _check_header(path, factors.key_b, file, rank, (out_features, rank))
+        _check_header(path, factors.a, file, rank, (rank, in_features))
+        _check_header(path, factors.b, file, rank, (out_features, rank))
+        if factors.magnitude:
+            _check_header(path, factors.magnitude, file, rank, (out_features,))
     for key in base_copies:
         _check_vocabulary(path, key, file, model)
     return StoredWeights(found, base_copies)
-
-
-def read_factors(
-    folder: Path, stored: dict[Place, StoredFactors], dtype: torch.dtype
-) -> dict[Place, LoraFactors]:
-    """Read what ``find_weights`` found; raises BadInput if a number is not finite in ``dtype``."""
-    path = folder / WEIGHTS_FILE
-    file = _open(folder)
-
-    def read(key: str, scaling: float) -> torch.Tensor:
-        tensor: torch.Tensor = file.get_tensor(key)
-        ready = (tensor.float() * scaling).to(dtype)
-        if not ready.isfinite().all():
-            raise BadInput(
-                f"{path}: {key} holds NaN or infinite values, or such as {dtype} cannot hold."
-            )
-        return ready
-
-    return {
-        place: LoraFactors(
-            read(factors.key_a, 1).contiguous(),
-            read(factors.key_b, factors.scaling).t().contiguous(),
-        )
-        for place, factors in stored.items()
-    }
-
-
-def check_base_copies(folder: Path, copies: dict[str, str], base: DecoderWeights) -> None:
-    """Raises BadInput if a base weight in the file is not that of the worker, in its type.
-
-    PEFT saves them along with LoRA of embeddings or output head, and to load the adapter it writes
-    them over those of the model.
-    """
-    path = folder / WEIGHTS_FILE
-    file = _open(folder)
-    for key, module in copies.items():
-        weight, stored = base.ends()[module], file.get_slice(key)
-        for row in range(0, len(weight), _COMPARED_ROWS):
-            ours = weight[row : row + _COMPARED_ROWS]
-            if not stored[row : row + _COMPARED_ROWS].to(ours).equal(ours):
-                raise BadInput(
-                    f"{path}: {key} is not this base model's {module}, but of another base model"
-                    " or trained. If it is trained, name it in modules_to_save; if not, leave it"
-                    " out (save_embedding_layers=False)."
-                )
 
 
 def weights_file(folder: Path) -> Path:
@@ -173,7 +132,7 @@ def weights_file(folder: Path) -> Path:
     raise BadInput(f"{folder}: lacks {WEIGHTS_FILE}.{hint}")
 
 
-def _open(folder: Path) -> Any:
+def open_weights(folder: Path) -> Any:
     """Reads the header, which must cover the whole file."""
     path = weights_file(folder)
     try:
@@ -192,7 +151,9 @@ def _adapter_name(path: Path, keys: Collection[str]) -> str | None:
     return next(iter(examples), None)
 
 
-def _stored(config: PeftConfig, place: Place, adapter: str | None) -> StoredFactors:
+def _stored(
+    config: PeftConfig, place: Place, adapter: str | None, keys: Collection[str]
+) -> StoredFactors:
     name = module_name(place)
     factors, ending = ("lora_A", "lora_B"), "weight"
     if place[1] == "embed_tokens":
@@ -200,7 +161,15 @@ def _stored(config: PeftConfig, place: Place, adapter: str | None) -> StoredFact
     key_a, key_b = (
         _PREFIX + ".".join(filter(None, (name, factor, adapter, ending))) for factor in factors
     )
-    return StoredFactors(key_a, key_b, config.rank_of(name), config.scaling_of(name))
+    magnitude = _magnitude_key(name, adapter, keys) if config.use_dora else None
+    return StoredFactors(key_a, key_b, magnitude, config.rank_of(name), config.scaling_of(name))
+
+
+def _magnitude_key(name: str, adapter: str | None, keys: Collection[str]) -> str:
+    """PEFT leaves out the ``weight`` at its end, and the adapter's name; by hand they are there."""
+    bare = f"{_PREFIX}{name}.{_MAGNITUDE}"
+    whole = f"{bare}.{adapter}.weight"
+    return whole if adapter and whole in keys else bare
 
 
 def _base_keys(module: str) -> tuple[str, str]:
@@ -211,6 +180,8 @@ def _base_keys(module: str) -> tuple[str, str]:
 
 def _why_not(key: str, model: ModelConfig) -> str:
     """What is wrong with a key that is of no selected module."""
+    if _MAGNITUDE in key:
+        return f"{CONFIG_FILE} does not say that this module has DoRA (use_dora)."
     for part, what in _REFUSED_KEYS.items():
         if part in key:
             return f"{what} is not supported."
@@ -226,7 +197,7 @@ def _why_not(key: str, model: ModelConfig) -> str:
     return f"matches no module that an adapter can change here ({', '.join(TARGET_MODULES)})."
 
 
-def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, int]) -> None:
+def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, ...]) -> None:
     header = file.get_slice(key)
     if (found := tuple(header.get_shape())) != shape:
         raise BadInput(

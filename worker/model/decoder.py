@@ -65,10 +65,11 @@ class Decoder:
         self._eps = config.rms_norm_eps
         self._embedding, self._norm = weights.embedding, weights.norm
         self._embedding_lora = lora.get((None, "embed_tokens"))
-        self._head = LoraLinear(weights.head, lora.get((None, "lm_head")))
+        self._head = LoraLinear(weights.head, lora.get((None, "lm_head")), layer=0)
         self.vocab_size, self.dtype = len(weights.head), weights.head.dtype
         self._layers = [
             _Layer(
+                index,
                 config,
                 layer,
                 kv_cache.layers[index],
@@ -100,6 +101,7 @@ class Decoder:
         x = F.embedding(batch.token_ids, self._embedding)
         lora, rows = self._embedding_lora, batch.lora.get("embed_tokens")
         if lora and rows:
+            rows.scale(x, layer=0)
             h = lora_embed(batch.token_ids, lora.a, rows)
             lora_expand(x, h, lora.b, rows, lora.part_sizes)
         return x
@@ -108,6 +110,7 @@ class Decoder:
 class _Layer:
     def __init__(
         self,
+        index: int,
         config: ModelConfig,
         weights: LayerWeights,
         kv: tuple[torch.Tensor, torch.Tensor],
@@ -119,7 +122,7 @@ class _Layer:
         self._input_norm = weights.input_norm
         self._post_attention_norm = weights.post_attention_norm
         self._qkv, self._o, self._gate_up, self._down = (
-            LoraLinear(weights.linears[group][: config.out_features(group)], lora.get(group))
+            LoraLinear(weights.linears[group][: config.out_features(group)], lora.get(group), index)
             for group in LINEAR_GROUPS
         )
 

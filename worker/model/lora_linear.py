@@ -35,8 +35,9 @@ class LoraWeights:
 class LoraLinear:
     """``y = x W^T``, plus ``x A^T B`` of its adapter for each row that has one."""
 
-    def __init__(self, weight: torch.Tensor, lora: LoraWeights | None) -> None:
+    def __init__(self, weight: torch.Tensor, lora: LoraWeights | None, layer: int) -> None:
         """weight: [out_features, in_features]; ``lora`` is None where no adapter can change it."""
+        self._layer = layer
         self._linear = Linear(weight)
         self.lora = lora
 
@@ -52,14 +53,17 @@ class LoraLinear:
         return y
 
     def shrink(self, x: torch.Tensor, rows: LoraRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x W^T`` and the shrunk rows that ``lora_expand`` takes."""
+        """``x W^T``, with DoRA multiplied, and the shrunk rows that ``lora_expand`` takes."""
         assert self.lora is not None
         if self.lora.stacked is None or rows.shrink_tiles is not None:
-            return self._linear(x), lora_shrink(x, self.lora.a, rows, self.num_parts)
-        out_features = sum(self.lora.part_sizes)
-        # Ranks beyond the batch's adapters are left out; those between them come for nothing.
-        both = F.linear(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
-        return both[:, :out_features], both[:, out_features:]
+            y, h = self._linear(x), lora_shrink(x, self.lora.a, rows, self.num_parts)
+        else:
+            out_features = sum(self.lora.part_sizes)
+            # Ranks beyond the batch's adapters are left out; those between them come for nothing.
+            both = F.linear(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
+            y, h = both[:, :out_features], both[:, out_features:]
+        rows.scale(y, self._layer)
+        return y, h
 
     @property
     def num_parts(self) -> int:
