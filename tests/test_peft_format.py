@@ -323,6 +323,152 @@ def test_factors_of_embeddings_or_head_that_the_config_does_not_select_are_refus
     assert refusal(folder, model) == expected
 
 
+# --- Fully trained embeddings and output head ---------------------------------------------------
+
+TRAINED = {
+    "embed_tokens": "base_model.model.model.embed_tokens.weight",
+    "lm_head": "base_model.model.lm_head.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def of_trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, settings = tmp_path_factory.mktemp("trained"), {"modules_to_save": list(ENDS)}
+    modules = ["q_proj"]
+    return make_adapter(model_folder, path, rank=RANK, seed=1, target_modules=modules, **settings)
+
+
+@pytest.fixture
+def trained_folder(of_trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(of_trained, tmp_path / "trained"))
+
+
+def test_trained_modules_are_read(
+    trained_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    adapter = load(trained_folder, model, base=base)
+    stored = load_file(trained_folder / WEIGHTS)
+    assert adapter.target_modules == {"q_proj"}
+    assert adapter.on_device.trained.keys() == set(ENDS)
+    for module, weight in adapter.on_device.trained.items():
+        assert weight.equal(stored[TRAINED[module]])
+        assert not weight.equal(base.ends()[module])
+    assert adapter.on_device.num_bytes == 2 * 4 * 211 * HIDDEN
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.lm_head"])
+def test_a_trained_module_is_named_by_the_end_of_its_name(
+    trained_folder: Path, model: ModelConfig, name: str
+) -> None:
+    edit_config(trained_folder, modules_to_save=[name.removeprefix("model."), "model.embed_tokens"])
+    assert load(trained_folder, model).on_device.trained.keys() == set(ENDS)
+
+
+@pytest.mark.parametrize("name", ["norm", "q_proj", "score", "tokens", "layers.0"])
+def test_other_trained_modules_are_refused(
+    trained_folder: Path, model: ModelConfig, name: str
+) -> None:
+    edit_config(trained_folder, modules_to_save=["lm_head", name])
+    assert refusal(trained_folder, model) == (
+        f"{trained_folder / CONFIG}: modules_to_save: '{name}': of fully trained modules only"
+        " embed_tokens and lm_head can be served."
+    )
+
+
+def test_a_trained_module_that_has_lora_too_is_refused(
+    trained_folder: Path, model: ModelConfig
+) -> None:
+    edit_config(trained_folder, target_modules=["q_proj", "lm_head"])
+    assert refusal(trained_folder, model) == (
+        f"{trained_folder / CONFIG}: both target_modules and modules_to_save select lm_head; a"
+        " module is either replaced or changed by LoRA."
+    )
+
+
+@pytest.mark.parametrize("key", TRAINED.values())
+def test_a_trained_module_without_its_weight_is_refused(
+    trained_folder: Path, model: ModelConfig, key: str
+) -> None:
+    edit_weights(trained_folder, lambda weights: weights.pop(key))
+    assert refusal(trained_folder, model).startswith(f"{trained_folder / WEIGHTS}: lacks {key}, of")
+
+
+@pytest.mark.parametrize("key", TRAINED.values())
+def test_a_trained_module_of_a_resized_vocabulary_is_refused(
+    trained_folder: Path, model: ModelConfig, key: str
+) -> None:
+    edit_weights(trained_folder, lambda weights: weights.update({key: torch.zeros(219, HIDDEN)}))
+    assert refusal(trained_folder, model).startswith(
+        f"{trained_folder / WEIGHTS}: {key} has the shape {(219, HIDDEN)}, and the base model's is"
+    )
+
+
+@pytest.mark.parametrize("key", TRAINED.values())
+def test_a_trained_module_that_is_not_finite_is_refused(
+    trained_folder: Path, model: ModelConfig, key: str
+) -> None:
+    edit_weights(trained_folder, lambda weights: weights[key][210, 71].fill_(float("inf")))
+    assert refusal(trained_folder, model) == (
+        f"{trained_folder / WEIGHTS}: {key} holds NaN or infinite values, or such as torch.float32"
+        " cannot hold."
+    )
+
+
+def test_trained_modules_that_find_no_room_on_the_device_are_refused_with_the_figure(
+    trained_folder: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_weights, "_SPARED_BYTES", 1 << 60)
+    assert refusal(trained_folder, model) == (
+        "its own embed_tokens and lm_head take 0.1 MB of the device's memory, which has 0.0 MB to"
+        " spare. Unload other adapters, or start the worker with a lower --mem-fraction-static or"
+        " --max-loaded-loras."
+    )
+
+
+def test_the_base_weight_beside_a_trained_one_is_compared(
+    trained_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    key = "base_model.model.lm_head.original_module.weight"
+    edit_weights(trained_folder, lambda weights: weights.update({key: base.head}))
+    assert load(trained_folder, model, base=base).rank == RANK
+    edit_weights(trained_folder, lambda weights: weights[key][0].add_(1))
+    assert f"{key} is not this base model's lm_head" in refusal(trained_folder, model, base=base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "one", "other"),
+    [
+        ({"modules_to_save": ["lm_head"]}, TRAINED["embed_tokens"], TRAINED["lm_head"]),
+        (
+            {"target_modules": ["lm_head"]},
+            "base_model.model.model.embed_tokens.lora_embedding_A",
+            "base_model.model.lm_head.lora_B.weight",
+        ),
+        (
+            {"target_modules": ["embed_tokens"]},
+            "base_model.model.model.embed_tokens.lora_embedding_B",
+            "base_model.model.lm_head.lora_A.weight",
+        ),
+    ],
+)
+def test_changes_of_both_ends_that_are_to_be_one_and_differ_are_refused(
+    tmp_path: Path, settings: dict[str, list[str]], one: str, other: str
+) -> None:
+    model_folder = make_llama(tmp_path / "model", tie_word_embeddings=True)
+    model = ModelConfig.from_folder(model_folder)
+    base = load_weights(model_folder, model, torch.device("cpu"), torch.float32)
+    folder = tmp_path / "adapter"
+    settings = {"target_modules": ["q_proj"]} | settings
+    with ignoring_warnings():
+        make_adapter(model_folder, folder, rank=2, seed=1, ensure_weight_tying=True, **settings)
+    assert load(folder, model, base=base)
+    edit_weights(folder, lambda weights: weights[other][0].add_(1))
+    assert refusal(folder, model, base=base) == (
+        f"{folder / WEIGHTS}: {one} and {other} differ, and by ensure_weight_tying of {CONFIG} they"
+        " are one."
+    )
+
+
 # --- DoRA ---------------------------------------------------------------------------------------
 
 Q_M = f"{PREFIX}.1.self_attn.q_proj.lora_magnitude_vector"
@@ -490,7 +636,6 @@ def test_the_revision_changes_with_the_order_of_patterns(folder: Path, model: Mo
 @pytest.mark.parametrize(
     ("setting", "value", "what"),
     [
-        ("modules_to_save", ["lm_head"], "fully trained modules"),
         ("layer_replication", [[0, 2], [1, 3]], "replicated layers"),
         ("lora_bias", True, "a bias in B"),
         ("trainable_token_indices", [3], "trained token embeddings"),
@@ -508,18 +653,6 @@ def test_a_setting_that_changes_the_product_is_refused(
 ) -> None:
     edit_config(folder, **{setting: value})
     assert refusal(folder, model) == f"{folder / CONFIG}: {setting}: {what} is not supported."
-
-
-def test_lora_that_is_tied_as_the_embeddings_are_is_refused(tmp_path: Path) -> None:
-    model_folder = make_llama(tmp_path / "model", tie_word_embeddings=True)
-    folder = tmp_path / "adapter"
-    settings = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
-    with ignoring_warnings():
-        make_adapter(model_folder, folder, rank=2, seed=1, **settings)
-    assert refusal(folder, ModelConfig.from_folder(model_folder)) == (
-        f"{folder / CONFIG}: ensure_weight_tying: one LoRA for both embed_tokens and lm_head is not"
-        " supported; train one for each, or for one of them."
-    )
 
 
 @pytest.mark.parametrize(
@@ -760,8 +893,11 @@ def test_a_key_that_matches_no_module_is_refused(
         ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trained token embeddings"),
         ("model.layers.0.self_attn.q_proj.lora_B.bias", "a bias in B"),
         ("model.layers.0.self_attn.q_proj.base_layer.bias", "a trained bias"),
-        ("model.layers.0.self_attn.q_proj.base_layer.weight", "fully trained modules"),
-        ("model.norm.modules_to_save.default.weight", "fully trained modules"),
+        (
+            "model.layers.0.self_attn.q_proj.base_layer.weight",
+            "a changed weight of a linear module",
+        ),
+        ("lm_head.modules_to_save.weight", "a second copy of a trained module"),
     ],
 )
 @pytest.mark.parametrize("bias", ["none", "all"])

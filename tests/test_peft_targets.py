@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_llama
 from worker.adapters.peft_config import PeftConfig, read_config
-from worker.adapters.peft_targets import Place, module_name, selected_places
+from worker.adapters.peft_targets import Place, module_name, select
 from worker.model.config import ModelConfig
 
 #: Enough that the number of a layer may begin with that of another.
@@ -129,7 +129,7 @@ def test_modules_ranks_and_scalings_are_those_that_peft_gives(
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     config = read_config(tmp_path)
     found = {}
-    for place in selected_places(tmp_path, config, model):
+    for place in select(tmp_path, config, model).places:
         name = module_name(place)
         found[name] = (config.rank_of(name), config.scaling_of(name))
     assert found == peft_modules(tmp_path)
@@ -194,7 +194,7 @@ def test_a_config_selects_what_peft_selects_or_is_refused(
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 10} | targets
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     try:
-        found = selected_places(folder, read_config(folder), model)
+        found = select(folder, read_config(folder), model).places
     except BadInput as error:
         if "targets nothing" not in str(error):
             return

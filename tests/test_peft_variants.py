@@ -15,7 +15,7 @@ import torch
 
 from schemas.job import Job
 from tests.test_engine import expected, make_engine, random_jobs, run
-from tests.tiny_models import ALL_MODULES, Oracle, make_adapter, make_llama
+from tests.tiny_models import ALL_MODULES, Oracle, OracleOfEach, make_adapter, make_llama
 from worker import model_runner
 from worker.engine import Engine
 from worker.sequence import Sequence
@@ -49,6 +49,30 @@ ADAPTERS: dict[str, dict[str, object]] = {
         "layers_to_transform": [0, 2],
     },
     "dora-of-all": {"rank": 4, "use_dora": True, "target_modules": [*ALL_MODULES, *ENDS]},
+    "own-embeddings": {
+        "rank": 6,
+        "target_modules": ["v_proj"],
+        "modules_to_save": ["embed_tokens"],
+    },
+    "own-head": {
+        "rank": 3,
+        "use_dora": True,
+        "target_modules": ["embed_tokens", "o_proj"],
+        "modules_to_save": ["lm_head"],
+    },
+    "own-ends": {"rank": 2, "target_modules": ["q_proj"], "modules_to_save": list(ENDS)},
+    "tied-lora": {
+        "rank": 9,
+        "use_rslora": True,
+        "target_modules": ["lm_head", "up_proj"],
+        "ensure_weight_tying": True,
+    },
+    "tied-ends": {
+        "rank": 2,
+        "target_modules": ["k_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
     "plain-again": {"rank": 40, "target_modules": ["q_proj", "up_proj", "down_proj"]},
 }
 
@@ -84,7 +108,7 @@ def adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="module")
 def oracle(model_folder: Path, adapters: dict[str, Path]) -> Oracle:
     with ignoring_warnings():
-        return Oracle(model_folder, adapters)
+        return OracleOfEach(model_folder, adapters)
 
 
 def jobs_of(names: list[str | None], count: int) -> list[Job]:
@@ -108,8 +132,8 @@ def test_a_batch_of_all_kinds_gives_the_tokens_that_peft_gives(
         pytest.skip("refused at start")
     jobs = jobs_of([None, *ADAPTERS], 40)
     limits = {"max_loras_per_batch": max_loras_per_batch, "max_loaded_loras": max_loaded_loras}
-    engine = make_engine(model_folder, adapters, **limits)
-    assert run(engine, jobs, join_every=6) == expected(oracle, jobs)
+    engine = make_engine(model_folder, adapters, chunked_prefill_size=256, **limits)
+    assert run(engine, jobs, join_every=15) == expected(oracle, jobs)
     assert engine.counters.max_adapters_in_batch == max_loras_per_batch
 
 
@@ -156,7 +180,7 @@ def test_a_batch_of_all_kinds_gives_the_logits_that_peft_gives(
     oracle: Oracle,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    jobs = [job.model_copy(update={"max_tokens": 1}) for job in jobs_of([None, *ADAPTERS], 20)]
+    jobs = [job.model_copy(update={"max_tokens": 1}) for job in jobs_of([None, *ADAPTERS], 24)]
     limits = {"chunked_prefill_size": 2048, "max_loras_per_batch": len(ADAPTERS)}
     engine = make_engine(model_folder, adapters, **limits)
     for job_id, found in logits_of(engine, jobs, monkeypatch).items():

@@ -15,6 +15,7 @@ from kernels.paged_attention_prefill import PrefillChunk
 from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
 from worker.model.config import END_MODULES, TARGET_GROUPS
+from worker.model.decoder import TrainedRows
 from worker.scheduler import ScheduledSequence
 from worker.sequence import Sequence
 
@@ -58,6 +59,9 @@ class Batch:
     group_gains: dict[str, list[GainRows]]
     """Likewise, for each group that an adapter changes with DoRA."""
 
+    trained: dict[str, list[TrainedRows]]
+    """For each of ``END_MODULES`` that an adapter replaces, the rows of such adapters, likewise."""
+
     num_ranks: int
     """Ranks of the slots up to the last one of the batch's adapters."""
 
@@ -67,9 +71,10 @@ class Batch:
 
     @property
     def has_graph(self) -> bool:
-        """Whether adapters change nothing but the layers' linear modules: CUDA graphs hold no more
-        than that."""
-        return not self.group_gains and self.group_segments.keys().isdisjoint(END_MODULES)
+        """Whether adapters change nothing but the layers' linear modules, and by LoRA: CUDA graphs
+        hold no more than that."""
+        is_more = self.group_gains or self.trained
+        return not is_more and self.group_segments.keys().isdisjoint(END_MODULES)
 
     @property
     def max_decode_length(self) -> int:
@@ -109,6 +114,10 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
             sampled_rows.append(len(token_ids) - 1)
     segments = _segments(((item.sequence.adapter, item.num_rows) for item in ordered), slots)
     sampled_segments = _segments(((sequence.adapter, 1) for sequence in sampled), slots)
+    trained = {
+        "embed_tokens": _trained("embed_tokens", segments),
+        "lm_head": _trained("lm_head", sampled_segments),
+    }
     group_segments, group_gains = {}, {}
     for group in TARGET_GROUPS:
         rows = sampled_segments if group == "lm_head" else segments
@@ -133,6 +142,7 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         segments=[segment for segment, _ in segments],
         group_segments=group_segments,
         group_gains=group_gains,
+        trained={module: rows for module, rows in trained.items() if rows},
         num_ranks=slots.num_ranks(adapters) if slots else 0,
     )
 
@@ -169,4 +179,12 @@ def _gains(group: str, segments: list[tuple[Segment, Adapter]]) -> list[GainRows
         GainRows(segment.first_row, segment.end_row, gains)
         for segment, adapter in segments
         if (gains := adapter.on_device.gains.get(group)) is not None
+    ]
+
+
+def _trained(module: str, segments: list[tuple[Segment, Adapter | None]]) -> list[TrainedRows]:
+    return [
+        TrainedRows(segment.first_row, segment.end_row, adapter.on_device.trained[module])
+        for segment, adapter in segments
+        if adapter and module in adapter.on_device.trained
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import structlog
@@ -18,13 +19,16 @@ from kernels.sample import Draw, sample
 from worker.batch import IN_FLIGHT, Batch, Int32s
 from worker.kv_cache import PAGE_SIZE
 from worker.model.config import TARGET_GROUPS
-from worker.model.decoder import Decoder, DecoderInput
+from worker.model.decoder import Decoder, DecoderInput, TrainedRows
 from worker.sampler import draw
 from worker.staging import Staging, send
 from worker.step_arrays import StepArrays, step_arrays, total_size, views
 from worker.step_graphs import Record, StepGraphs, cuda_recorder
 
 log = structlog.get_logger()
+
+#: No adapter of a batch replaces a weight.
+NO_ROWS: Mapping[str, Sequence[TrainedRows]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ class ModelRunner:
             max_length=batch.max_decode_length,
             prefill=PrefillRows(batch.chunks, prefill_tiles) if batch.chunks else None,
             lora=lora,
+            trained=batch.trained,
         )
 
     def _tiles(self, numbers: torch.Tensor) -> torch.Tensor | None:
@@ -172,6 +177,7 @@ class ModelRunner:
         max_length: int,
         prefill: PrefillRows | None,
         lora: Mapping[str, LoraRows],
+        trained: Mapping[str, Sequence[TrainedRows]] = NO_ROWS,
         logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [sampled, vocabulary] and the largest one's tokens [sampled], which become the
@@ -198,6 +204,7 @@ class ModelRunner:
                 page_table=self.page_table,
                 prefill=prefill,
                 lora=lora,
+                trained=trained,
                 sampled_rows=step.sampled_rows,
             ),
             logits,

@@ -23,10 +23,12 @@ class DeviceWeights:
     gains: dict[str, torch.Tensor] = field(default_factory=dict)
     """For each group of modules with DoRA [layers, out_features] float32, by which the product of
     the base weight is multiplied; the output head and the embedding count as one layer."""
+    trained: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Those of ``END_MODULES`` [vocab_size, hidden_size] that the adapter replaces."""
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.gains.values())
+        return sum(tensor.nbytes for tensor in (*self.gains.values(), *self.trained.values()))
 
 
 def stack_gains(

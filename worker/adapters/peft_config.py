@@ -28,7 +28,6 @@ _INNOCENT_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
 #: Settings that change the product ``B A`` and are not served.
 _REFUSED_SETTINGS = {
-    "modules_to_save": "fully trained modules",
     "layer_replication": "replicated layers",
     "lora_bias": "a bias in B",
     "trainable_token_indices": "trained token embeddings",
@@ -91,6 +90,7 @@ class PeftConfig(BaseModel):
     # PEFT trains and saves biases of the base model, and Llama has none.
     bias: Literal["none", "all", "lora_only"] = "none"
     ensure_weight_tying: bool = False
+    modules_to_save: list[str] | None = None
 
     @property
     def layer_patterns(self) -> list[str]:

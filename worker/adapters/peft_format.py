@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 from schemas.errors import BadInput
-from worker.adapters.device_weights import DeviceWeights, stack_gains
+from worker.adapters.device_weights import DeviceWeights, check_room, stack_gains
 from worker.adapters.peft_config import read_config, read_settings
-from worker.adapters.peft_targets import Place, selected_places
-from worker.adapters.peft_tensors import check_base_copies, read_factors
+from worker.adapters.peft_targets import Place, select
+from worker.adapters.peft_tensors import check_base_copies, check_tied, read_factors, read_trained
 from worker.adapters.peft_weights import (
     LoraFactors,
     StoredWeights,
@@ -75,8 +75,8 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     exactly.
     """
     config = read_config(folder)
-    places = selected_places(folder, config, model)
-    return AdapterOutline(find_weights(folder, config, places, model))
+    selection = select(folder, config, model)
+    return AdapterOutline(find_weights(folder, config, selection, model))
 
 
 def load_adapter(
@@ -89,8 +89,13 @@ def load_adapter(
     """
     stored = outline.weights
     check_base_copies(folder, stored.base_copies, base)
+    check_tied(folder, stored)
     factors, gains = read_factors(folder, stored.factors, model, base)
-    on_device = DeviceWeights(stack_gains(gains, model, base.device))
+    if stored.trained:
+        num_bytes = len(stored.trained) * base.embedding.nbytes
+        check_room(base.device, num_bytes, f"its own {' and '.join(stored.trained)}")
+    trained = read_trained(folder, stored.trained, base)
+    on_device = DeviceWeights(stack_gains(gains, model, base.device), trained)
     return Adapter(name, str(folder), revision_of(folder), outline.rank, factors, on_device)
 
 

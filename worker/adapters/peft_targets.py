@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import BadInput
@@ -34,26 +35,54 @@ def all_places(model: ModelConfig) -> list[Place]:
     return [*layers, *((None, module) for module in END_MODULES)]
 
 
-def selected_places(folder: Path, config: PeftConfig, model: ModelConfig) -> list[Place]:
-    """The modules that the adapter changes, at least one.
+@dataclass(frozen=True)
+class Selection:
+    """What an adapter's config says that it changes."""
 
-    Raises BadInput if there is none, or one that cannot be changed here.
-    """
+    places: list[Place]
+    """Modules with LoRA, at least one."""
+    trained: list[str]
+    """Those of ``END_MODULES`` that it replaces."""
+    is_tied: bool
+    """Whether the changes of both ends are one, as the base model's weights of both are."""
+
+
+def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
+    """Raises BadInput, naming the setting, if nothing is selected, or what cannot be changed."""
     path = folder / CONFIG_FILE
-    selected = [place for place in all_places(model) if _selects(config, module_name(place))]
-    if not selected:
+    places = [place for place in all_places(model) if _selects(config, module_name(place))]
+    trained = _trained(path, config)
+    is_tied = model.tie_word_embeddings and config.ensure_weight_tying
+    if is_tied and trained:
+        trained = [*END_MODULES]
+    elif is_tied and any(layer is None for layer, _ in places):
+        places = [place for place in places if place[0] is not None]
+        places += [(None, module) for module in END_MODULES]
+    if not places:
         raise BadInput(
             f"{path}: targets nothing the model has. Look at target_modules, exclude_modules and"
             f" layers_to_transform; the model has {model.num_layers} layers with"
             f" {', '.join(TARGET_MODULES)}."
         )
-    is_tied = model.tie_word_embeddings and config.ensure_weight_tying
-    if is_tied and any(layer is None for layer, _ in selected):
-        raise BadInput(
-            f"{path}: ensure_weight_tying: one LoRA for both embed_tokens and lm_head is not"
-            " supported; train one for each, or for one of them."
-        )
-    return selected
+    for module in trained:
+        if (None, module) in places:
+            raise BadInput(
+                f"{path}: both target_modules and modules_to_save select {module}; a module is"
+                " either replaced or changed by LoRA."
+            )
+    return Selection(places, trained, is_tied)
+
+
+def _trained(path: Path, config: PeftConfig) -> list[str]:
+    """The modules that ``modules_to_save`` names, by their whole names or the ends of them."""
+    names = config.modules_to_save or []
+    for name in names:
+        if not any(_is_named(whole, [name]) for whole in _END_NAMES.values()):
+            raise BadInput(
+                f"{path}: modules_to_save: '{name}': of fully trained modules only"
+                f" {' and '.join(END_MODULES)} can be served."
+            )
+    return [module for module, whole in _END_NAMES.items() if _is_named(whole, names)]
 
 
 def _selects(config: PeftConfig, name: str) -> bool:

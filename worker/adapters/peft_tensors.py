@@ -9,14 +9,16 @@ import torch
 
 from schemas.errors import BadInput
 from worker.adapters.dora import dora_gain
+from worker.adapters.peft_config import CONFIG_FILE
 from worker.adapters.peft_targets import Place
 from worker.adapters.peft_weights import (
     WEIGHTS_FILE,
     LoraFactors,
     StoredFactors,
+    StoredWeights,
     open_weights,
 )
-from worker.model.config import ModelConfig
+from worker.model.config import END_MODULES, ModelConfig
 from worker.model.weights import DecoderWeights
 
 #: Rows of the vocabulary that are compared at once: 32 MB of a model of 8B.
@@ -44,9 +46,7 @@ def read_factors(
     def ready(key: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(base.dtype).contiguous()
         if not tensor.isfinite().all():
-            raise BadInput(
-                f"{path}: {key} holds NaN or infinite values, or such as {base.dtype} cannot hold."
-            )
+            raise _not_finite(folder, key, base.dtype)
         return tensor
 
     factors, gains = {}, {}
@@ -68,6 +68,42 @@ def read_factors(
     return factors, gains
 
 
+def read_trained(
+    folder: Path, trained: Mapping[str, str], base: DecoderWeights
+) -> dict[str, torch.Tensor]:
+    """The weights of modules that the adapter replaces, on the device and in the type of the base.
+
+    Raises BadInput, naming the key, if a number is not finite in that type.
+    """
+    file, weights = open_weights(folder), {}
+    for module, key in trained.items():
+        weight = file.get_tensor(key).to(base.dtype)
+        if not weight.isfinite().all():
+            raise _not_finite(folder, key, base.dtype)
+        weights[module] = weight.to(base.device)
+    return weights
+
+
+def check_tied(folder: Path, stored: StoredWeights) -> None:
+    """Raises BadInput if changes of both ends that are to be one differ: PEFT would apply those
+    that it happens to read last."""
+    if not stored.is_tied:
+        return
+    file, pairs = open_weights(folder), []
+    if stored.trained:
+        pairs.append([*stored.trained.values()])
+    if (None, "lm_head") in stored.factors:
+        embedding, head = (stored.factors[None, module] for module in END_MODULES)
+        pairs += [[embedding.a, head.b], [embedding.b, head.a]]
+    for one, other in pairs:
+        ours, theirs = file.get_tensor(one), file.get_tensor(other)
+        if not ours.equal(theirs if stored.trained else theirs.t()):
+            raise BadInput(
+                f"{folder / WEIGHTS_FILE}: {one} and {other} differ, and by ensure_weight_tying of"
+                f" {CONFIG_FILE} they are one."
+            )
+
+
 def check_base_copies(folder: Path, copies: Mapping[str, str], base: DecoderWeights) -> None:
     """Raises BadInput if a base weight in the file is not that of the worker, in its type.
 
@@ -85,3 +121,10 @@ def check_base_copies(folder: Path, copies: Mapping[str, str], base: DecoderWeig
                     " another base model or trained. If it is trained, name it in modules_to_save;"
                     " if not, leave it out (save_embedding_layers=False)."
                 )
+
+
+def _not_finite(folder: Path, key: str, dtype: torch.dtype) -> BadInput:
+    return BadInput(
+        f"{folder / WEIGHTS_FILE}: {key} holds NaN or infinite values, or such as {dtype} cannot"
+        " hold."
+    )

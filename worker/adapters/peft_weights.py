@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.adapters.peft_targets import Place, all_places, module_name
+from worker.adapters.peft_targets import Place, Selection, all_places, module_name
 from worker.model.config import END_MODULES, TARGET_MODULES, ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,14 +36,16 @@ _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\..+")
 #: What a key may tell of, whatever the config says; the first that is found in it.
 _REFUSED_KEYS = {
     "trainable_tokens_delta": "trained token embeddings",
-    "modules_to_save": "fully trained modules",
     "lora_diag": "KaSA",
     "lora_B.bias": "a bias in B",
     ".bias": "a trained bias",
-    "base_layer.weight": "fully trained modules",
-    "embed_tokens.weight": "fully trained modules",
-    "lm_head.weight": "fully trained modules",
+    "modules_to_save": "a second copy of a trained module",
+    "base_layer.weight": "a changed weight of a linear module",
 }
+
+
+#: Where PEFT saves the base weight of a module with LoRA, of one that is replaced, and of others.
+_BASE_ENDINGS = ("base_layer.weight", "original_module.weight", "weight")
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,16 @@ class StoredWeights:
     factors: dict[Place, StoredFactors]
     base_copies: dict[str, str]
     """Key -> the one of ``END_MODULES`` whose base weight PEFT has saved along."""
+    trained: dict[str, str]
+    """The one of ``END_MODULES`` that is replaced -> the key of its weight."""
+    is_tied: bool
+    """Whether factors and trained weights of both ends must agree."""
 
 
 def find_weights(
-    folder: Path, config: PeftConfig, places: Collection[Place], model: ModelConfig
+    folder: Path, config: PeftConfig, selection: Selection, model: ModelConfig
 ) -> StoredWeights:
-    """The weights of the modules that the config selects, by the header of the file alone.
+    """The weights of what the config selects, by the header of the file alone.
 
     Raises BadInput, naming the key, if one is missing, has another shape or type than config and
     model ask for, or belongs to no selected module.
@@ -90,13 +96,17 @@ def find_weights(
     file = open_weights(folder)
     keys = sorted(file.keys())
     inserted = _adapter_name(path, keys)
-    found = {place: _stored(config, place, inserted, keys) for place in places}
+    found = {place: _stored(config, place, inserted, keys) for place in selection.places}
+    trained = {module: _end_key(module, "weight") for module in selection.trained}
     base_copies = {
-        key: module for module in END_MODULES for key in _base_keys(module) if key in keys
+        key: module
+        for module in END_MODULES
+        for key in (_end_key(module, ending) for ending in _BASE_ENDINGS)
+        if key in keys and key not in trained.values()
     }
     if not set(keys).difference(base_copies):
         raise BadInput(f"{path}: holds no LoRA weights.")
-    known = {key for factors in found.values() for key in factors.keys}
+    known = {key for factors in found.values() for key in factors.keys}.union(trained.values())
     for key in keys:
         if key not in known and key not in base_copies:
             raise BadInput(f"{path}: {key}: {_why_not(key, model)}")
@@ -112,9 +122,9 @@ def find_weights(
         _check_header(path, factors.b, file, rank, (out_features, rank))
         if factors.magnitude:
             _check_header(path, factors.magnitude, file, rank, (out_features,))
-    for key in base_copies:
+    for key in (*base_copies, *trained.values()):
         _check_vocabulary(path, key, file, model)
-    return StoredWeights(found, base_copies)
+    return StoredWeights(found, base_copies, trained, selection.is_tied)
 
 
 def weights_file(folder: Path) -> Path:
@@ -172,10 +182,8 @@ def _magnitude_key(name: str, adapter: str | None, keys: Collection[str]) -> str
     return whole if adapter and whole in keys else bare
 
 
-def _base_keys(module: str) -> tuple[str, str]:
-    """Where PEFT saves a base weight: of a module with LoRA, and of one without."""
-    name = _PREFIX + module_name((None, module))
-    return f"{name}.base_layer.weight", f"{name}.weight"
+def _end_key(module: str, ending: str) -> str:
+    return f"{_PREFIX}{module_name((None, module))}.{ending}"
 
 
 def _why_not(key: str, model: ModelConfig) -> str:

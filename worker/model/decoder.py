@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,14 @@ from worker.model.lora_linear import LoraLinear, LoraPlace, LoraWeights
 from worker.model.weights import DecoderWeights, LayerWeights
 
 
+class TrainedRows(NamedTuple):
+    """Rows of a batch whose adapter replaces a weight, [vocab_size, hidden_size]."""
+
+    first_row: int
+    end_row: int
+    weight: torch.Tensor
+
+
 @dataclass(frozen=True)
 class DecoderInput:
     """The rows of a batch on the device: those of decoding sequences, then chunks of prompts.
@@ -34,6 +43,7 @@ class DecoderInput:
     prefill: the chunks; None if there are none
     lora: for each group of modules that an adapter changes, the rows of the adapters; for the
         output head those of ``sampled_rows``
+    trained: likewise, for each of ``END_MODULES`` that an adapter replaces
     sampled_rows: [sampled] integers, the rows whose logits are wanted
     """
 
@@ -46,6 +56,7 @@ class DecoderInput:
     page_table: torch.Tensor
     prefill: PrefillRows | None
     lora: Mapping[str, LoraRows]
+    trained: Mapping[str, Sequence[TrainedRows]]
     sampled_rows: torch.Tensor
 
 
@@ -94,7 +105,10 @@ class Decoder:
             update = layer.forward(update, residual, cos, sin, batch)
         update, residual = update[batch.sampled_rows], residual[batch.sampled_rows]
         x = add_rms_norm(update, residual, self._norm, self._eps)
-        return self._head(x, batch.lora.get("lm_head"), out=logits)
+        logits = self._head(x, batch.lora.get("lm_head"), out=logits)
+        for first_row, end_row, weight in batch.trained.get("lm_head", ()):
+            logits[first_row:end_row] = F.linear(x[first_row:end_row], weight)
+        return logits
 
     def _embed(self, batch: DecoderInput) -> torch.Tensor:
         """[rows, hidden_size]"""
@@ -104,6 +118,8 @@ class Decoder:
             rows.scale(x, layer=0)
             h = lora_embed(batch.token_ids, lora.a, rows)
             lora_expand(x, h, lora.b, rows, lora.part_sizes)
+        for first_row, end_row, weight in batch.trained.get("embed_tokens", ()):
+            x[first_row:end_row] = F.embedding(batch.token_ids[first_row:end_row], weight)
         return x
 
 
