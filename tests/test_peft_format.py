@@ -419,8 +419,8 @@ def test_trained_modules_that_find_no_room_on_the_device_are_refused_with_the_fi
 ) -> None:
     monkeypatch.setattr(device_weights, "_SPARED_BYTES", 1 << 60)
     assert refusal(trained_folder, model) == (
-        "its own embed_tokens and lm_head take 0.1 MB of the device's memory, which has 0.0 MB to"
-        " spare. Unload other adapters, or start the worker with a lower --mem-fraction-static or"
+        "its own embed_tokens needs 0.1 MB of the device's memory, which has 0.0 MB to spare."
+        " Unload other adapters, or start the worker with a lower --mem-fraction-static or"
         " --max-loaded-loras."
     )
 
@@ -580,7 +580,7 @@ def test_magnitudes_that_find_no_room_on_the_device_are_refused_with_the_figure(
 ) -> None:
     monkeypatch.setattr(device_weights, "_SPARED_BYTES", 1 << 60)
     assert refusal(dora_folder, model, base=base) == (
-        "the magnitudes of its DoRA take 0.0 MB of the device's memory, which has 0.0 MB to spare."
+        "DoRA of qkv_proj needs 0.0 MB of the device's memory, which has 0.0 MB to spare."
         " Unload other adapters, or start the worker with a lower --mem-fraction-static or"
         " --max-loaded-loras."
     )
@@ -646,6 +646,8 @@ def test_the_revision_changes_with_the_order_of_patterns(folder: Path, model: Mo
         ("arrow_config", {"top_k": 2}, "Arrow routing"),
         ("kasa_config", {"beta": 1e-4}, "KaSA"),
         ("monteclora_config", {"num_samples": 8}, "MonteCLoRA"),
+        ("velora_config", {"num_groups": 2}, "VeLoRA"),
+        ("megatron_config", {"tensor_model_parallel_size": 2}, "LoRA of Megatron's layers"),
     ],
 )
 def test_a_setting_that_changes_the_product_is_refused(
@@ -767,7 +769,7 @@ def test_an_unknown_setting_that_is_off_does_no_harm(
     assert load(folder, model).rank == RANK
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "OLoRA", "corda", "lora_ga"])
 def test_a_start_that_changes_the_base_model_is_refused(
     folder: Path, model: ModelConfig, init: str
 ) -> None:
@@ -778,7 +780,25 @@ def test_a_start_that_changes_the_base_model_is_refused(
     )
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_on_a_quantized_base_model_is_refused(folder: Path, model: ModelConfig) -> None:
+    edit_config(folder, init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+    assert refusal(folder, model) == (
+        f"{folder / CONFIG}: init_lora_weights is 'loftq': the adapter makes up for the errors of a"
+        " quantized base model, and this one is not quantized."
+    )
+
+
+def test_an_unknown_start_is_refused(folder: Path, model: ModelConfig) -> None:
+    edit_config(folder, init_lora_weights="next-years")
+    assert refusal(folder, model) == (
+        f"{folder / CONFIG}: init_lora_weights is 'next-years', which is unknown here and may have"
+        " changed the base model's weights. Write true if it has not."
+    )
+
+
+@pytest.mark.parametrize(
+    "init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"]
+)
 def test_a_start_that_leaves_the_base_model_alone_is_served(
     folder: Path, model: ModelConfig, init: object
 ) -> None:
@@ -786,9 +806,33 @@ def test_a_start_that_leaves_the_base_model_alone_is_served(
     assert load(folder, model).rank == RANK
 
 
-def test_another_kind_of_adapter_is_refused(folder: Path, model: ModelConfig) -> None:
-    edit_config(folder, peft_type="ADALORA")
-    expected = f"{folder / CONFIG}: peft_type is ADALORA; only LORA can be served."
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+        {"eva_config": {"rho": 2.0}},
+        {"corda_config": {"corda_method": "kpm"}},
+        {"lora_ga_config": {"scale": "stable"}},
+        {"alora_invocation_tokens": []},
+        {"qalora_group_size": 8, "use_qalora": False},
+        {"megatron_core": "megatron.core"},
+    ],
+    ids=str,
+)
+def test_what_is_left_of_a_start_or_of_what_is_off_does_no_harm(
+    folder: Path, model: ModelConfig, settings: dict[str, object]
+) -> None:
+    """PEFT does not look at it either."""
+    edit_config(folder, **settings)
+    assert load(folder, model).rank == RANK
+
+
+@pytest.mark.parametrize("peft_type", ["ADALORA", "XLORA", "VERA", "LOHA", "TRAINABLE_TOKENS"])
+def test_another_kind_of_adapter_is_refused(
+    folder: Path, model: ModelConfig, peft_type: str
+) -> None:
+    edit_config(folder, peft_type=peft_type)
+    expected = f"{folder / CONFIG}: peft_type is {peft_type}; only LORA can be served."
     assert refusal(folder, model) == expected
 
 

@@ -118,8 +118,9 @@ def jobs_of(names: list[str | None], count: int) -> list[Job]:
     ]
 
 
-@pytest.mark.parametrize("max_loras_per_batch", [len(ADAPTERS), 2])
-@pytest.mark.parametrize("max_loaded_loras", [None, len(ADAPTERS) - 1])
+@pytest.mark.parametrize(
+    ("max_loras_per_batch", "max_loaded_loras"), [(len(ADAPTERS), None), (2, 3)]
+)
 def test_a_batch_of_all_kinds_gives_the_tokens_that_peft_gives(
     model_folder: Path,
     adapters: dict[str, Path],
@@ -127,9 +128,7 @@ def test_a_batch_of_all_kinds_gives_the_tokens_that_peft_gives(
     max_loras_per_batch: int,
     max_loaded_loras: int | None,
 ) -> None:
-    """With 2 slots adapters leave them and come back, and with a limit they are read again."""
-    if max_loaded_loras and max_loaded_loras < max_loras_per_batch:
-        pytest.skip("refused at start")
+    """With few slots adapters leave them and come back, and with a limit they are read again."""
     jobs = jobs_of([None, *ADAPTERS], 40)
     limits = {"max_loras_per_batch": max_loras_per_batch, "max_loaded_loras": max_loaded_loras}
     engine = make_engine(model_folder, adapters, chunked_prefill_size=256, **limits)

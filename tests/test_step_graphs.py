@@ -5,6 +5,7 @@ The kernels that graphs need are interpreted, and A stands under the base weight
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from schemas.job import Job
-from tests.tiny_models import Oracle, make_adapter, make_llama
+from tests.tiny_models import ALL_MODULES, Oracle, OracleOfEach, make_adapter, make_llama
 from worker import assembly
 from worker.adapters.slots import rank_levels
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
+from worker.model_runner import ModelRunner
 from worker.step_graphs import Output, StepGraphs
 
 if torch.cuda.is_available():
@@ -182,6 +184,44 @@ def test_steps_of_adapters_that_graphs_do_not_hold_run_without_one(
     assert not replays
     assert run(engine, jobs[2:]) == expected(oracle, jobs[2:])
     assert replays[False, True, True]
+
+
+def test_steps_without_graph_run_the_kernels_of_a_gpu_for_adapters_of_all_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "_stacks_adapters", lambda device: True)
+    monkeypatch.setattr(
+        ModelRunner, "_tiles", lambda _, numbers: numbers.view(-1, 4) if len(numbers) else None
+    )
+    model_folder = make_llama(tmp_path / "model", num_hidden_layers=1)
+    kinds: dict[str, dict[str, Any]] = {
+        "all": {"rank": 3, "target_modules": [*ALL_MODULES, "embed_tokens", "lm_head"]},
+        "dora": {"rank": 5, "target_modules": ["v_proj", "lm_head"], "use_dora": True},
+        "own": {"rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
+        adapters = {
+            name: make_adapter(model_folder, tmp_path / name, seed=seed, **settings)
+            for seed, (name, settings) in enumerate(kinds.items())
+        }
+    engine = Engine(
+        WorkerConfig(
+            model_path=model_folder,
+            lora_paths=tuple(
+                LoraPath(lora_name=name, lora_path=str(path)) for name, path in adapters.items()
+            ),
+            device="cpu",
+            context_length=64,
+            max_total_tokens=512,
+        )
+    )
+    names = ["all", None, "dora", "own", "all"]
+    jobs = [
+        job.model_copy(update={"lora": name, "max_tokens": 3})
+        for job, name in zip(make_jobs(5), names, strict=True)
+    ]
+    assert run(engine, jobs) == expected(OracleOfEach(model_folder, adapters), jobs)
 
 
 def test_a_step_with_more_prompts_than_its_graph_holds_runs_without_one(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -28,7 +29,8 @@ class DeviceWeights:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.gains.values(), *self.trained.values()))
+        tensors = {id(tensor): tensor for tensor in (*self.gains.values(), *self.trained.values())}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def stack_gains(
@@ -45,8 +47,7 @@ def stack_gains(
             continue
         num_layers = model.num_layers if group in LINEAR_GROUPS else 1
         shape = (num_layers, model.out_features(group))
-        check_room(device, 4 * shape[0] * shape[1], "the magnitudes of its DoRA")
-        stacked[group] = torch.ones(shape, device=device)
+        stacked[group] = allocate(shape, torch.float32, device, f"DoRA of {group}").fill_(1)
         for layer, module in places:
             start = sum(model.linear_shape(part)[0] for part in parts[: parts.index(module)])
             gain = gains[layer, module]
@@ -54,16 +55,28 @@ def stack_gains(
     return stacked
 
 
-def check_room(device: torch.device, num_bytes: int, what: str) -> None:
-    """Raises BadInput if the device has not so much memory to spare."""
+def allocate(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, what: str
+) -> torch.Tensor:
+    """Memory of the device; raises BadInput, with the figure, if it has not so much to spare."""
+    free = _free_bytes(device)
+    try:
+        memory = torch.empty(*shape, dtype=dtype, device=device)
+        # Looked at afterwards on a GPU: what torch had in its own cache takes nothing of it.
+        left = _free_bytes(device) if device.type == "cuda" else free - memory.nbytes
+        if left >= _SPARED_BYTES:
+            return memory
+    except torch.OutOfMemoryError:
+        pass
+    megabytes = math.prod(shape) * dtype.itemsize / 1e6
+    raise BadInput(
+        f"{what} needs {megabytes:,.1f} MB of the device's memory, which has"
+        f" {max(0, free - _SPARED_BYTES) / 1e6:,.1f} MB to spare. Unload other adapters, or start"
+        " the worker with a lower --mem-fraction-static or --max-loaded-loras."
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    spare = max(0, free - _SPARED_BYTES)
-    if num_bytes > spare:
-        raise BadInput(
-            f"{what} take {num_bytes / 1e6:,.1f} MB of the device's memory, which has"
-            f" {spare / 1e6:,.1f} MB to spare. Unload other adapters, or start the worker with a"
-            " lower --mem-fraction-static or --max-loaded-loras."
-        )
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

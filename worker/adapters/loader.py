@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+import torch
 
 from schemas.errors import BadInput
 from worker.adapters.peft_format import (
@@ -73,7 +77,8 @@ class AdapterLoader:
         """Raises BadInput for an adapter that cannot be served."""
         outline = _outline(folder, self.model)
         self.limits.check(outline)
-        return load_adapter(name, folder, outline, self.model, self.base)
+        with _beside_batches(self.base.device):
+            return load_adapter(name, folder, outline, self.model, self.base)
 
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput if it cannot be read."""
@@ -83,6 +88,27 @@ class AdapterLoader:
             return revision_of(folder)
         except (OSError, ValueError) as error:
             raise BadInput(f"{folder}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _beside_batches(device: torch.device) -> Iterator[None]:
+    """On a GPU what is launched in here does not wait for batches nor they for it, and has ended
+    when this does."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _stream(device)
+    # It has made the base weights.
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loads: torch keeps the memory that it frees for the stream that had it."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _outline(folder: Path, model: ModelConfig) -> AdapterOutline:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from schemas.errors import BadInput
-from worker.adapters.device_weights import DeviceWeights, check_room, stack_gains
+from worker.adapters.device_weights import DeviceWeights, stack_gains
 from worker.adapters.peft_config import read_config, read_settings
 from worker.adapters.peft_targets import Place, select
 from worker.adapters.peft_tensors import check_base_copies, check_tied, read_factors, read_trained
@@ -91,10 +91,7 @@ def load_adapter(
     check_base_copies(folder, stored.base_copies, base)
     check_tied(folder, stored)
     factors, gains = read_factors(folder, stored.factors, model, base)
-    if stored.trained:
-        num_bytes = len(stored.trained) * base.embedding.nbytes
-        check_room(base.device, num_bytes, f"its own {' and '.join(stored.trained)}")
-    trained = read_trained(folder, stored.trained, base)
+    trained = read_trained(folder, stored, base)
     on_device = DeviceWeights(stack_gains(gains, model, base.device), trained)
     return Adapter(name, str(folder), revision_of(folder), outline.rank, factors, on_device)
 

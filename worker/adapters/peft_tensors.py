@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from schemas.errors import BadInput
+from worker.adapters.device_weights import allocate
 from worker.adapters.dora import dora_gain
 from worker.adapters.peft_config import CONFIG_FILE
 from worker.adapters.peft_targets import Place
@@ -69,18 +70,23 @@ def read_factors(
 
 
 def read_trained(
-    folder: Path, trained: Mapping[str, str], base: DecoderWeights
+    folder: Path, stored: StoredWeights, base: DecoderWeights
 ) -> dict[str, torch.Tensor]:
     """The weights of modules that the adapter replaces, on the device and in the type of the base.
 
-    Raises BadInput, naming the key, if a number is not finite in that type.
+    Raises BadInput, naming the key, if a number is not finite in that type, and if there is no room
+    on the device.
     """
-    file, weights = open_weights(folder), {}
-    for module, key in trained.items():
+    file, weights = open_weights(folder), dict[str, torch.Tensor]()
+    for module, key in stored.trained.items():
+        if weights and stored.is_tied:
+            weights[module] = next(iter(weights.values()))
+            continue
         weight = file.get_tensor(key).to(base.dtype)
         if not weight.isfinite().all():
             raise _not_finite(folder, key, base.dtype)
-        weights[module] = weight.to(base.device)
+        on_device = allocate(weight.shape, base.dtype, base.device, f"its own {module}")
+        weights[module] = on_device.copy_(weight)
     return weights
 
 

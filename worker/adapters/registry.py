@@ -231,7 +231,13 @@ class AdapterRegistry:
             self._counts[name] = counts.model_copy(
                 update={"loads": counts.loads + 1, "load_seconds": counts.load_seconds + seconds}
             )
-        log.info("adapter_read", adapter=name, revision=adapter.revision, seconds=round(seconds, 3))
+        log.info(
+            "adapter_read",
+            adapter=name,
+            revision=adapter.revision,
+            seconds=round(seconds, 3),
+            device_megabytes=round(adapter.on_device.num_bytes / 1e6, 1),
+        )
         return adapter
 
     def _keep(self, name: str, adapter: Adapter) -> None:
