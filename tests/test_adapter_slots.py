@@ -98,6 +98,8 @@ def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
     adapter leaves alone."""
     segments = [Segment(0, 4, slots.first_rank(adapter), adapter.rank)]
     for seed, ((layer, group), weights) in enumerate(slots.weights.items()):
+        if layer is None and group not in adapter.target_groups:
+            continue  # No row of the adapter comes there.
         modules = TARGET_GROUPS[group]
         x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(seed))
         y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
@@ -292,6 +294,16 @@ def test_loading_a_slot_leaves_its_neighbours_alone() -> None:
     slots.place(d, in_use={a, c, d})
     assert_slot_computes(slots, a)
     assert_slot_computes(slots, c)
+
+
+def test_an_adapter_that_changes_no_end_pays_for_none() -> None:
+    """Where others may, ends of a large vocabulary would be most of its bytes."""
+    slots = make_slots(2, TARGET_MODULES)
+    ends = random_adapter("ends", modules=TARGET_MODULES)
+    plain = random_adapter("plain")
+    assert slots.num_bytes(plain) == make_slots(2).num_bytes(plain)
+    numbers = 2 * MAX_RANK * (MODEL.vocab_size + MODEL.hidden_size)
+    assert slots.num_bytes(ends) - slots.num_bytes(plain) == 4 * numbers
 
 
 def test_groups_that_no_adapter_may_change_have_no_weights() -> None:

@@ -196,8 +196,15 @@ def test_steps_without_graph_run_the_kernels_of_a_gpu_for_adapters_of_all_kinds(
     model_folder = make_llama(tmp_path / "model", num_hidden_layers=1)
     kinds: dict[str, dict[str, Any]] = {
         "all": {"rank": 3, "target_modules": [*ALL_MODULES, "embed_tokens", "lm_head"]},
-        "dora": {"rank": 5, "target_modules": ["v_proj", "lm_head"], "use_dora": True},
+        "dora": {
+            "rank": 5,
+            "target_modules": ["embed_tokens", "v_proj", "lm_head"],
+            "use_dora": True,
+        },
         "own": {"rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
+        "plain": {"rank": 4},
+        "embedding": {"rank": 8, "target_modules": ["embed_tokens"]},
+        "head": {"rank": 7, "target_modules": ["lm_head"]},
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
@@ -214,12 +221,13 @@ def test_steps_without_graph_run_the_kernels_of_a_gpu_for_adapters_of_all_kinds(
             device="cpu",
             context_length=64,
             max_total_tokens=512,
+            max_loras_per_batch=2,  # So that adapters stand where others of other modules stood.
         )
     )
-    names = ["all", None, "dora", "own", "all"]
+    names = ["all", "dora", "plain", "embedding", "own", None, "all", "plain", "head"]
     jobs = [
-        job.model_copy(update={"lora": name, "max_tokens": 3})
-        for job, name in zip(make_jobs(5), names, strict=True)
+        job.model_copy(update={"lora": name, "max_tokens": 2})
+        for job, name in zip(make_jobs(len(names)), names, strict=True)
     ]
     assert run(engine, jobs) == expected(OracleOfEach(model_folder, adapters), jobs)
 

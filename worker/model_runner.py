@@ -150,10 +150,16 @@ class ModelRunner:
         on_device = self._upload(step)
         prefill_tiles = self._tiles(on_device.prefill_tiles)
         tiles = self._tiles(on_device.lora_tiles), self._tiles(on_device.shrink_tiles)
-        head_tiles = self._tiles(on_device.head_tiles), self._tiles(on_device.head_shrink_tiles)
+        end_tiles = {
+            "embed_tokens": (self._tiles(on_device.embedding_tiles), None),
+            "lm_head": (
+                self._tiles(on_device.head_tiles),
+                self._tiles(on_device.head_shrink_tiles),
+            ),
+        }
         lora = {}
         for group, segments in batch.group_segments.items():
-            expand, shrink = head_tiles if group == "lm_head" else tiles
+            expand, shrink = end_tiles.get(group, tiles)
             gains = batch.group_gains.get(group, ())
             lora[group] = LoraRows(segments, expand, batch.num_ranks, shrink, gains)
         return self.forward(
@@ -240,6 +246,7 @@ class ModelRunner:
             prefill_tiles=np.array(prefill_tiles(chunks), np.int32).ravel(),
             lora_tiles=np.array(lora_tiles([segment]), np.int32).ravel(),
             shrink_tiles=np.array(lora_tiles([segment], SHRINK_TILE_ROWS), np.int32).ravel(),
+            embedding_tiles=nothing[:0],
             head_tiles=np.array(lora_tiles([sampled]), np.int32).ravel(),
             head_shrink_tiles=np.array(lora_tiles([sampled], SHRINK_TILE_ROWS), np.int32).ravel(),
         )

@@ -131,7 +131,8 @@ class AdapterSlots:
         ranks = _rank_class(adapter.rank)
         return sum(
             ranks * (len(w.part_sizes) * w.a.shape[1] + w.b.shape[1]) * w.b.itemsize
-            for w in self.weights.values()
+            for place, w in self.weights.items()
+            if _takes_up(adapter, place)
         )
 
     def prepare(self, adapter: Adapter) -> None:
@@ -218,7 +219,7 @@ class AdapterSlots:
         ]
 
     def _load(self, adapter: Adapter, first: int) -> None:
-        """Copy an adapter's factors; modules that it leaves alone become zero."""
+        """Copy an adapter's factors; linear modules that it leaves alone become zero."""
         packed = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
         if self.stream is None:
             self._copy(packed, adapter.rank, first)
@@ -245,8 +246,9 @@ class AdapterSlots:
     def _pack(self, adapter: Adapter, *, page_locked: bool) -> _Packed:
         """For each layer and group A [parts * rank, in_features] and B [rank, out_features]."""
         shapes = [
-            (layer, group, len(weights.part_sizes) * adapter.rank, *weights.a.shape[1:], weights)
-            for (layer, group), weights in self.weights.items()
+            (*place, len(weights.part_sizes) * adapter.rank, *weights.a.shape[1:], weights)
+            for place, weights in self.weights.items()
+            if _takes_up(adapter, place)
         ]
         sizes = ((rows * columns, adapter.rank * w.b.shape[1]) for _, _, rows, columns, w in shapes)
         counts = list(chain.from_iterable(sizes))
@@ -284,3 +286,11 @@ class AdapterSlots:
 def _rank_class(rank: int) -> int:
     """Ranks that an adapter takes: the next power of two."""
     return max(_LEAST_RANKS, 1 << (rank - 1).bit_length())
+
+
+def _takes_up(adapter: Adapter, place: LoraPlace) -> bool:
+    """Whether anything is read there while the adapter has the slot: in the layers every adapter's
+    rows go through all groups, zeros or not, but only rows of adapters that change an end through
+    its."""
+    layer, group = place
+    return layer is not None or group in adapter.target_groups
