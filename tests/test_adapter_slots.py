@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import cycle
@@ -473,3 +474,32 @@ def test_a_module_outside_the_limit_is_refused_by_name(model_folder: Path, folde
 
 def test_all_as_target_modules_allows_every_module(model_folder: Path, folder: Path) -> None:
     assert registry(model_folder, folder, lora_target_modules=("all",)).get("mine")
+
+
+def test_limits_are_inferred_from_adapters_of_the_ends_too(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
+        make_adapter(
+            *(model_folder, tmp_path),
+            rank=2,
+            seed=1,
+            target_modules=["lm_head", "q_proj"],
+            rank_pattern={"lm_head": 5},
+        )
+    known = registry(model_folder, tmp_path)
+    limits = known.loader.limits
+    assert (limits.max_rank, set(limits.target_modules)) == (5, {"lm_head", "q_proj"})
+    assert registry(model_folder, tmp_path, lora_target_modules=("all",)).get("mine")
+    assert refusal(model_folder, tmp_path, lora_target_modules=("q_proj",)) == (
+        "--lora-paths mine: it changes lm_head, which --lora-target-modules leaves out;"
+        " add them to the flag, or give 'all'."
+    )
+
+
+def test_modules_trained_in_full_need_no_flag(model_folder: Path, tmp_path: Path) -> None:
+    """They take no room in the slots."""
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    make_adapter(model_folder, tmp_path, rank=2, seed=1, **settings)
+    assert registry(model_folder, tmp_path, lora_target_modules=("q_proj",)).get("mine")

@@ -224,6 +224,9 @@ def test_steps_without_graph_run_the_kernels_of_a_gpu_for_adapters_of_all_kinds(
             max_loras_per_batch=2,  # So that adapters stand where others of other modules stood.
         )
     )
+    assert engine.slots
+    for by_segments in (False, True):  # The warm-up compiles them all.
+        engine._runner._run_empty(7, engine.slots.capacity, by_segments=by_segments)
     names = ["all", "dora", "plain", "embedding", "own", None, "all", "plain", "head"]
     jobs = [
         job.model_copy(update={"lora": name, "max_tokens": 2})

@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from kernels.largest_token import largest_token
+from kernels.lora_expand import FEW_ROWS
 from kernels.lora_segments import LoraRows, Segment, lora_tiles
 from kernels.lora_shrink import SHRINK_TILE_ROWS
 from kernels.paged_attention_prefill import PrefillChunk, PrefillRows, prefill_tiles
@@ -74,6 +75,7 @@ class ModelRunner:
         self._max_running = max_running
         # The last line is for rows that fill up a CUDA graph's batch.
         self.page_table = torch.zeros(max_running + 1, max_pages, dtype=torch.int32, device=device)
+        self._max_length = max_pages * PAGE_SIZE
         self._unused_page = unused_page
         self.page_table[-1] = unused_page
         self.newest_tokens = torch.zeros(max_running + 1, dtype=torch.int32, device=device)
@@ -94,6 +96,8 @@ class ModelRunner:
         self._run_empty(num_rows, max(rank_levels, default=0), by_segments=False)
         if rank_levels:
             self._run_empty(num_rows, max(rank_levels), by_segments=True)
+            # Few rows take other kernels, and those of the model's ends are in no graph.
+            self._run_empty(min(num_rows, FEW_ROWS), max(rank_levels), by_segments=False)
         started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         self.make_graphs(
             cuda_recorder(),
@@ -123,7 +127,7 @@ class ModelRunner:
             record,
             max_running=self._max_running,
             max_prefill_tokens=max_prefill_tokens,
-            max_length=self.page_table.shape[1] * PAGE_SIZE,
+            max_length=self._max_length,
             unused_page=self._unused_page,
             max_adapters=max_adapters,
             rank_levels=rank_levels,
@@ -162,9 +166,13 @@ class ModelRunner:
             expand, shrink = end_tiles.get(group, tiles)
             gains = batch.group_gains.get(group, ())
             lora[group] = LoraRows(segments, expand, batch.num_ranks, shrink, gains)
+        max_length = batch.max_decode_length
+        if self.device.type == "cuda" and not batch.has_graph:
+            # As in a graph: attention is compiled for each number of parts that this leads to.
+            max_length = self._max_length
         return self.forward(
             on_device,
-            max_length=batch.max_decode_length,
+            max_length=max_length,
             prefill=PrefillRows(batch.chunks, prefill_tiles) if batch.chunks else None,
             lora=lora,
             trained=batch.trained,
@@ -227,7 +235,7 @@ class ModelRunner:
 
     def _run_empty(self, num_rows: int, num_ranks: int, *, by_segments: bool) -> None:
         """Run so many rows of prompts of nobody, on adapters of no rank among so many."""
-        max_length = self.page_table.shape[1] * PAGE_SIZE
+        max_length = self._max_length
         no_line = self._max_running
         chunks = [
             PrefillChunk(row, end := min(row + max_length, num_rows), no_line, end - row)
