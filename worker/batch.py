@@ -113,7 +113,9 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
             sampled.append(sequence)
             sampled_rows.append(len(token_ids) - 1)
     segments = _segments(((item.sequence.adapter, item.num_rows) for item in ordered), slots)
-    sampled_segments = _segments(((sequence.adapter, 1) for sequence in sampled), slots)
+    sampled_segments: list[tuple[Segment, Adapter | None]] = []
+    if any(adapter.changes_head for adapter in adapters):
+        sampled_segments = _segments(((sequence.adapter, 1) for sequence in sampled), slots)
     trained = {
         "embed_tokens": _trained("embed_tokens", segments),
         "lm_head": _trained("lm_head", sampled_segments),

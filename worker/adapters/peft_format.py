@@ -44,6 +44,10 @@ class Adapter:
         return frozenset(module for _, module in self.factors)
 
     @cached_property
+    def changes_head(self) -> bool:
+        return "lm_head" in self.target_modules or "lm_head" in self.on_device.trained
+
+    @cached_property
     def target_groups(self) -> list[str]:
         """The groups of fused modules that it changes."""
         return [
