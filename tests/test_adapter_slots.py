@@ -20,6 +20,7 @@ from kernels.lora_shrink import lora_shrink_torch
 from schemas.errors import BadInput
 from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
+from worker.adapters import peft_tensors
 from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter, LoraFactors
 from worker.adapters.peft_targets import Place
@@ -503,3 +504,18 @@ def test_modules_trained_in_full_need_no_flag(model_folder: Path, tmp_path: Path
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     make_adapter(model_folder, tmp_path, rank=2, seed=1, **settings)
     assert registry(model_folder, tmp_path, lora_target_modules=("q_proj",)).get("mine")
+
+
+def test_an_adapter_for_which_the_device_has_no_memory_left_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=["q_proj"], use_dora=True)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(peft_tensors, "dora_gain", no_memory)
+    assert refusal(model_folder, tmp_path) == (
+        "--lora-paths mine: the device's memory is full. Unload other adapters, or start the worker"
+        " with a lower --mem-fraction-static or --max-loaded-loras."
+    )

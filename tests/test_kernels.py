@@ -545,13 +545,16 @@ def test_silu_and_mul_with_lora_is_expand_and_then_silu_and_mul(backend: str) ->
     assert_within(actual, expected, torch.full_like(expected, 200 * ROUNDING))
 
 
-@pytest.mark.parametrize("num_ranks", [5, 12])
-def test_lora_embed_is_the_product_of_one_hot_rows(num_ranks: int) -> None:
-    a, token_ids = normal(12, 31), torch.tensor([30, 0, 7, 7], dtype=torch.int32)
+@pytest.mark.parametrize("tiles", [None, torch.empty(0, 4)], ids=["segments", "tiles"])
+def test_lora_embed_is_the_product_of_one_hot_rows(tiles: torch.Tensor | None) -> None:
+    a, token_ids = normal(12, 31), torch.tensor([30, 0, 7, 7, 3], dtype=torch.int32)
     one_hot = torch.nn.functional.one_hot(token_ids.long(), 31).float()
-    h = lora_embed(token_ids, a, LoraRows([], None, num_ranks))
-    assert h.equal(one_hot @ a[:num_ranks].t())
+    segments = [Segment(0, 2, 8, 3), Segment(3, 5, 0, 5)]
+    h = lora_embed(token_ids, a, LoraRows(segments, tiles, 11))
     assert h.is_contiguous()  # As lora_expand reads it.
+    for first_row, end_row, first_rank, rank in segments:
+        rows, ranks = slice(first_row, end_row), slice(first_rank, first_rank + rank)
+        assert h[rows, ranks].equal(one_hot[rows] @ a[ranks].t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -260,9 +260,9 @@ def test_base_weights_saved_along_that_are_not_the_workers_are_refused(
     key = BASE_COPY[module]
     edit_weights(ends_folder, lambda weights: weights[key][210, 71].add_(1e-3))
     assert refusal(ends_folder, model, base=base) == (
-        f"{ends_folder / WEIGHTS}: {key} is not this base model's {module}, but of another base"
-        " model or trained. If it is trained, name it in modules_to_save; if not, leave it out"
-        " (save_embedding_layers=False)."
+        f"{ends_folder / WEIGHTS}: {key} is not this base model's {module} in torch.float32: it is"
+        " of another base model, rounded to another type, or trained. If it is trained, name it in"
+        " modules_to_save; if not, leave it out (save_embedding_layers=False)."
     )
 
 

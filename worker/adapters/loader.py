@@ -77,8 +77,14 @@ class AdapterLoader:
         """Raises BadInput for an adapter that cannot be served."""
         outline = _outline(folder, self.model)
         self.limits.check(outline)
-        with _beside_batches(self.base.device):
-            return load_adapter(name, folder, outline, self.model, self.base)
+        try:
+            with _beside_batches(self.base.device):
+                return load_adapter(name, folder, outline, self.model, self.base)
+        except torch.OutOfMemoryError as error:
+            raise BadInput(
+                "the device's memory is full. Unload other adapters, or start the worker with a"
+                " lower --mem-fraction-static or --max-loaded-loras."
+            ) from error
 
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput if it cannot be read."""

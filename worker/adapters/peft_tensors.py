@@ -123,9 +123,10 @@ def check_base_copies(folder: Path, copies: Mapping[str, str], base: DecoderWeig
             ours = weight[row : row + _COMPARED_ROWS]
             if not stored[row : row + _COMPARED_ROWS].to(ours).equal(ours):
                 raise BadInput(
-                    f"{folder / WEIGHTS_FILE}: {key} is not this base model's {module}, but of"
-                    " another base model or trained. If it is trained, name it in modules_to_save;"
-                    " if not, leave it out (save_embedding_layers=False)."
+                    f"{folder / WEIGHTS_FILE}: {key} is not this base model's {module} in"
+                    f" {base.dtype}: it is of another base model, rounded to another type, or"
+                    " trained. If it is trained, name it in modules_to_save; if not, leave it out"
+                    " (save_embedding_layers=False)."
                 )
 
 
