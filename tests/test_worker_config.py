@@ -26,7 +26,7 @@ FLAGS = {
     *("--context-length", "--device", "--dtype", "--load-format"),
     *("--queue", "--redis-url", "--lease-seconds", "--burst"),
 }
-MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head"
 
 
 # --- --lora-paths -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pydantic import (
 from schemas.adapter import AdapterName
 from schemas.errors import BadInput
 from schemas.keys import QUEUE_NAME
-from worker.model.config import LINEAR_MODULES
+from worker.model.config import TARGET_MODULES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -66,9 +66,9 @@ def _known_modules(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None
     modules = tuple(module for value in given for module in value.split(",") if module)
     if modules == ("all",):
-        return LINEAR_MODULES
-    if unknown := [module for module in modules if module not in LINEAR_MODULES]:
-        raise ValueError(f"{', '.join(unknown)}: choose from {', '.join(LINEAR_MODULES)}, or 'all'")
+        return TARGET_MODULES
+    if unknown := [module for module in modules if module not in TARGET_MODULES]:
+        raise ValueError(f"{', '.join(unknown)}: choose from {', '.join(TARGET_MODULES)}, or 'all'")
     return modules
 
 

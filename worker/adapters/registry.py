@@ -10,7 +10,6 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import structlog
-import torch
 
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, JobError
@@ -18,7 +17,6 @@ from schemas.worker_state import AdapterCounts
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
 from worker.config import WorkerConfig
-from worker.model.config import ModelConfig
 
 log = structlog.get_logger()
 
@@ -244,7 +242,13 @@ class AdapterRegistry:
             self._counts[name] = counts.model_copy(
                 update={"loads": counts.loads + 1, "load_seconds": counts.load_seconds + seconds}
             )
-        log.info("adapter_read", adapter=name, revision=adapter.revision, seconds=round(seconds, 3))
+        log.info(
+            "adapter_read",
+            adapter=name,
+            revision=adapter.revision,
+            seconds=round(seconds, 3),
+            device_megabytes=round(adapter.on_device.num_bytes / 1e6, 1),
+        )
         return adapter
 
     def _keep(self, name: str, adapter: Adapter) -> None:
@@ -269,31 +273,23 @@ class AdapterRegistry:
         return self._counts.get(name) or AdapterCounts()
 
 
-def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> AdapterRegistry:
+def load_registry(
+    config: WorkerConfig, loader: AdapterLoader, prepare: Callable[[Adapter], None] | None = None
+) -> AdapterRegistry:
     """Load all of ``--lora-paths``; raises BadInput for the first that cannot be served.
 
-    From then on no adapter is served that has a larger rank than these, or changes other modules,
-    unless the flags allow it.
+    ``prepare``: see ``AdapterRegistry``.
     """
-    loader = AdapterLoader(model, dtype, config.max_lora_rank, config.lora_target_modules)
     registry = AdapterRegistry(
         loader, max_loaded=config.max_loaded_loras, policy=config.lora_eviction_policy
     )
-    max_rank, modules = 0, frozenset[str]()
+    if prepare:
+        registry.prepare = prepare
     for lora in config.lora_paths:
         try:
             read = registry.read(lora.lora_name, lora.folder, version=0)
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
         registry.serve(lora.lora_name, read)
-        # Looked at now: the next one may evict it.
-        if adapter := registry.get(lora.lora_name):
-            max_rank = max(max_rank, adapter.rank)
-            modules |= adapter.target_modules
     registry.pin(lora.lora_name for lora in config.lora_paths if lora.pinned)
-    registry.loader = replace(
-        loader,
-        max_rank=config.max_lora_rank or max_rank,
-        target_modules=config.lora_target_modules or modules,
-    )
     return registry
