@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
-from worker.adapters import device_weights
+from worker.adapters import device_weights, peft_format
 from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
 from worker.model.weights import DecoderWeights, load_weights, random_weights
@@ -143,6 +144,31 @@ def test_the_outline_tells_rank_and_modules_and_reads_no_weight(
     edit_weights(folder, lambda weights: weights[Q_A].fill_(float("nan")))
     outline = check_adapter(folder, model)
     assert (outline.rank, outline.target_modules) == (RANK, set(ALL_MODULES))
+
+
+def test_an_adapter_that_is_loaded_does_not_change_with_its_file(
+    folder: Path, model: ModelConfig
+) -> None:
+    adapter = load(folder, model)
+    before = [factors.a.clone() for factors in adapter.factors.values()]
+    with (folder / WEIGHTS).open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    after = [factors.a for factors in adapter.factors.values()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_files_that_change_while_they_are_read_are_refused(
+    folder: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def revision_after_a_change(folder: Path) -> str:
+        os.utime(folder / WEIGHTS, ns=(0, 0))
+        return "0"
+
+    monkeypatch.setattr(peft_format, "revision_of", revision_after_a_change)
+    with pytest.raises(BadInput, match=r"were changed while they were read; load it again\."):
+        load(folder, model)
 
 
 def test_where_the_base_model_stood_when_the_adapter_was_trained_does_not_matter(

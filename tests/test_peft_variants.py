@@ -145,7 +145,9 @@ def test_a_replaced_adapter_answers_as_the_new_one_and_what_runs_as_the_old_one(
     for sequence in old:
         engine.add(sequence)
     engine.step()
-    engine.adapters.load("dora-of-all", adapters["all"], version=2)
+    engine.adapters.serve(
+        "dora-of-all", engine.adapters.read("dora-of-all", adapters["all"], version=2)
+    )
     new = [engine.sequence_of(job) for job in jobs]
     for sequence in new:
         engine.add(sequence)

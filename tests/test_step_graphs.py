@@ -174,7 +174,7 @@ def test_steps_of_adapters_that_graphs_do_not_hold_run_without_one(
     dora = make_adapter(
         model_folder, tmp_path, rank=4, seed=7, target_modules=modules, use_dora=True
     )
-    engine.adapters.load("dora", dora, version=1)
+    engine.adapters.serve("dora", engine.adapters.read("dora", dora, version=1))
     jobs = make_jobs(6)
     jobs[1] = jobs[1].model_copy(update={"lora": "dora", "max_tokens": 9})
     oracle = Oracle(model_folder, adapters | {"dora": dora})

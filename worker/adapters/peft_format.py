@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from schemas.errors import BadInput
 from worker.adapters.device_weights import DeviceWeights, stack_gains
-from worker.adapters.peft_config import read_config, read_settings
+from worker.adapters.peft_config import CONFIG_FILE, read_config, read_settings
 from worker.adapters.peft_targets import Place, select
 from worker.adapters.peft_tensors import check_base_copies, check_tied, read_factors, read_trained
 from worker.adapters.peft_weights import (
@@ -89,15 +90,24 @@ def load_adapter(
     """Read an adapter's PEFT folder, in the type of the base weights.
 
     Raises BadInput for weights that are not finite in that type, for copies of base weights that
-    differ from them, and if there is no room on the device.
+    differ from them, if there is no room on the device, and if the files change meanwhile.
     """
-    stored = outline.weights
+    stored, stamp = outline.weights, _stamp(folder)
     check_base_copies(folder, stored.base_copies, base)
     check_tied(folder, stored)
     factors, gains = read_factors(folder, stored.factors, model, base)
     trained = read_trained(folder, stored, base)
     on_device = DeviceWeights(stack_gains(gains, model, base.device), trained)
-    return Adapter(name, str(folder), revision_of(folder), outline.rank, factors, on_device)
+    revision = revision_of(folder)
+    if _stamp(folder) != stamp:
+        raise BadInput(f"{folder}: its files were changed while they were read; load it again.")
+    return Adapter(name, str(folder), revision, outline.rank, factors, on_device)
+
+
+def _stamp(folder: Path) -> list[tuple[int, int, int]]:
+    """What changes with the files."""
+    found = [os.stat(path) for path in (folder / CONFIG_FILE, weights_file(folder))]
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
 
 
 def revision_of(folder: Path) -> str:

