@@ -88,7 +88,8 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
         "--lora-target-modules",
         nargs="+",
         metavar="MODULE",
-        help="modules that adapters may change, or all (those of the adapters given)",
+        help="modules that adapters may change by LoRA: linear ones, embed_tokens, lm_head, or all"
+        " (those of the adapters given)",
     )
     lora.add_argument("--lora-backend", help="triton (on a GPU) or torch (on a CPU)")
 
