@@ -9,6 +9,7 @@ from rich.text import Text
 
 from producer.adapters import AdapterStatus, Answer
 from producer.advice import listed
+from producer.hub import describe
 from producer.tables import cell, cells, new_table, printed
 
 #: Characters of a revision that a row shows.
@@ -49,6 +50,17 @@ def adapters(queue: str, found: Sequence[AdapterStatus]) -> str:
 
 
 def _state(adapter: AdapterStatus) -> Text:
+    if adapter.fetch is None:
+        return _served(adapter)
+    style = "red" if adapter.fetch.state == "failed" else ""
+    fetch = cell(f"from the hub: {describe(adapter.fetch)}")
+    fetch.stylize(style)
+    if adapter.source == adapter.fetch.source and not adapter.revision:
+        return fetch  # Nothing of that name is desired yet.
+    return _served(adapter).append("; ").append_text(fetch)
+
+
+def _served(adapter: AdapterStatus) -> Text:
     parts = [f"loaded on {adapter.num_loaded} of {adapter.num_workers} workers"]
     if adapter.num_resident:
         parts.append(f"in a slot on {adapter.num_resident}")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass
 
 import typer
 
+from broker.fetches import FetchStatus
 from producer.adapters import Change
+from producer.advice import no_fetcher
 from producer.bars import ProgressLines
 from producer.client import Client
-from producer.messages import say
+from producer.hub import describe
+from producer.messages import notice, say, warn
 from producer.place import Place
 from schemas.errors import LorryError, NoWorker
+
+#: Seconds between two lines about a download.
+_DOWNLOAD_LINE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,27 @@ class Report:
         """
         lines = ProgressLines(f"jobs of '{change.name}' left", None)
         try:
+            if self.wait:
+                change = client.fetched(change, FetchLines())
             answers = client.answers(change, self.timeout, lines.update) if self.wait else []
         except KeyboardInterrupt:
             say("The workers act on it all the same.")
             raise
         if self.json_wanted:
-            found = {"version": change.version, "workers": [asdict(answer) for answer in answers]}
+            found = {
+                "version": change.version or None,
+                "workers": [asdict(answer) for answer in answers],
+            }
             typer.echo(json.dumps(found))
         elif answers:
             from producer import adapter_tables
 
             typer.echo(adapter_tables.answers(answers), nl=False)
+        if not self.wait and change.fetch:
+            say(f"'{change.name}' will be fetched and loaded; `producer lora list` shows how far.")
+            if not client.has_fetcher():
+                warn(no_fetcher(client.queue))
+            return
         if not self.wait:
             say(f"Told the workers to {change.action} '{change.name}'.")
             return
@@ -54,6 +71,20 @@ class Report:
             raise LorryError(
                 f"{failed} of {len(answers)} workers did not {change.action} '{change.name}'."
             )
+
+
+class FetchLines:
+    """Tells on stderr how far a fetch is: when that changes, and a download now and then."""
+
+    def __init__(self) -> None:
+        self._told: tuple[str, int] | None = None
+        self._next_line = 0.0
+
+    def __call__(self, status: FetchStatus) -> None:
+        step, now = (status.state, status.attempt), time.monotonic()
+        if step != self._told or (status.state == "downloading" and now >= self._next_line):
+            self._told, self._next_line = step, now + _DOWNLOAD_LINE_SECONDS
+            notice(f"{status.source}: {describe(status)}")
 
 
 def load(place: Place, name: str, path: str, *, pinned: bool, report: Report) -> None:
@@ -90,3 +121,6 @@ def list_adapters(place: Place, *, json_wanted: bool) -> None:
         from producer import adapter_tables
 
         typer.echo(adapter_tables.adapters(client.queue, found), nl=False)
+        is_fetching = any(a.fetch and a.fetch.state != "failed" for a in found)
+        if is_fetching and not client.has_fetcher():
+            warn(no_fetcher(client.queue))

@@ -30,7 +30,13 @@ TIMEOUT = 60.0
 def load(
     name: Name,
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Its PEFT folder, as the workers see it.")
+        str,
+        typer.Argument(
+            metavar="PATH|REPO",
+            help="Its PEFT folder, as the workers see it; or OWNER/NAME[@REVISION] on the Hugging"
+            " Face hub, which a fetcher brings first. A folder of that name here wins;"
+            " hf:OWNER/NAME is always the hub, ./OWNER/NAME never.",
+        ),
     ],
     pin: Annotated[bool, typer.Option("--pin", help="Let it keep a slot on every worker.")] = False,
     wait: Wait = True,

@@ -270,9 +270,9 @@ def test_a_folder_of_this_machine_is_told_by_its_absolute_path(
     (tmp_path / "sql").mkdir()
     monkeypatch.chdir(tmp_path)
     producer("lora", "load", "sql", "sql", "--no-wait")
-    producer("lora", "load", "elsewhere", "adapters/elsewhere", "--no-wait")
+    producer("lora", "load", "elsewhere", "./adapters/elsewhere", "--no-wait")
     assert desired(queue)["sql"].source == str((tmp_path / "sql").resolve())
-    assert desired(queue)["elsewhere"].source == "adapters/elsewhere"
+    assert desired(queue)["elsewhere"].source == "./adapters/elsewhere"
 
 
 @pytest.mark.parametrize("name", ["@base", "a b", "", "x" * 129, "ü", "\udcff"])
@@ -517,6 +517,7 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
         "loads": 2,
         "evictions": 2,
         "mean_load_seconds": 0.25,
+        "fetch": None,
     }
     assert adapters[0]["errors"] == {"w2": "its rank is too large"}
     assert adapters[0]["mean_load_seconds"] is None

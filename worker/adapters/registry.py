@@ -13,11 +13,13 @@ import structlog
 import torch
 
 from schemas.adapter import AdapterRecord
-from schemas.errors import BadInput, JobError
+from schemas.errors import BadInput, JobError, LorryError
+from schemas.hub import HUB_PREFIX
 from schemas.worker_state import AdapterCounts
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
-from worker.config import WorkerConfig
+from worker.config import LoraPath, WorkerConfig
+from worker.hub.repository import HubRepository
 from worker.model.config import ModelConfig
 
 log = structlog.get_logger()
@@ -27,7 +29,10 @@ log = structlog.get_logger()
 class KnownAdapter:
     """What stays of an adapter whether its weights are in memory or not."""
 
-    source: Path
+    source: str
+    """As the desired state names it."""
+    folder: Path
+    """Where it is read from, and read again once it was evicted."""
     revision: str
     version: int
     """Of the desired state, when it was announced or loaded."""
@@ -79,7 +84,7 @@ class AdapterRegistry:
             if adapter or known is None:
                 return adapter
             try:
-                adapter = self._alive.get((name, known.revision)) or self._read(name, known.source)
+                adapter = self._alive.get((name, known.revision)) or self._read(name, known.folder)
             except BadInput as error:
                 raise JobError("adapter_unavailable", f"adapter '{name}': {error}") from error
             if adapter.revision != known.revision:
@@ -95,19 +100,23 @@ class AdapterRegistry:
                     self._keep(name, adapter)
             return adapter
 
-    def load(self, name: str, source: Path, version: int) -> KnownAdapter:
+    def load(
+        self, name: str, folder: Path, version: int, *, source: str | None = None
+    ) -> KnownAdapter:
         """Read an adapter, or keep what is there if its files have not changed.
 
-        Raises BadInput if it cannot be served; the name is not served then.
+        ``source`` is what the desired state calls the folder, if not by its path. Raises BadInput
+        if it cannot be served; the name is not served then.
         """
         with self._reading:
             held, adapter = self.known(name), None
+            source = source or str(folder)
             try:
-                if held and held.revision == self.loader.revision(source):
-                    known = replace(held, source=source, version=version)
+                if held and held.revision == self.loader.revision(folder):
+                    known = replace(held, source=source, folder=folder, version=version)
                 else:
-                    adapter = self._read(name, source)
-                    known = KnownAdapter(source, adapter.revision, version)
+                    adapter = self._read(name, folder)
+                    known = KnownAdapter(source, folder, adapter.revision, version)
             except BadInput as error:
                 self.refuse(name, version, str(error))
                 raise
@@ -193,7 +202,7 @@ class AdapterRegistry:
         with self._lock:
             return {
                 name: AdapterRecord(
-                    source=str(known.source),
+                    source=known.source,
                     revision=known.revision,
                     pinned=name in self._pinned_names,
                 )
@@ -223,9 +232,9 @@ class AdapterRegistry:
                 self._loaded[name] = self._loaded.pop(name)
             return adapter
 
-    def _read(self, name: str, source: Path) -> Adapter:
+    def _read(self, name: str, folder: Path) -> Adapter:
         started = time.monotonic()
-        adapter = self.loader.load(name, source)
+        adapter = self.loader.load(name, folder)
         self.prepare(adapter)
         seconds = time.monotonic() - started
         with self._lock:
@@ -265,7 +274,8 @@ class AdapterRegistry:
 
 
 def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> AdapterRegistry:
-    """Load all of ``--lora-paths``; raises BadInput for the first that cannot be served.
+    """Load all of ``--lora-paths``, from the hub if it is there; raises BadInput for the first that
+    cannot be served.
 
     From then on no adapter is served that has a larger rank than these, or changes other modules,
     unless the flags allow it.
@@ -277,7 +287,8 @@ def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) 
     max_rank, modules = 0, frozenset[str]()
     for lora in config.lora_paths:
         try:
-            registry.load(lora.lora_name, lora.folder, version=0)
+            source, folder = _find(lora)
+            registry.load(lora.lora_name, folder, version=0, source=source)
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
         # Looked at now: the next one may evict it.
@@ -291,3 +302,16 @@ def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) 
         target_modules=config.lora_target_modules or modules,
     )
     return registry
+
+
+def _find(lora: LoraPath) -> tuple[str, Path]:
+    """The source and the folder of one value of ``--lora-paths``; a repository is downloaded."""
+    if lora.repository is None:
+        return str(lora.folder), lora.folder
+    try:
+        source, folder = HubRepository(lora.repository).download_or_find()
+    except LorryError as error:
+        is_plain = not lora.lora_path.startswith(HUB_PREFIX)
+        prefix = f"there is no folder {lora.lora_path}; " if is_plain else ""
+        raise BadInput(f"{prefix}{error}") from error
+    return str(source), folder
