@@ -26,6 +26,7 @@ from worker.adapters.peft_format import Adapter, LoraFactors
 from worker.adapters.peft_targets import Place
 from worker.adapters.registry import AdapterRegistry, load_registry
 from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
+from worker.adapters.sources import find_adapters
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
 from worker.model.config import (
@@ -397,9 +398,10 @@ def registry(model_folder: Path, folder: Path, **flags: object) -> AdapterRegist
 
 def load(config: WorkerConfig) -> AdapterRegistry:
     model = ModelConfig.from_folder(config.model_path)
-    limits = find_limits(config, model)
+    found = find_adapters(config.lora_paths)
+    limits = find_limits(config, found, model)
     weights = load_weights(config.model_path, model, torch.device("cpu"), torch.float32)
-    return load_registry(config, AdapterLoader(model, weights, limits))
+    return load_registry(config, found, AdapterLoader(model, weights, limits))
 
 
 def refusal(model_folder: Path, folder: Path, **flags: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -56,13 +57,16 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
     lora.add_argument(
         "--enable-lora",
         action="store_true",
-        help="serve adapters that are loaded later (on by itself with --lora-paths, --lora-root)",
+        help="serve adapters that are loaded later (on by itself with --lora-paths, --lora-root,"
+        " --hub-owners)",
     )
     lora.add_argument(
         "--lora-paths",
         nargs="+",
         metavar="LORA",
-        help="PEFT folders: PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned",
+        help="PEFT folders: PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned; where no"
+        " folder PATH exists, OWNER/NAME[@REVISION] is a repository of the Hugging Face hub"
+        " (hf:OWNER/NAME always is)",
     )
     lora.add_argument(
         "--max-loras-per-batch", type=int, metavar="N", help="distinct adapters in a batch (8)"
@@ -80,6 +84,18 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="DIR",
         help="folders below which `producer lora load` may name adapters (none)",
+    )
+    lora.add_argument(
+        "--hub-owners",
+        nargs="+",
+        metavar="OWNER",
+        help="users and organizations of the hub whose adapters `producer lora load` may name, once"
+        " a fetcher has brought them into this machine's hub cache (none)",
+    )
+    lora.add_argument(
+        "--with-fetcher",
+        action="store_true",
+        help="run a fetcher beside the worker, for a machine alone",
     )
     lora.add_argument(
         "--max-lora-rank", type=int, metavar="N", help="largest rank (of the adapters given)"
@@ -148,6 +164,7 @@ def _run(flags: dict[str, object]) -> int:
     from worker.config import WorkerConfig
     from worker.engine import Engine
     from worker.host_memory import keep_freed_memory
+    from worker.hub.fetcher_process import FetcherProcess
     from worker.logs import configure_logs, log
     from worker.worker import Worker
 
@@ -157,10 +174,12 @@ def _run(flags: dict[str, object]) -> int:
         config = WorkerConfig.from_flags(flags)
         with use_server(config.redis_url) as server:
             log.info("queue_server", server=server.description)
-            worker = Worker(config, Engine(config), server.url)
+            engine = Engine(config)
+            worker = Worker(config, engine, server.url)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: worker.stop())
-            with server_errors(server.url):
+            fetcher = FetcherProcess(config, engine.adapters.loader.limits, server.url)
+            with server_errors(server.url), fetcher if config.with_fetcher else nullcontext():
                 return worker.run()
     except LorryError as error:
         print(f"worker: error: {error}", file=sys.stderr)

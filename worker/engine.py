@@ -16,6 +16,7 @@ from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import load_registry
 from worker.adapters.residency import AdapterResidency
+from worker.adapters.sources import find_adapters
 from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
@@ -55,10 +56,12 @@ class Engine:
         self.dtype = config.resolved_dtype(model.dtype)
         self.context_length = _context_length(config, model)
         self.tokenizer = Tokenizer(config.model_path, model.vocab_size)
-        limits = find_limits(config, model)
+        found = find_adapters(config.lora_paths)
+        limits = find_limits(config, found, model)
         weights, self.slots = load_weights_and_slots(config, model, limits, self.device, self.dtype)
         self.adapters = load_registry(
             config,
+            found,
             AdapterLoader(model, weights, limits),
             self.slots.prepare if self.slots else None,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,8 @@ from worker.adapters.peft_format import (
     load_adapter,
     revision_of,
 )
+from worker.adapters.peft_tensors import check_finite
+from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 from worker.model.config import ModelConfig
 from worker.model.weights import DecoderWeights
@@ -43,26 +45,51 @@ class AdapterLimits:
             )
 
 
-def find_limits(config: WorkerConfig, model: ModelConfig) -> AdapterLimits:
+def find_limits(
+    config: WorkerConfig, found: Iterable[FoundAdapter], model: ModelConfig
+) -> AdapterLimits:
     """What the flags say, or else what the adapters of ``--lora-paths`` need.
 
     Raises BadInput for the first of these that cannot be served, as far as can be told without
     reading weights.
     """
     max_rank, modules = config.max_lora_rank or 0, frozenset(config.lora_target_modules or ())
-    for lora in config.lora_paths:
+    for lora in found:
         try:
-            outline = _outline(lora.folder, model)
-            limits = AdapterLimits(
-                config.max_lora_rank or outline.rank,
-                config.lora_target_modules or outline.target_modules,
+            limits = _limits_for(
+                _outline(lora.folder, model), config.max_lora_rank, config.lora_target_modules
             )
-            limits.check(outline)
         except BadInput as error:
-            raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
+            raise BadInput(f"--lora-paths {lora.name}: {error}") from error
         max_rank = max(max_rank, limits.max_rank)
         modules = modules.union(limits.target_modules)
     return AdapterLimits(max_rank, modules)
+
+
+def _limits_for(
+    outline: AdapterOutline, max_rank: int | None, target_modules: Collection[str] | None
+) -> AdapterLimits:
+    """Those that are given, or else what the adapter needs; raises BadInput if it is beyond."""
+    limits = AdapterLimits(max_rank or outline.rank, target_modules or outline.target_modules)
+    limits.check(outline)
+    return limits
+
+
+@dataclass(frozen=True)
+class AdapterChecker:
+    """Says which adapters a worker can serve, as far as that can be told without the weights of the
+    base model; ``max_rank`` and ``target_modules`` are None where nothing limits them."""
+
+    model: ModelConfig
+    max_rank: int | None
+    target_modules: Collection[str] | None
+
+    def revision(self, folder: Path) -> str:
+        """A hash of what decides the adapter's answers; raises BadInput for one that cannot be
+        served."""
+        _limits_for(_outline(folder, self.model), self.max_rank, self.target_modules)
+        check_finite(folder)
+        return revision_of(folder)
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,15 @@ def check_base_copies(folder: Path, copies: Mapping[str, str], base: DecoderWeig
                 )
 
 
+def check_finite(folder: Path) -> None:
+    """Raises BadInput, naming the key, if a number in the file is not finite."""
+    file = open_weights(folder)
+    for key in file.keys():  # noqa: SIM118
+        tensor = file.get_tensor(key)
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise BadInput(f"{folder / WEIGHTS_FILE}: {key} holds NaN or infinite values.")
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     # A sum over NaN or infinity is neither finite, and takes a CPU a fiftieth of the time: 0.09 ms
     # against 4.9 for 1.8 MB of bfloat16. That of finite numbers may still go beyond the type.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -16,6 +16,7 @@ from schemas.errors import BadInput, JobError
 from schemas.worker_state import AdapterCounts
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
+from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 
 log = structlog.get_logger()
@@ -25,7 +26,10 @@ log = structlog.get_logger()
 class KnownAdapter:
     """What stays of an adapter whether its weights are in memory or not."""
 
-    source: Path
+    source: str
+    """As the desired state names it."""
+    folder: Path
+    """Where it is read from, and read again once it was evicted."""
     revision: str
     version: int
     """Of the desired state, when it was announced or loaded."""
@@ -86,7 +90,7 @@ class AdapterRegistry:
             if adapter or known is None:
                 return adapter
             try:
-                adapter = self._alive.get((name, known.revision)) or self._read(name, known.source)
+                adapter = self._alive.get((name, known.revision)) or self._read(name, known.folder)
             except BadInput as error:
                 raise JobError("adapter_unavailable", f"adapter '{name}': {error}") from error
             if adapter.revision != known.revision:
@@ -102,15 +106,18 @@ class AdapterRegistry:
                     self._keep(name, adapter)
             return adapter
 
-    def read(self, name: str, source: Path, version: int) -> ReadAdapter:
+    def read(
+        self, name: str, folder: Path, version: int, *, source: str | None = None
+    ) -> ReadAdapter:
         """Read an adapter, but no weights if they are those that are served; to be served by
-        ``serve``. Raises BadInput if it cannot be."""
+        ``serve``. ``source`` is what the desired state calls the folder, if not by its path.
+        Raises BadInput if it cannot be."""
         with self._reading:
-            known = self.known(name)
-            if known and known.revision == self.loader.revision(source):
-                return ReadAdapter(KnownAdapter(source, known.revision, version), None)
-            adapter = self._read(name, source)
-            return ReadAdapter(KnownAdapter(source, adapter.revision, version), adapter)
+            known, source = self.known(name), source or str(folder)
+            if known and known.revision == self.loader.revision(folder):
+                return ReadAdapter(KnownAdapter(source, folder, known.revision, version), None)
+            adapter = self._read(name, folder)
+            return ReadAdapter(KnownAdapter(source, folder, adapter.revision, version), adapter)
 
     def serve(self, name: str, read: ReadAdapter) -> None:
         """Serve what was read, in place of what was served under the name."""
@@ -202,7 +209,7 @@ class AdapterRegistry:
         with self._lock:
             return {
                 name: AdapterRecord(
-                    source=str(known.source),
+                    source=known.source,
                     revision=known.revision,
                     pinned=name in self._pinned_names,
                 )
@@ -232,9 +239,9 @@ class AdapterRegistry:
                 self._loaded[name] = self._loaded.pop(name)
             return adapter
 
-    def _read(self, name: str, source: Path) -> Adapter:
+    def _read(self, name: str, folder: Path) -> Adapter:
         started = time.monotonic()
-        adapter = self.loader.load(name, source)
+        adapter = self.loader.load(name, folder)
         self.prepare(adapter)
         seconds = time.monotonic() - started
         with self._lock:
@@ -274,9 +281,12 @@ class AdapterRegistry:
 
 
 def load_registry(
-    config: WorkerConfig, loader: AdapterLoader, prepare: Callable[[Adapter], None] | None = None
+    config: WorkerConfig,
+    found: Sequence[FoundAdapter],
+    loader: AdapterLoader,
+    prepare: Callable[[Adapter], None] | None = None,
 ) -> AdapterRegistry:
-    """Load all of ``--lora-paths``; raises BadInput for the first that cannot be served.
+    """Load the adapters of ``--lora-paths``; raises BadInput for the first that cannot be served.
 
     ``prepare``: see ``AdapterRegistry``.
     """
@@ -285,11 +295,11 @@ def load_registry(
     )
     if prepare:
         registry.prepare = prepare
-    for lora in config.lora_paths:
+    for lora in found:
         try:
-            read = registry.read(lora.lora_name, lora.folder, version=0)
+            read = registry.read(lora.name, lora.folder, version=0, source=lora.source)
         except BadInput as error:
-            raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
-        registry.serve(lora.lora_name, read)
-    registry.pin(lora.lora_name for lora in config.lora_paths if lora.pinned)
+            raise BadInput(f"--lora-paths {lora.name}: {error}") from error
+        registry.serve(lora.name, read)
+    registry.pin(lora.name for lora in found if lora.pinned)
     return registry
