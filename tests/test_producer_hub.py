@@ -244,9 +244,9 @@ def test_the_list_tells_how_far_each_fetch_is(
     [
         ("acme/sql", None, "hf:acme/sql"),
         ("hf:acme/sql", None, "hf:acme/sql"),
-        ("./acme/sql", "./acme/sql", None),
+        ("./acme/sql", "{cwd}/acme/sql", None),
         ("/acme/sql", "/acme/sql", None),
-        ("acme/sql/v1", "acme/sql/v1", None),
+        ("acme/sql/v1", "{cwd}/acme/sql/v1", None),
         ("here/sql", "{cwd}/here/sql", None),
         ("hf:here/sql", None, "hf:here/sql"),
     ],

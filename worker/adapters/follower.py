@@ -12,7 +12,7 @@ from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, LorryError
 from schemas.hub import HUB_PREFIX, HubSource
-from worker.adapters.registry import AdapterRegistry
+from worker.adapters.registry import AdapterRegistry, ReadAdapter
 from worker.hub.repository import HubRepository
 
 log = structlog.get_logger()
@@ -123,7 +123,7 @@ class DesiredStateFollower:
             self._registry.accept(name, record.version)
             return
         try:
-            read = self._registry.read(name, self._allowed(record.source), record.version)
+            read = self._read(name, record.source, record.version)
             # Settled before anything is served, so that no two workers serve different weights.
             recorded = self._queue.adopt_revision(name, record.version, read.known.revision)
             if recorded is None:
@@ -150,12 +150,15 @@ class DesiredStateFollower:
         if not previous:
             return
         try:
-            read = self._registry.read(name, self._allowed(previous.source), record.version)
+            read = self._read(name, previous.source, record.version)
         except BadInput as error:
             log.warning("previous_adapter_unavailable", adapter=name, reason=str(error))
             return
         if read.known.revision == previous.revision:
             self._registry.serve(name, read)
+
+    def _read(self, name: str, source: str, version: int) -> ReadAdapter:
+        return self._registry.read(name, self._allowed(source), version, source=source)
 
     def _allowed(self, source: str) -> Path:
         """Raises BadInput for a folder that commands may not name."""
