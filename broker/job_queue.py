@@ -32,10 +32,10 @@ RETIRE_LIMIT = 500
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker's right to one delivery of a job, named by the delivery's stream entry."""
+    """A worker's right to one delivery of a job, named by the number of the claim it came with."""
 
     job_id: str
-    entry: str
+    claim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,15 @@ class JobQueue:
         self.client = client
         self.name = queue
         self.keys = Keys(queue)
+        #: Of the next claim, or of the last while its reply is missing. A clock's value, so that no
+        #: other JobQueue of this worker has used it.
+        self._claim_number = time.time_ns() // 1_000_000
         self._scripts = {
             name: load_script(client, name)
             for name in (
                 *("submit", "claim", "commit", "renew", "release", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
-                *("adopt_revision", "retire_adapter"),
+                *("adopt_revision", "retire_adapter", "leave"),
             )
         }
 
@@ -124,33 +127,18 @@ class JobQueue:
     ) -> Claims:
         """Take jobs that fit into one batch with those that the worker holds.
 
-        Not safe to repeat: jobs of a lost reply wait until their lease has expired.
+        After an error call it again: if only the reply was lost, the jobs it brought are given once
+        more, whatever is asked for then.
         """
-        now, starving, *jobs = self._run(
+        now, starving, jobs = self._run(
             "claim",
-            *(worker, round(lease_seconds * 1000), request.num_jobs),
+            *(worker, self._claim_number, round(lease_seconds * 1000), request.num_jobs),
             *(request.free_slots, round(patience * 1000)),
             *(len(request.in_use), *request.in_use),
             *(len(request.draining), *request.draining),
             *request.resident,
         )
-        received = time.monotonic()
-        return Claims(
-            [
-                Claim(
-                    Lease(job_id, entry),
-                    None if adapter == BASE else adapter,
-                    payload,
-                    int(attempts),
-                    submission,
-                    int(queued) / 1000,
-                    int(now) / 1000,
-                    received,
-                )
-                for job_id, adapter, entry, payload, attempts, queued, submission in jobs
-            ],
-            starving or None,
-        )
+        return Claims(self._received(now, jobs), starving or None)
 
     def commit(self, worker: str, results: Sequence[tuple[Lease, Result]]) -> list[bool]:
         """Record results in one round trip; False where the lease was lost. Safe to repeat."""
@@ -161,7 +149,7 @@ class JobQueue:
                 self._scripts["commit"](
                     keys=[self.keys.prefix],
                     args=[
-                        *(worker, lease.job_id, lease.entry, result.status),
+                        *(worker, lease.job_id, lease.claim, result.status),
                         result.model_dump_json(),
                     ],
                     client=pipeline,
@@ -195,11 +183,9 @@ class JobQueue:
         self._run("heartbeat", state.id, alive_ms, state.model_dump_json(), *state.adapters)
 
     def leave(self, worker: str) -> None:
-        """Take a worker that ends off the list of living ones."""
-        with self.client.pipeline() as pipeline:
-            pipeline.zrem(self.keys.workers, worker)
-            pipeline.delete(self.keys.worker(worker), self.keys.worker_adapters(worker))
-            pipeline.execute()
+        """Take a worker that ends off the list of living ones, and hand back the jobs of a claim
+        whose reply it never saw."""
+        self._run("leave", worker)
 
     def announce(self, adapters: dict[str, AdapterRecord]) -> int:
         """Add the adapters that a worker was started with to the desired state, where that does
@@ -250,6 +236,24 @@ class JobQueue:
             version, records = pipeline.execute()
         return int(version or 0), read_adapters(records)
 
+    def _received(self, now: str, jobs: list[list[str]]) -> list[Claim]:
+        """The jobs of a reply that has come, which ends its claim."""
+        received, number = time.monotonic(), self._claim_number
+        self._claim_number += 1
+        return [
+            Claim(
+                Lease(job_id, number),
+                None if adapter == BASE else adapter,
+                payload,
+                int(attempts),
+                submission,
+                int(queued) / 1000,
+                int(now) / 1000,
+                received,
+            )
+            for job_id, adapter, payload, attempts, queued, submission in jobs
+        ]
+
     def _run(self, script: str, *args: Any) -> Any:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
 
@@ -277,5 +281,5 @@ def script_text(name: str) -> str:
     return "\n".join([*names, *constants, *texts])
 
 
-def _flat(leases: Iterable[Lease]) -> Iterable[str]:
-    return chain.from_iterable((lease.job_id, lease.entry) for lease in leases)
+def _flat(leases: Iterable[Lease]) -> Iterable[str | int]:
+    return chain.from_iterable((lease.job_id, lease.claim) for lease in leases)

@@ -15,6 +15,7 @@ KEY_NAMES = {
     "SUBMISSION": "submission:",  # hash: counts by state; + ":jobs" list, + ":finished" stream
     "SUBMISSIONS": "submissions",  # sorted set: submission ids by the time they were sent
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
+    "CLAIM": "claim:",  # string: number of a worker's last claim, and the ids of its jobs
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
     "ADAPTERS_VERSION": "adapters:version",  # counter: raised by every change of the desired state
     "WORKERS": "workers",  # sorted set: worker ids by their last heartbeat
@@ -27,7 +28,8 @@ KEY_NAMES = {
 #: What a queue may be called: up to 64 letters, digits and ``. _ -``, a letter or digit first.
 QUEUE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
-#: The one consumer group that reads every adapter's stream.
+#: The one consumer group that reads every adapter's stream, and its only consumer: which worker
+#: has a job stands in the job, so that a worker that ends leaves no consumer behind.
 GROUP = "workers"
 
 #: Stands for the base model where Redis needs a name; no adapter can be called so.
@@ -63,6 +65,9 @@ class Keys:
 
     def submission_finished(self, submission_id: str) -> str:
         return self.submission(submission_id) + ":finished"
+
+    def claim(self, worker_id: str) -> str:
+        return self._name("CLAIM") + worker_id
 
     def worker(self, worker_id: str) -> str:
         return self._name("WORKER") + worker_id

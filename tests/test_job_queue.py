@@ -12,6 +12,7 @@ from broker.queue_reader import QueueReader
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError
 from schemas.job import Job
+from schemas.keys import GROUP
 from schemas.result import Result, Timings
 from schemas.worker_state import WorkerState
 
@@ -324,7 +325,7 @@ def test_renewal_names_the_leases_that_are_no_longer_held(queue: JobQueue) -> No
     join(queue)
     submit(queue, jobs(2))
     mine, foreign = claim(queue)
-    leases = [mine.lease, Lease(foreign.lease.job_id, "0-1")]
+    leases = [mine.lease, Lease(foreign.lease.job_id, 1)]
     assert queue.renew("w", leases, lease_seconds=60) == {leases[1]}
 
 
@@ -426,3 +427,76 @@ def test_a_damaged_record_is_an_error_that_names_it(queue: JobQueue) -> None:
     queue.client.hset(queue.keys.job("job-a-0"), "result", '{"id": "job-a-0"}')
     with pytest.raises(LorryError, match="The result of job 'job-a-0' is damaged: submission: "):
         list(reader.results(["job-a-0"]))
+
+
+def lose_reply(queue: JobQueue, worker: str = "w", num_jobs: int = 100) -> None:
+    """A claim that reaches the server, and whose reply does not reach the worker."""
+    number = queue._claim_number
+    claim(queue, num_jobs, worker=worker)
+    queue._claim_number = number
+
+
+def test_a_claim_whose_reply_was_lost_is_given_its_jobs_again_and_no_others(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(5))
+    lose_reply(queue, num_jobs=3)
+    again = claim(queue, 1, lease_seconds=600)
+    assert [(job.lease.job_id, job.attempts) for job in again] == [
+        *(("job-None-0", 1), ("job-None-1", 1), ("job-None-2", 1)),
+    ]
+    now = queue.client.time()[0]
+    assert queue.client.zscore(queue.keys.leases, "job-None-0") > 1000 * (now + 500)
+    assert queue.commit("w", [(job.lease, result(job)) for job in again]) == [True] * 3
+    assert len(claim(queue)) == 2
+
+
+def test_a_claim_that_comes_late_brings_nothing(queue: JobQueue) -> None:
+    """The server was stopped, the worker asked again, and both commands reach it in turn."""
+    join(queue)
+    submit(queue, jobs(5))
+    late = queue._claim_number
+    claim(queue, 2)
+    next_one = queue._claim_number
+    queue._claim_number = late - 1
+    assert claim(queue, 2) == []
+    queue._claim_number = next_one
+    assert len(claim(queue)) == 3
+
+
+def test_a_repeated_claim_brings_back_only_what_the_worker_still_holds(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(2))
+    lose_reply(queue)
+    queue.client.zadd(queue.keys.leases, {"job-None-0": 1})
+    queue.sweep(max_attempts=3)
+    assert [job.lease.job_id for job in claim(queue)] == ["job-None-1"]
+
+
+def test_jobs_of_a_lost_reply_are_not_renewed_and_wait_again_when_the_worker_leaves(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(3))
+    (seen,) = claim(queue, 1)
+    lose_reply(queue)
+    before = queue.client.zscore(queue.keys.leases, "job-None-1")
+    assert queue.renew("w", [seen.lease], lease_seconds=600) == set()
+    assert queue.client.zscore(queue.keys.leases, "job-None-1") == before
+    queue.leave("w")
+    assert reader.submission("sub").counts["running"] == 1
+    assert [(job.lease.job_id, job.attempts) for job in claim(queue, worker="other")] == [
+        *(("job-None-1", 1), ("job-None-2", 1)),
+    ]
+
+
+def test_workers_that_come_and_go_leave_no_consumer_behind(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(9))
+    for number in range(4):
+        (job,) = claim(queue, 1, worker=f"w{number}")
+        queue.commit(f"w{number}", [(job.lease, result(job))])
+        queue.leave(f"w{number}")
+    assert len(queue.client.xinfo_consumers(queue.keys.stream(None), GROUP)) == 1
+    assert not list(queue.client.scan_iter(match=queue.keys.claim("*")))

@@ -160,6 +160,24 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
     assert worker._leases.request(()).in_use == []
 
 
+def test_jobs_of_a_claim_whose_reply_was_lost_run_at_once_in_their_first_attempt(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, num_claims = JobQueue._run, count()
+
+    def lose_the_first_reply(queue: JobQueue, script: str, *args: Any) -> Any:
+        reply = run(queue, script, *args)
+        if script == "claim" and next(num_claims) == 0:
+            raise redis.ConnectionError("lost")
+        return reply
+
+    monkeypatch.setattr(JobQueue, "_run", lose_the_first_reply)
+    submission = client.submit([job(f"job-{i}") for i in range(6)])
+    assert make_worker(lease_seconds=600).run() == 0
+    assert client.status(submission).counts["done"] == 6
+    assert {queue.client.hget(queue.keys.job(f"job-{i}"), "attempts") for i in range(6)} == {"1"}
+
+
 def test_a_job_that_crashes_the_engine_ends_dead_and_those_that_waited_behind_it_end_done(
     client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,11 +32,11 @@ local function set_state(id, to)
   end
 end
 
--- A lease is held by (worker, entry): every delivery of a job has a stream entry of its own, so a
--- worker that lost the job and got it again does not pass for its former self.
-local function holds_lease(worker, id, entry)
-  local state, holder, current = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker', 'entry'))
-  return state == 'running' and holder == worker and current == entry
+-- A lease is held by (worker, number of its claim): no two deliveries of a job share it, so a worker
+-- that lost the job and got it again does not pass for its former self.
+local function holds_lease(worker, id, claim)
+  local state, holder, current = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker', 'claim'))
+  return state == 'running' and holder == worker and current == claim
 end
 
 -- Ends a delivery: the entry is deleted when it is acknowledged, so XLEN is waiting + in flight.
@@ -49,12 +49,12 @@ local function drop_entry(adapter, entry)
   end
 end
 
--- The first entries of an adapter's stream that nobody has been given, up to `count`; they are
--- given to `worker` now. The group is made on first use, and again after a FLUSHALL.
-local function read_entries(adapter, worker, count)
+-- The first entries of an adapter's stream that nobody has been given, up to `count`; they count as
+-- given now. The group is made on first use, and again after a FLUSHALL.
+local function read_entries(adapter, count)
   local stream = STREAM .. adapter
   local function group_read()
-    return redis.pcall('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', stream, '>')
+    return redis.pcall('XREADGROUP', 'GROUP', GROUP, GROUP, 'COUNT', count, 'STREAMS', stream, '>')
   end
   local found = group_read()
   if type(found) == 'table' and found.err then
@@ -63,6 +63,47 @@ local function read_entries(adapter, worker, count)
     found = group_read()
   end
   return found and found[1] and found[1][2] or {}
+end
+
+-- Lends a waiting job to a worker, until a moment in ms.
+local function lend(id, worker, claim, until_ms)
+  redis.call('HINCRBY', JOB .. id, 'attempts', 1)
+  redis.call('HSET', JOB .. id, 'worker', worker, 'claim', claim, 'claimed', text(now_ms()))
+  redis.call('ZADD', LEASES, text(until_ms), id)
+  set_state(id, 'running')
+end
+
+-- What the worker that has it is told of a job:
+-- {id, adapter, payload, attempts, queued, submission}.
+local function lent_job(id)
+  local adapter, payload, attempts, queued, submissions =
+    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'job', 'attempts', 'queued', 'submissions'))
+  return { id, adapter, payload, attempts, queued, string.match(submissions, '%S+') }
+end
+
+-- Claims are numbered, so that one whose reply was lost may be repeated: it finds the jobs that it
+-- brought, with leases of full length. A command that comes late finds none: its reply is not
+-- awaited any more. Returns nil for a claim of a new number.
+local function repeated_claim(worker, claim, lease)
+  local last = redis.call('GET', CLAIM .. worker)
+  local number, ids = string.match(last or '', '^(%d+)(.*)$')
+  if not number or tonumber(claim) > tonumber(number) then return nil end
+  local found = {}
+  if claim ~= number then return found end
+  for id in string.gmatch(ids, '%S+') do
+    if holds_lease(worker, id, claim) then
+      redis.call('ZADD', LEASES, 'XX', text(now_ms() + lease), id)
+      table.insert(found, lent_job(id))
+    end
+  end
+  return found
+end
+
+-- Notes what a claim has brought, for as long as that is lent.
+local function note_claim(worker, claim, lease, jobs)
+  local words = { claim }
+  for _, job in ipairs(jobs) do table.insert(words, job[1]) end
+  redis.call('SET', CLAIM .. worker, table.concat(words, ' '), 'PX', lease)
 end
 
 -- Puts a job at the end of its adapter's stream and makes the adapter ready.
@@ -77,8 +118,14 @@ local function requeue(id)
   enqueue(id, adapter) -- Before the old entry goes, so that the new one differs from it.
   drop_entry(adapter, entry)
   redis.call('ZREM', LEASES, id)
-  redis.call('HDEL', JOB .. id, 'worker', 'entry', 'claimed')
+  redis.call('HDEL', JOB .. id, 'worker', 'claim', 'entry', 'claimed')
   set_state(id, 'waiting')
+end
+
+-- Takes a job away from its worker that has not begun it: the attempt does not count.
+local function hand_back(id)
+  redis.call('HINCRBY', JOB .. id, 'attempts', -1)
+  requeue(id)
 end
 
 -- Ends a job that has been tried often enough.

@@ -1,5 +1,5 @@
 -- Hands jobs back. They wait again, or, once they have been tried often enough, are given up on.
---   ARGV: worker, '1' if this attempt counts, else '0', attempts allowed, then (id, entry) a job
+--   ARGV: worker, '1' if this attempt counts, else '0', attempts allowed, then (id, claim) a job
 --   Returns {number made to wait again, number given up}.
 local worker, counts, max_attempts = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 local again, given_up = 0, 0

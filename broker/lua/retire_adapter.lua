@@ -18,7 +18,7 @@ local function fail(entry, id)
 end
 
 if record.unloading == 'force' then
-  for _, entry in ipairs(read_entries(name, 'unload', limit)) do fail(entry[1], entry[2][2]) end
+  for _, entry in ipairs(read_entries(name, limit)) do fail(entry[1], entry[2][2]) end
 end
 if redis.call('XLEN', STREAM .. name) > 0 then return 0 end
 redis.call('DEL', STREAM .. name)
