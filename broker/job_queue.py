@@ -19,7 +19,7 @@ from broker.records import read_adapters
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
 from schemas.job import Job
-from schemas.keys import BASE, GROUP, KEY_NAMES, Keys
+from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, GROUP, KEY_NAMES, Keys
 from schemas.result import Result
 from schemas.worker_state import WorkerState
 
@@ -64,6 +64,10 @@ class Claims:
     jobs: list[Claim]
     starving: str | None
     """An adapter that has waited unserved beyond the worker's patience and found no slot."""
+    suspect_waits: float | None
+    """Seconds for which the first suspect that the worker can run waits; None if there is none."""
+    num_delayed: int
+    """Jobs of the queue that are to be tried again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,8 @@ class JobQueue:
         self._scripts = {
             name: load_script(client, name)
             for name in (
-                *("submit", "claim", "commit", "renew", "release", "sweep"),
+                *("submit", "claim", "claim_suspect", "commit"),
+                *("renew", "release", "retry", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter", "leave"),
             )
@@ -130,7 +135,7 @@ class JobQueue:
         After an error call it again: if only the reply was lost, the jobs it brought are given once
         more, whatever is asked for then.
         """
-        now, starving, jobs = self._run(
+        now, starving, jobs, suspect_waits, num_delayed = self._run(
             "claim",
             *(worker, self._claim_number, round(lease_seconds * 1000), request.num_jobs),
             *(request.free_slots, round(patience * 1000)),
@@ -138,7 +143,20 @@ class JobQueue:
             *(len(request.draining), *request.draining),
             *request.resident,
         )
-        return Claims(self._received(now, jobs), starving or None)
+        return Claims(
+            self._received(now, jobs),
+            starving or None,
+            None if suspect_waits < 0 else suspect_waits / 1000,
+            num_delayed,
+        )
+
+    def claim_suspect(self, worker: str, *, lease_seconds: float) -> Claim | None:
+        """Take the job that waits for longest of those that must run alone, as it may have ended
+        its last worker. For a worker that holds no other job; after an error call it again."""
+        now, jobs = self._run(
+            "claim_suspect", worker, self._claim_number, round(lease_seconds * 1000)
+        )
+        return next(iter(self._received(now, jobs)), None)
 
     def commit(self, worker: str, results: Sequence[tuple[Lease, Result]]) -> list[bool]:
         """Record results in one round trip; False where the lease was lost. Safe to repeat."""
@@ -161,21 +179,43 @@ class JobQueue:
         lost = self._run("renew", worker, round(lease_seconds * 1000), *_flat(leases))
         return {lease for lease in leases if lease.job_id in lost}
 
-    def release(
-        self, worker: str, leases: Iterable[Lease], *, attempt_counts: bool, max_attempts: int
+    def release(self, worker: str, leases: Iterable[Lease]) -> int:
+        """Hand back jobs that have not begun, to be run by any worker; returns their number."""
+        return int(self._run("release", worker, *_flat(leases)))
+
+    def retry(
+        self,
+        worker: str,
+        leases: Iterable[Lease],
+        *,
+        outcome: str,
+        message: str,
+        alone: bool,
+        delay: float = 0.0,
     ) -> tuple[int, int]:
-        """Hand jobs back to be run by any worker, or give up those tried ``max_attempts`` times;
-        returns the two numbers."""
+        """End attempts that brought no result, with a code and a sentence for the jobs' history.
+
+        They are tried again after ``delay`` seconds, without others beside them if ``alone``, or
+        given up if they have had all their attempts; returns the two numbers.
+        """
         again, given_up = self._run(
-            "release", worker, int(attempt_counts), max_attempts, *_flat(leases)
+            *("retry", worker, outcome, message, int(alone)),
+            *(round(delay * 1000), *_flat(leases)),
         )
         return again, given_up
 
-    def sweep(self, *, max_attempts: int) -> tuple[int, int]:
-        """Make the jobs of expired leases wait again, or give up those tried ``max_attempts``
-        times; returns the two numbers."""
-        again, given_up = self._run("sweep", max_attempts, SWEEP_LIMIT)
+    def sweep(self) -> tuple[int, int]:
+        """Take jobs of expired leases from their workers, to be tried again alone or given up;
+        returns the two numbers. Delayed jobs whose time has come have their turn."""
+        again, given_up = self._run("sweep", SWEEP_LIMIT)
         return again, given_up
+
+    def set_max_attempts(self, number: int) -> int:
+        """Let every worker of the queue give a job up after so many attempts; returns after how
+        many it was until now."""
+        before = self.client.hget(self.keys.settings, "max_attempts")
+        self.client.hset(self.keys.settings, "max_attempts", number)
+        return int(before or DEFAULT_MAX_ATTEMPTS)
 
     def heartbeat(self, state: WorkerState, *, alive_seconds: float) -> None:
         """Write a worker's observed state; it counts as alive for ``alive_seconds``."""
@@ -275,6 +315,7 @@ def script_text(name: str) -> str:
         f"local GROUP = '{GROUP}'",
         f"local BASE = '{BASE}'",
         f"local WIRE_VERSION = {WIRE_VERSION}",
+        f"local DEFAULT_MAX_ATTEMPTS = {DEFAULT_MAX_ATTEMPTS}",
     ]
     folder = files("broker") / "lua"
     texts = [(folder / f"{part}.lua").read_text("utf-8") for part in ("common", name)]

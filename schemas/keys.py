@@ -15,6 +15,9 @@ KEY_NAMES = {
     "SUBMISSION": "submission:",  # hash: counts by state; + ":jobs" list, + ":finished" stream
     "SUBMISSIONS": "submissions",  # sorted set: submission ids by the time they were sent
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
+    "SUSPECTS": "suspects",  # sorted set: waiting jobs to be run alone, by since when they wait
+    "DELAYED": "delayed",  # sorted set: waiting jobs to be tried again, by when
+    "SETTINGS": "settings",  # hash: what all workers follow (max_attempts)
     "CLAIM": "claim:",  # string: number of a worker's last claim, and the ids of its jobs
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
     "ADAPTERS_VERSION": "adapters:version",  # counter: raised by every change of the desired state
@@ -32,6 +35,9 @@ QUEUE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 #: has a job stands in the job, so that a worker that ends leaves no consumer behind.
 GROUP = "workers"
 
+#: Executions of a job before it is given up on, unless the queue's settings say otherwise.
+DEFAULT_MAX_ATTEMPTS = 3
+
 #: Stands for the base model where Redis needs a name; no adapter can be called so.
 BASE = "@base"
 
@@ -44,6 +50,9 @@ class Keys:
         self.ready = self._name("READY")
         self.submissions = self._name("SUBMISSIONS")
         self.leases = self._name("LEASES")
+        self.suspects = self._name("SUSPECTS")
+        self.delayed = self._name("DELAYED")
+        self.settings = self._name("SETTINGS")
         self.adapters = self._name("ADAPTERS")
         self.adapters_version = self._name("ADAPTERS_VERSION")
         self.workers = self._name("WORKERS")

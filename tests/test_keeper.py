@@ -15,6 +15,12 @@ from worker.leases import Leases
 STATE = WorkerState(id="w", model="m", device="cpu", started=0, adapters={}, max_loras_per_batch=1)
 
 
+def claim_again(queue: JobQueue) -> list[Claim]:
+    """The job whose lease was lost."""
+    claim = queue.claim_suspect("w", lease_seconds=60)
+    return [claim] if claim else []
+
+
 def claim(queue: JobQueue, lease_seconds: float) -> list[Claim]:
     request = ClaimRequest(10, 0, in_use=[])
     return queue.claim("w", request, lease_seconds=lease_seconds, patience=60).jobs
@@ -38,7 +44,7 @@ def test_a_lost_lease_is_reported_once_and_no_longer_held(
     leases.add(claim(queue, lease_seconds=0.01))
     (lost,) = leases.held()
     time.sleep(0.02)
-    queue.sweep(max_attempts=3)
+    queue.sweep()
     keeper.turn()
     assert keeper.take_lost() == {lost}
     assert keeper.take_lost() == set()
@@ -51,12 +57,12 @@ def test_a_lease_lost_during_the_renewal_does_not_take_the_new_one_with_it(
     queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
     leases.add(claim(queue, lease_seconds=0.01))
     time.sleep(0.02)
-    queue.sweep(max_attempts=3)
+    queue.sweep()
     renew = JobQueue.renew
 
     def claim_after_renewal(*args: object, **named: object) -> set[Lease]:
         lost = renew(queue, *args[1:], **named)
-        leases.add(claim(queue, lease_seconds=60))
+        leases.add(claim_again(queue))
         return lost
 
     monkeypatch.setattr(JobQueue, "renew", claim_after_renewal)

@@ -17,9 +17,6 @@ log = structlog.get_logger()
 #: Seconds between two signs of life, and after which a silent worker counts as gone.
 HEARTBEAT_SECONDS, ALIVE_SECONDS = 2.0, 10.0
 
-#: Executions of a job before it is given up on.
-MAX_ATTEMPTS = 3
-
 
 class Keeper:
     """Renews leases three times in their life, reports the worker's state, sweeps expired ones."""
@@ -75,6 +72,6 @@ class Keeper:
                 self._lost |= lost
 
     def _sweep(self) -> None:
-        again, given_up = self._queue.sweep(max_attempts=MAX_ATTEMPTS)
+        again, given_up = self._queue.sweep()
         if again or given_up:
-            log.warning("leases_expired", waiting_again=again, given_up=given_up)
+            log.warning("leases_expired", tried_again_alone=again, given_up=given_up)

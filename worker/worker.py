@@ -12,15 +12,17 @@ import structlog
 
 from broker.connection import connect
 from broker.job_queue import Claim, JobQueue, Lease
+from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
 from worker.background import BackgroundLoop
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
+from worker.device_memory import free_memory, is_out_of_memory
 from worker.engine import Engine
-from worker.keeper import ALIVE_SECONDS, MAX_ATTEMPTS, Keeper
+from worker.keeper import ALIVE_SECONDS, Keeper
 from worker.leases import Leases
-from worker.publisher import Finished, Publisher
+from worker.publisher import Finished, Publisher, Retry
 from worker.sequence import Sequence
 from worker.summary import StepSummary
 
@@ -91,6 +93,8 @@ class Worker:
 
     def run(self) -> int:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
+        if self._config.max_attempts is not None:
+            self._set_max_attempts(self._config.max_attempts)
         self._follower.announce()
         self._follower.follow()
         self._keeper.report()
@@ -99,11 +103,12 @@ class Worker:
             loop.start()
         try:
             while not self._failed and self._stop_by is None and not self._is_drained():
-                self.step()
+                self._step_within_memory()
             self._drain()
-        except Exception:
+        except Exception as error:
             log.exception("engine_failed")
             self._failed = True
+            self._end_attempts(f"the engine failed ({type(error).__name__})")
         return self._end()
 
     def step(self) -> None:
@@ -119,6 +124,21 @@ class Worker:
             claim, _ = self._sequences.pop(sequence.job.id)
             self._publisher.publish(Finished(claim, sequence))
 
+    def _step_within_memory(self) -> None:
+        """``step``; jobs for which memory does not suffice are tried again later, each alone."""
+        try:
+            self.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("out_of_memory", running=len(self._engine.scheduler.running))
+            reason = JobError("out_of_memory", "the worker's memory did not suffice for its batch")
+            for claim, sequence in list(self._sequences.values()):
+                if sequence.has_begun:
+                    self._drop(claim.lease)
+                    self._publisher.publish(Retry(claim, reason, alone=True))
+            free_memory()
+
     def stop(self) -> None:
         """Ask for the end: once, and what runs may finish; twice, and it is handed back."""
         now = time.monotonic()
@@ -133,16 +153,14 @@ class Worker:
         log.info("worker_stops", running=len(self._engine.scheduler.running))
         self._stop_claiming()
         while self._sequences and not self._failed and time.monotonic() < (self._stop_by or 0):
-            self.step()
-        self._hand_back(self._claims(), attempt_counts=False)
+            self._step_within_memory()
+        self._hand_back(self._claims())
 
     def _end(self) -> int:
         self._stop_claiming()
         _stop(self._follow_loop)
         _stop(self._keep_loop)
-        # What is left here ran when the engine failed, and may be to blame. The attempt counts, so
-        # that no job goes round for ever.
-        self._hand_back(self._claims(), attempt_counts=True)
+        self._hand_back(self._claims())
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -168,25 +186,47 @@ class Worker:
         _stop(self._claim_loop)
         self._take_in()
         waiting = [claim for claim, s in self._sequences.values() if not s.has_begun]
-        self._hand_back(waiting, attempt_counts=False)
+        self._hand_back(waiting)
 
     def _claims(self) -> list[Claim]:
         return [claim for claim, _ in self._sequences.values()]
 
-    def _hand_back(self, claims: list[Claim], *, attempt_counts: bool) -> None:
+    def _hand_back(self, claims: list[Claim]) -> None:
+        """Let other workers have jobs, which lose no attempt."""
+        if not claims:
+            return
+        leases = self._let_go(claims)
+        try:
+            log.info("jobs_handed_back", jobs=self._queue.release(self.id, leases))
+        except redis.RedisError as error:
+            log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
+
+    def _end_attempts(self, reason: str) -> None:
+        """Let the jobs that ran when the engine failed be tried alone: one of them may be to blame.
+        Those that had not begun are handed back."""
+        self._stop_claiming()
+        if not self._sequences:
+            return
+        leases = self._let_go(self._claims())
+        try:
+            again, given_up = self._queue.retry(
+                self.id, leases, outcome="engine_failed", message=reason, alone=True
+            )
+            log.warning("attempts_failed", tried_again_alone=again, given_up=given_up)
+        except redis.RedisError as error:
+            log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
+
+    def _let_go(self, claims: list[Claim]) -> list[Lease]:
         leases = [claim.lease for claim in claims]
         for lease in leases:
             self._drop(lease)
         self._leases.remove(leases)
-        if not leases:
-            return
-        try:
-            again, given_up = self._queue.release(
-                self.id, leases, attempt_counts=attempt_counts, max_attempts=MAX_ATTEMPTS
-            )
-            log.info("jobs_handed_back", waiting_again=again, given_up=given_up)
-        except redis.RedisError as error:
-            log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
+        return leases
+
+    def _set_max_attempts(self, number: int) -> None:
+        before = self._queue.set_max_attempts(number)
+        if before != number:
+            log.info("max_attempts_changed", before=before, now=number)
 
     def _drop(self, lease: Lease) -> None:
         """Forget the sequence that runs under this lease, if there is one."""

@@ -3,9 +3,11 @@
 --   ARGV: worker, number of this claim, lease in ms, number of jobs, free slots, patience in ms,
 --         n, then n adapters in use, m, then m adapters that may get no new jobs (draining),
 --         then adapters resident in a slot that is not in use
---   Returns {now, starving, jobs}: starving is an adapter that waits unserved for longer than
+--   Returns {now, starving, jobs, suspect, delayed}: starving is an adapter that waits unserved for longer than
 --   the patience and found no slot ('' if none); job is
---   {id, adapter, payload, attempts, queued, submission}.
+--   {id, adapter, payload, attempts, queued, submission}; suspect is for how many ms the first one
+--   that this worker can run waits, -1 if there is none; delayed is how many jobs wait to be tried
+--   again later.
 -- Safe to repeat, with the same number, until the next claim.
 -- Free slots go to adapters that waited unserved beyond the patience, longest first; then to that
 -- with the most waiting jobs, which fill the batch, unless one with more has a slot or needs none;
@@ -30,7 +32,7 @@ for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
 local jobs = repeated_claim(worker, claim, lease)
-if jobs then return { text(now), '', jobs } end
+if jobs then return { text(now), '', jobs, -1, 0 } end
 jobs = {}
 local starved_before = now_us() - 1000 * patience
 local score, num_waiting = {}, {}
@@ -105,8 +107,10 @@ table.sort(picks, function(a, b)
 end)
 
 local function deliver(adapter, entry, id)
-  if redis.call('HGET', JOB .. id, 'state') ~= 'waiting' then return drop_entry(adapter, entry) end
+  local state, alone = unpack(redis.call('HMGET', JOB .. id, 'state', 'alone'))
+  if state ~= 'waiting' then return drop_entry(adapter, entry) end
   redis.call('HSET', JOB .. id, 'entry', entry)
+  if alone then return wait_for_turn(id) end
   lend(id, worker, claim, now + lease)
   table.insert(jobs, lent_job(id))
   wanted = wanted - 1
@@ -149,4 +153,6 @@ end
 share_among(first)
 share_among(last)
 note_claim(worker, claim, lease, jobs)
-return { text(now), starving, jobs }
+local _, suspect_since = first_suspect(worker)
+return { text(now), starving, jobs, suspect_since and now - suspect_since or -1,
+  redis.call('ZCARD', DELAYED) }

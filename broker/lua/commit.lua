@@ -8,7 +8,7 @@ if not holds_lease(worker, id, claim) then
 end
 local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
 redis.call('HSET', JOB .. id, 'result', result)
-redis.call('HDEL', JOB .. id, 'entry', 'claim')
+redis.call('HDEL', JOB .. id, 'entry', 'claim', 'alone')
 set_state(id, state)
 redis.call('ZREM', LEASES, id)
 drop_entry(adapter, entry)

@@ -18,6 +18,16 @@ end
 
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 
+-- Tells those who follow a submission that a job of it has finished. Where a dead job was told is
+-- kept, so that a replay can take it back.
+local function tell_finished(submission, id, state)
+  local entry = redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
+  if state == 'dead' then
+    local told = redis.call('HGET', JOB .. id, 'told') or ''
+    redis.call('HSET', JOB .. id, 'told', told .. submission .. ' ' .. entry .. ' ')
+  end
+end
+
 -- Changes a job's state and the counts of every submission it belongs to. A submission that sent
 -- the job twice is named twice, so its counts always add up to its number of lines.
 local function set_state(id, to)
@@ -26,9 +36,7 @@ local function set_state(id, to)
   for submission in string.gmatch(submissions, '%S+') do
     redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
     redis.call('HINCRBY', SUBMISSION .. submission, to, 1)
-    if TERMINAL[to] then
-      redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
-    end
+    if TERMINAL[to] then tell_finished(submission, id, to) end
   end
 end
 
@@ -41,6 +49,7 @@ end
 
 -- Ends a delivery: the entry is deleted when it is acknowledged, so XLEN is waiting + in flight.
 local function drop_entry(adapter, entry)
+  if not (adapter and entry) then return end -- The job was deleted underneath.
   local stream = STREAM .. adapter
   redis.call('XACK', stream, GROUP, entry)
   redis.call('XDEL', stream, entry)
@@ -112,45 +121,110 @@ local function enqueue(id, adapter)
   redis.call('ZADD', READY, 'NX', text(now_us()), adapter)
 end
 
--- Takes a job away from its worker and lets another one have it.
-local function requeue(id)
-  local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
-  enqueue(id, adapter) -- Before the old entry goes, so that the new one differs from it.
+-- Lets a waiting job have its turn: at the end of its adapter's stream, or, if it is to run alone,
+-- among the suspects. Those keep their entry, so that the stream's length counts them.
+local function wait_for_turn(id)
+  local adapter, entry, alone = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry', 'alone'))
+  if alone and entry then
+    redis.call('ZADD', SUSPECTS, text(now_ms()), id)
+    return
+  end
+  enqueue(id, adapter) -- Before the old entry goes, which may be the stream's only one.
   drop_entry(adapter, entry)
+  redis.call('HDEL', JOB .. id, 'entry')
+end
+
+-- Takes a running job away from its worker.
+local function take_back(id)
   redis.call('ZREM', LEASES, id)
-  redis.call('HDEL', JOB .. id, 'worker', 'claim', 'entry', 'claimed')
+  redis.call('HDEL', JOB .. id, 'worker', 'claim', 'claimed')
   set_state(id, 'waiting')
 end
 
 -- Takes a job away from its worker that has not begun it: the attempt does not count.
 local function hand_back(id)
   redis.call('HINCRBY', JOB .. id, 'attempts', -1)
-  requeue(id)
+  take_back(id)
+  wait_for_turn(id)
 end
 
--- Ends a job that has been tried often enough.
-local function give_up(id)
-  local adapter, entry, attempts =
-    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry', 'attempts'))
-  local message = 'given up after ' .. attempts ..
-    ' attempts: each time its worker ended or stalled before the result was recorded'
-  redis.call('HSET', JOB .. id, 'error_code', 'attempts_exhausted', 'error_message', message,
-    'finished', text(now_ms()))
+-- Executions of a job before it is given up on.
+local function max_attempts()
+  return tonumber(redis.call('HGET', SETTINGS, 'max_attempts') or DEFAULT_MAX_ATTEMPTS)
+end
+
+-- Adds how the current attempt ended to the job's history, a JSON object a line.
+local function note_attempt(id, attempt, outcome, message)
+  local worker, started, history =
+    unpack(redis.call('HMGET', JOB .. id, 'worker', 'claimed', 'history'))
+  local line = cjson.encode({ attempt = attempt, worker = worker, started = tonumber(started),
+    ended = now_ms(), outcome = outcome, message = message })
+  redis.call('HSET', JOB .. id, 'history', (history and history .. '\n' or '') .. line)
+end
+
+-- What workers that ended cannot have said themselves stands on a dead job as this code.
+local UNTOLD = { lease_expired = true, engine_failed = true }
+
+-- Ends a running job that has been tried often enough.
+local function give_up(id, attempts, outcome, message)
+  local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
+  local reason = 'given up after ' .. attempts .. (attempts == 1 and ' attempt' or ' attempts') ..
+    '; how the last one ended: ' .. message
+  local dead = redis.call('XADD', DEAD, '*', 'id', id, 'reason', reason, 'attempts', attempts)
+  redis.call('HSET', JOB .. id, 'error_code', UNTOLD[outcome] and 'attempts_exhausted' or outcome,
+    'error_message', reason, 'finished', text(now_ms()), 'dead', dead)
   set_state(id, 'dead')
   redis.call('ZREM', LEASES, id)
   drop_entry(adapter, entry)
-  redis.call('XADD', DEAD, '*', 'id', id, 'reason', message, 'attempts', attempts)
+  redis.call('HDEL', JOB .. id, 'entry', 'claim')
 end
 
--- Takes a running job away from its worker. Returns true if it waits again, false if that was the
--- last of its attempts.
-local function try_again(id, max_attempts)
-  if tonumber(redis.call('HGET', JOB .. id, 'attempts')) >= max_attempts then
-    give_up(id)
+-- Ends an attempt of a running job that brought no result. The job is tried again, `delay` ms later,
+-- and without others beside it if it is to run `alone`; or it is given up if that was its last
+-- attempt. Returns whether it is tried again.
+local function end_attempt(id, outcome, message, alone, delay)
+  local attempts = tonumber(redis.call('HGET', JOB .. id, 'attempts') or 0)
+  note_attempt(id, attempts, outcome, message)
+  if attempts >= max_attempts() then
+    give_up(id, attempts, outcome, message)
     return false
   end
-  requeue(id)
+  if alone then
+    redis.call('HSET', JOB .. id, 'alone', 1)
+  else
+    redis.call('HDEL', JOB .. id, 'alone')
+  end
+  take_back(id)
+  if delay > 0 then
+    redis.call('ZADD', DELAYED, text(now_ms() + delay), id)
+  else
+    wait_for_turn(id)
+  end
   return true
+end
+
+-- The suspect that waits for longest of those that a worker can run (of its adapters and of names
+-- that the queue does not know, so that they fail), and since when; nil if there is none. One that
+-- has ended while it waited goes.
+local function first_suspect(worker)
+  local first, window = 0, 256
+  while true do
+    local found = redis.call('ZRANGE', SUSPECTS, first, first + window - 1, 'WITHSCORES')
+    for i = 1, #found, 2 do
+      local id = found[i]
+      local state, adapter, entry =
+        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry'))
+      if state ~= 'waiting' then
+        redis.call('ZREM', SUSPECTS, id)
+        drop_entry(adapter, entry)
+      elseif adapter == BASE or redis.call('HEXISTS', ADAPTERS, adapter) == 0
+        or redis.call('SISMEMBER', WORKER .. worker .. ':adapters', adapter) == 1 then
+        return id, tonumber(found[i + 1])
+      end
+    end
+    if #found < 2 * window then return nil end
+    first = first + window
+  end
 end
 
 -- An adapter's record in the desired state, nil if there is none. A null in it is cjson.null.

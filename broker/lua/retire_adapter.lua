@@ -17,7 +17,20 @@ local function fail(entry, id)
   drop_entry(name, entry)
 end
 
+-- Suspects and delayed jobs have entries that were read before.
+local function fail_those_in(set)
+  for _, id in ipairs(redis.call('ZRANGE', set, 0, -1)) do
+    local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
+    if adapter == name then
+      redis.call('ZREM', set, id)
+      fail(entry, id)
+    end
+  end
+end
+
 if record.unloading == 'force' then
+  fail_those_in(SUSPECTS)
+  fail_those_in(DELAYED)
   for _, entry in ipairs(read_entries(name, limit)) do fail(entry[1], entry[2][2]) end
 end
 if redis.call('XLEN', STREAM .. name) > 0 then return 0 end
