@@ -12,12 +12,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from broker.dead_letters import DeadLetter
 from broker.queue_reader import SubmissionStatus
 from producer.advice import START_A_WORKER, counted, listed, unserved
 from producer.messages import printable
 from producer.status import Overview, listed_states
 from schemas.keys import BASE
-from schemas.result import Result
+from schemas.result import Attempt, Result
 
 #: Columns where there is no terminal to ask.
 WIDTH_WITHOUT_TERMINAL = 160
@@ -29,7 +30,16 @@ _STATE_STYLES = {"waiting": "", "running": "cyan", "done": "green"}
 
 
 _NUMBERS = {"jobs", "waiting", "running", "done", "other", "unfinished jobs"}
-_NUMBERS |= {"in slots", "requests", "tokens", "loads", "evictions", "s a load"}
+_NUMBERS |= {
+    "attempt",
+    "attempts",
+    "in slots",
+    "requests",
+    "tokens",
+    "loads",
+    "evictions",
+    "s a load",
+}
 
 
 class ResultTable:
@@ -93,6 +103,34 @@ def overview(queue: str, found: Overview) -> str:
         names = [name for name in found.unfinished if name != BASE]
         parts += [Text(printable(s), style="yellow") for s in unserved(names, found.workers)]
     return printed(_with_blank_lines(filter(None, parts)))
+
+
+def dead_letters(queue: str, found: Sequence[DeadLetter]) -> str:
+    """One row a job that was given up on."""
+    if not found:
+        return printed([f"No dead jobs on queue '{queue}'."])
+    table = new_table("job", "submission", "adapter", "attempts", "given up", "reason")
+    for letter in found:
+        table.add_row(
+            *cells(letter.job_id, letter.submissions[0], letter.lora or "(base)", letter.attempts),
+            f"{_age(letter.given_up)} ago",
+            cell(f"{letter.code}: {letter.reason}"),
+        )
+    return printed([table])
+
+
+def attempts(found: Sequence[Attempt]) -> str:
+    """One row an attempt that brought no result."""
+    if not found:
+        return ""
+    table = new_table("attempt", "worker", "started", "ended", "how it ended")
+    for attempt in found:
+        table.add_row(
+            *cells(attempt.attempt, attempt.worker or ""),
+            *cells(_moment(attempt.started) or "", _moment(attempt.ended)),
+            cell(f"{attempt.outcome}: {attempt.message}"),
+        )
+    return printed(["", table])
 
 
 def submission(status: SubmissionStatus) -> str:
@@ -201,7 +239,7 @@ def new_table(*columns: str) -> Table:
         table.add_column(
             column,
             overflow="fold",
-            no_wrap=column in ("submission", "worker", "name"),  # Ids are copied from here.
+            no_wrap=column in ("job", "submission", "worker", "name"),  # Ids are copied from here.
             justify="right" if column in _NUMBERS else "left",
         )
     return table

@@ -157,8 +157,9 @@ end
 local function note_attempt(id, attempt, outcome, message)
   local worker, started, history =
     unpack(redis.call('HMGET', JOB .. id, 'worker', 'claimed', 'history'))
-  local line = cjson.encode({ attempt = attempt, worker = worker, started = tonumber(started),
-    ended = now_ms(), outcome = outcome, message = message })
+  local line = cjson.encode({ attempt = attempt, worker = worker or cjson.null,
+    started = started and started / 1000 or cjson.null, ended = now_ms() / 1000,
+    outcome = outcome, message = message })
   redis.call('HSET', JOB .. id, 'history', (history and history .. '\n' or '') .. line)
 end
 
@@ -185,14 +186,14 @@ end
 local function end_attempt(id, outcome, message, alone, delay)
   local attempts = tonumber(redis.call('HGET', JOB .. id, 'attempts') or 0)
   note_attempt(id, attempts, outcome, message)
-  if attempts >= max_attempts() then
-    give_up(id, attempts, outcome, message)
-    return false
-  end
   if alone then
     redis.call('HSET', JOB .. id, 'alone', 1)
   else
     redis.call('HDEL', JOB .. id, 'alone')
+  end
+  if attempts >= max_attempts() then
+    give_up(id, attempts, outcome, message)
+    return false
   end
   take_back(id)
   if delay > 0 then
