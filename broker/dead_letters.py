@@ -44,9 +44,6 @@ class DeadLetters:
         self._replay = load_script(client, "replay_dead")
         self._drop = load_script(client, "drop_dead")
 
-    def __len__(self) -> int:
-        return int(self.client.xlen(self.keys.dead))
-
     def all(self) -> Iterator[DeadLetter]:
         """Every dead letter, the one given up first in front."""
         start = "-"

@@ -68,6 +68,10 @@ class Claims:
     """Seconds for which the first suspect that the worker can run waits; None if there is none."""
     num_delayed: int
     """Jobs of the queue that are to be tried again later."""
+    num_set_aside: int
+    """Jobs found now whose record is of a version that this one does not read."""
+    num_passed_over: int
+    """Stream entries that brought no job; there may be jobs behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,7 @@ class JobQueue:
         After an error call it again: if only the reply was lost, the jobs it brought are given once
         more, whatever is asked for then.
         """
-        now, starving, jobs, suspect_waits, num_delayed = self._run(
+        now, starving, jobs, suspect_waits, *numbers = self._run(
             "claim",
             *(worker, self._claim_number, round(lease_seconds * 1000), request.num_jobs),
             *(request.free_slots, round(patience * 1000)),
@@ -147,7 +151,7 @@ class JobQueue:
             self._received(now, jobs),
             starving or None,
             None if suspect_waits < 0 else suspect_waits / 1000,
-            num_delayed,
+            *numbers,
         )
 
     def claim_suspect(self, worker: str, *, lease_seconds: float) -> Claim | None:

@@ -17,6 +17,7 @@ from broker.queue_reader import SubmissionStatus
 from producer.advice import START_A_WORKER, counted, listed, unserved
 from producer.messages import printable
 from producer.status import Overview, listed_states
+from schemas import WIRE_VERSION
 from schemas.keys import BASE
 from schemas.result import Attempt, Result
 
@@ -98,6 +99,7 @@ def overview(queue: str, found: Overview) -> str:
         _submissions(queue, found),
         _workers(queue, found),
         _adapters(found),
+        _out_of_turn(found),
     ]
     if found.workers:
         names = [name for name in found.unfinished if name != BASE]
@@ -214,6 +216,29 @@ def _adapters(found: Overview) -> RenderableType | None:
             Text(str(serving), style="" if serving else "yellow"),
         )
     return table
+
+
+def _out_of_turn(found: Overview) -> RenderableType | None:
+    """Sentences on jobs that do not simply wait for their turn."""
+    sentences = []
+    if found.num_suspects:
+        sentences.append(
+            f"{counted(found.num_suspects)} to be tried again alone: the worker died or failed."
+        )
+    if found.num_delayed:
+        sentences.append(f"{counted(found.num_delayed)} to be tried again later.")
+    if found.num_dead:
+        sentences.append(
+            f"{counted(found.num_dead)} given up on: `producer dead list` says why,"
+            " `producer dead replay` tries again."
+        )
+    sentences += [
+        f"{counted(number)} left alone: the record is of version {version}, and workers that have"
+        f" met it read others (this program writes {WIRE_VERSION} and reads"
+        f" {WIRE_VERSION - 1} and {WIRE_VERSION}). Start a worker of the release that sent it."
+        for version, number in found.num_set_aside.items()
+    ]
+    return Text("\n".join(sentences), style="yellow") if sentences else None
 
 
 def _fields(rows: Iterable[tuple[str, str | None]]) -> str:

@@ -17,6 +17,7 @@ KEY_NAMES = {
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
     "SUSPECTS": "suspects",  # sorted set: waiting jobs to be run alone, by since when they wait
     "DELAYED": "delayed",  # sorted set: waiting jobs to be tried again, by when
+    "SET_ASIDE": "set-aside",  # sorted set: jobs of versions nobody could read, by the version
     "SETTINGS": "settings",  # hash: what all workers follow (max_attempts)
     "CLAIM": "claim:",  # string: number of a worker's last claim, and the ids of its jobs
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
@@ -52,6 +53,7 @@ class Keys:
         self.leases = self._name("LEASES")
         self.suspects = self._name("SUSPECTS")
         self.delayed = self._name("DELAYED")
+        self.set_aside = self._name("SET_ASIDE")
         self.settings = self._name("SETTINGS")
         self.adapters = self._name("ADAPTERS")
         self.adapters_version = self._name("ADAPTERS_VERSION")

@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 
 from broker.job_queue import ClaimRequest, Claims, JobQueue
 from producer.client import Client
+from schemas import WIRE_VERSION
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch
 from worker.config import LoraPath, WorkerConfig
@@ -323,6 +324,22 @@ def test_the_newest_flag_sets_the_attempts_of_all_workers(
     assert poison.error.message == (
         "given up after 2 attempts; how the last one ended: the engine failed (RuntimeError)"
     )
+
+
+def test_a_worker_leaves_jobs_of_a_newer_version_alone_and_says_so_once(
+    client: Client, queue: JobQueue, make_worker: MakeWorker
+) -> None:
+    client.submit([job("newer"), job("older"), job("current")])
+    for id_, version in (("newer", WIRE_VERSION + 1), ("older", WIRE_VERSION - 1)):
+        queue.client.hset(queue.keys.job(id_), "v", version)
+    with capture_logs() as logs:
+        assert make_worker().run() == 0
+    assert [status(client, id_) for id_ in ("newer", "older", "current")] == [
+        *("waiting", "done", "done"),
+    ]
+    told = [entry for entry in logs if entry["event"] == "other_wire_version"]
+    assert [entry["set_aside"] for entry in told] == [1]
+    assert queue.client.hget(queue.keys.job("newer"), "attempts") == "0"
 
 
 @pytest.mark.parametrize("trouble", [full_memory, full_disk, read_only])

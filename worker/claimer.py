@@ -10,6 +10,7 @@ import structlog
 from pydantic import ValidationError
 
 from broker.job_queue import Claim, Claims, JobQueue
+from schemas import WIRE_VERSION
 from schemas.errors import JobError
 from schemas.job import Job
 from worker.leases import Leases
@@ -22,6 +23,9 @@ log = structlog.get_logger()
 #: Seconds until an empty queue is asked again: while sequences run, a slot may become free at any
 #: moment; an idle worker is woken by the queue, and asks only in case that message was lost.
 _PAUSE_BUSY, _PAUSE_IDLE = 0.05, 1.0
+
+#: Versions of job records that a worker can run.
+_READS = [WIRE_VERSION - 1, WIRE_VERSION]
 
 #: Seconds for which a worker runs suspects before it goes on with other jobs, and at least for how
 #: long it does that, while there are such, before it comes back to suspects.
@@ -88,7 +92,10 @@ class Claimer:
         claims = self._queue.claim(
             self._worker_id, request, lease_seconds=self._lease_seconds, patience=PATIENCE
         )
-        is_idle = holds_nothing and not claims.jobs
+        if claims.num_set_aside:
+            log.warning("other_wire_version", set_aside=claims.num_set_aside, reads=_READS)
+        brought_nothing = not claims.jobs and not claims.num_passed_over
+        is_idle = holds_nothing and brought_nothing
         self.found_nothing = is_idle and claims.suspect_waits is None and not claims.num_delayed
         self._is_trial = self._is_time_for_suspects(claims, is_idle)
         if drained := self._leases.drain_for(claims.starving):
@@ -96,7 +103,7 @@ class Claimer:
         self._leases.add(claims.jobs)
         for claim in claims.jobs:
             self._prepare(claim)
-        return bool(claims.jobs)
+        return not brought_nothing
 
     def _is_time_for_suspects(self, claims: Claims, is_idle: bool) -> bool:
         """At once if there is nothing else to do; else once one has waited beyond the patience,

@@ -3,11 +3,13 @@
 --   ARGV: worker, number of this claim, lease in ms, number of jobs, free slots, patience in ms,
 --         n, then n adapters in use, m, then m adapters that may get no new jobs (draining),
 --         then adapters resident in a slot that is not in use
---   Returns {now, starving, jobs, suspect, delayed}: starving is an adapter that waits unserved for longer than
+--   Returns {now, starving, jobs, suspect, delayed, set aside, passed over}:
+--   starving is an adapter that waits unserved for longer than
 --   the patience and found no slot ('' if none); job is
 --   {id, adapter, payload, attempts, queued, submission}; suspect is for how many ms the first one
 --   that this worker can run waits, -1 if there is none; delayed is how many jobs wait to be tried
---   again later.
+--   again later; set aside is how many were found now whose record is of a version that is not
+--   read here; passed over are all entries that brought no job: there may be more behind them.
 -- Safe to repeat, with the same number, until the next claim.
 -- Free slots go to adapters that waited unserved beyond the patience, longest first; then to that
 -- with the most waiting jobs, which fill the batch, unless one with more has a slot or needs none;
@@ -32,7 +34,7 @@ for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
 local jobs = repeated_claim(worker, claim, lease)
-if jobs then return { text(now), '', jobs, -1, 0 } end
+if jobs then return { text(now), '', jobs, -1, 0, 0, 0 } end
 jobs = {}
 local starved_before = now_us() - 1000 * patience
 local score, num_waiting = {}, {}
@@ -106,11 +108,36 @@ table.sort(picks, function(a, b)
   return a < b
 end)
 
-local function deliver(adapter, entry, id)
-  local state, alone = unpack(redis.call('HMGET', JOB .. id, 'state', 'alone'))
-  if state ~= 'waiting' then return drop_entry(adapter, entry) end
+-- Entries that bring no job are not free of cost: one script passes over so many and no more.
+local MAX_PASSED_OVER = 1000
+local num_passed_over, num_set_aside = 0, 0
+
+-- Whether the entry's job can be lent to this worker; if not, what becomes of it.
+local function is_to_be_lent(adapter, entry, id)
+  local state, alone, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'alone', 'v'))
+  if not state then
+    drop_entry(adapter, entry)
+    return false
+  end
   redis.call('HSET', JOB .. id, 'entry', entry)
-  if alone then return wait_for_turn(id) end
+  if not reads_version(v) then
+    set_aside(id, v)
+    num_set_aside = num_set_aside + 1
+  elseif state ~= 'waiting' then
+    drop_entry(adapter, entry)
+  elseif alone then
+    wait_for_turn(id)
+  else
+    return true
+  end
+  return false
+end
+
+local function deliver(adapter, entry, id)
+  if not is_to_be_lent(adapter, entry, id) then
+    num_passed_over = num_passed_over + 1
+    return
+  end
   lend(id, worker, claim, now + lease)
   table.insert(jobs, lent_job(id))
   wanted = wanted - 1
@@ -132,7 +159,7 @@ end
 
 -- An equal share for every adapter first, then what is left to those that have more.
 local function share_among(adapters)
-  while wanted > 0 and #adapters > 0 do
+  while wanted > 0 and #adapters > 0 and num_passed_over < MAX_PASSED_OVER do
     local share = math.max(1, math.floor(wanted / #adapters))
     local with_more = {}
     for _, adapter in ipairs(adapters) do
@@ -155,4 +182,4 @@ share_among(last)
 note_claim(worker, claim, lease, jobs)
 local _, suspect_since = first_suspect(worker)
 return { text(now), starving, jobs, suspect_since and now - suspect_since or -1,
-  redis.call('ZCARD', DELAYED) }
+  redis.call('ZCARD', DELAYED), num_set_aside, num_passed_over }

@@ -74,6 +74,22 @@ local function read_entries(adapter, count)
   return found and found[1] and found[1][2] or {}
 end
 
+local function reads_version(v)
+  local version = tonumber(v)
+  return version == WIRE_VERSION or version == WIRE_VERSION - 1
+end
+
+-- Leaves a job alone whose record is of a version that is not read here, until a worker sweeps that
+-- reads it. What is no version counts as 0.
+local function set_aside(id, v)
+  local version = tonumber(v) or 0
+  if version ~= version then version = 0 end -- It said 'nan'.
+  redis.call('ZREM', LEASES, id)
+  redis.call('ZREM', SUSPECTS, id)
+  redis.call('ZREM', DELAYED, id)
+  redis.call('ZADD', SET_ASIDE, version, id)
+end
+
 -- Lends a waiting job to a worker, until a moment in ms.
 local function lend(id, worker, claim, until_ms)
   redis.call('HINCRBY', JOB .. id, 'attempts', 1)
@@ -213,9 +229,11 @@ local function first_suspect(worker)
     local found = redis.call('ZRANGE', SUSPECTS, first, first + window - 1, 'WITHSCORES')
     for i = 1, #found, 2 do
       local id = found[i]
-      local state, adapter, entry =
-        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry'))
-      if state ~= 'waiting' then
+      local state, adapter, entry, v =
+        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry', 'v'))
+      if state and not reads_version(v) then
+        set_aside(id, v)
+      elseif state ~= 'waiting' then
         redis.call('ZREM', SUSPECTS, id)
         drop_entry(adapter, entry)
       elseif adapter == BASE or redis.call('HEXISTS', ADAPTERS, adapter) == 0

@@ -8,7 +8,12 @@ local record = read_record(name)
 if not record or type(record.unloading) ~= 'string' then return 0 end
 
 local function fail(entry, id)
-  if redis.call('HGET', JOB .. id, 'state') == 'waiting' then
+  local state, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'v'))
+  if state and not reads_version(v) then
+    redis.call('HSET', JOB .. id, 'entry', entry)
+    return set_aside(id, v)
+  end
+  if state == 'waiting' then
     redis.call('HSET', JOB .. id, 'error_code', 'adapter_unloaded',
       'error_message', 'adapter ' .. name .. ' was unloaded by force while the job waited',
       'finished', text(now_ms()))
