@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import redis
 
 from broker.job_queue import Claim, ClaimRequest, JobQueue, Lease
 from schemas.job import Job
@@ -49,6 +50,44 @@ def test_a_lost_lease_is_reported_once_and_no_longer_held(
     assert keeper.take_lost() == {lost}
     assert keeper.take_lost() == set()
     assert len(leases) == 0
+
+
+def test_a_worker_that_could_not_reach_the_server_lets_others_renew_before_it_sweeps(
+    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.keeper._GRACE_SECONDS", 0.2)
+    keeper = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=0.2)
+    heartbeat = JobQueue.heartbeat
+
+    def be_away(*args: object, **named: object) -> None:
+        raise redis.ConnectionError("away")
+
+    keeper.turn()
+    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
+    (job,) = claim(queue, lease_seconds=0.01)
+    monkeypatch.setattr(JobQueue, "heartbeat", be_away)
+    with pytest.raises(redis.ConnectionError):
+        keeper.turn()
+    time.sleep(0.15)
+    monkeypatch.setattr(JobQueue, "heartbeat", heartbeat)
+    keeper.turn()
+    assert queue.renew("w", [job.lease], lease_seconds=0.01) == set()
+    time.sleep(0.25)
+    keeper.turn()
+    assert queue.renew("w", [job.lease], lease_seconds=60) == {job.lease}
+
+
+def test_every_lease_that_is_held_is_renewed_and_no_other(queue: JobQueue, leases: Leases) -> None:
+    keeper = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=600)
+    keeper._next_renewal = time.monotonic()
+    queue.submit("sub", "file", 3, 0, [Job(id=f"job-{i}", prompt="x") for i in range(3)])
+    first, second, unseen = claim(queue, lease_seconds=60)
+    leases.add([first, second])
+    keeper.turn()
+    (now, _), held = queue.client.time(), (first, second)
+    ends = [queue.client.zscore(queue.keys.leases, job.lease.job_id) / 1000 for job in held]
+    assert min(ends) > now + 500
+    assert queue.client.zscore(queue.keys.leases, unseen.lease.job_id) / 1000 <= now + 61
 
 
 def test_a_lease_lost_during_the_renewal_does_not_take_the_new_one_with_it(

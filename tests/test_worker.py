@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
+from statistics import median
 from threading import Timer
 from typing import Any
 
@@ -324,6 +325,49 @@ def test_the_newest_flag_sets_the_attempts_of_all_workers(
     assert poison.error.message == (
         "given up after 2 attempts; how the last one ended: the engine failed (RuntimeError)"
     )
+
+
+def test_a_worker_hands_back_what_its_kv_cache_has_no_room_for(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.worker._START_SECONDS", 0.1)
+    monkeypatch.setattr("worker.worker._LOOK_SECONDS", 0.1)
+    worker = make_worker(max_running_requests=64)  # 8 more are ahead; 12 fit into the cache.
+    ids = [f"job-{i}" for i in range(100)]
+    prompt = {"prompt_token_ids": [1, 2, 3] * 100, "max_tokens": 40}
+    submission = client.submit([{"id": id_, **prompt} for id_ in ids])
+    launch, num_held = Engine.launch, list[int]()
+
+    def launch_and_count(engine: Engine, batch: Batch) -> None:
+        num_held.append(len(worker._leases))
+        launch(engine, batch)
+
+    monkeypatch.setattr(Engine, "launch", launch_and_count)
+    assert worker.run() == 0
+    assert client.status(submission).counts["done"] == 100
+    assert {queue.client.hget(queue.keys.job(id_), "attempts") for id_ in ids} == {"1"}
+    assert max(num_held) == 72
+    assert median(num_held) <= 12 + 8
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_worker_whose_clock_is_wrong_keeps_leases_and_times_by_the_servers(
+    client: Client,
+    queue: JobQueue,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    hours: int,
+) -> None:
+    before, _ = queue.client.time()
+    true_time = time.time
+    monkeypatch.setattr(time, "time", lambda: true_time() + 3600 * hours)
+    client.submit([job("job", max_tokens=400)])
+    assert make_worker(lease_seconds=1).run() == 0
+    (result,) = client.results("job")
+    after, _ = queue.client.time()
+    moments = result.timings.queued, result.timings.started, result.timings.finished
+    assert all(moment and before <= moment <= after + 1 for moment in moments)
+    assert queue.client.hget(queue.keys.job("job"), "attempts") == "1"
 
 
 def test_a_worker_leaves_jobs_of_a_newer_version_alone_and_says_so_once(

@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 
 import structlog
 
-from broker.job_queue import Claim, JobQueue
+from broker.job_queue import Claim, JobQueue, Lease
 from schemas.errors import JobError
 from schemas.job import Job
 from schemas.result import ErrorInfo, Result, Timings, Usage
@@ -53,6 +53,16 @@ class Retry:
     alone: bool = False
 
 
+@dataclass(frozen=True)
+class Unbegun:
+    """A claimed job that this worker cannot start soon, and hands back."""
+
+    claim: Claim
+
+
+Outcome = Finished | Failed | Retry | Unbegun
+
+
 def retry_delay(attempts: int) -> float:
     """Seconds to wait after so many attempts."""
     longest = min(_FIRST_DELAY * 2.0 ** min(attempts - 1, 32), _LAST_DELAY)
@@ -69,11 +79,12 @@ class Publisher:
         self._worker_id = worker_id
         self._leases = leases
         self._tokenizer = tokenizer
-        self._outcomes: SimpleQueue[Finished | Failed | Retry] = SimpleQueue()
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
         self._uncommitted: list[tuple[Claim, Result]] = []
         self._retries: list[Retry] = []
+        self._unbegun: list[Lease] = []
 
-    def publish(self, outcome: Finished | Failed | Retry) -> None:
+    def publish(self, outcome: Outcome) -> None:
         """Hand over an outcome; returns at once. Its lease is held until Redis has the result."""
         self._outcomes.put(outcome)
 
@@ -84,6 +95,10 @@ class Publisher:
         while self._retries:
             self._retry(self._retries[-1])
             self._retries.pop()
+        if self._unbegun:
+            log.info("jobs_handed_back", jobs=self._queue.release(self._worker_id, self._unbegun))
+            self._leases.remove(self._unbegun)
+            self._unbegun.clear()
 
     def _commit(self) -> None:
         chunk = self._uncommitted[:_COMMIT_CHUNK]
@@ -119,11 +134,13 @@ class Publisher:
     def _collect(self) -> None:
         """Move outcomes to the lists of what is to be written, which stays there until it is."""
         try:
-            is_behind = self._uncommitted or self._retries
+            is_behind = self._uncommitted or self._retries or self._unbegun
             outcome = self._outcomes.get(timeout=0 if is_behind else 0.1)
             while True:
                 if isinstance(outcome, Retry):
                     self._retries.append(outcome)
+                elif isinstance(outcome, Unbegun):
+                    self._unbegun.append(outcome.claim.lease)
                 else:
                     self._uncommitted.append((outcome.claim, self._result(outcome)))
                 outcome = self._outcomes.get_nowait()

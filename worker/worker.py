@@ -22,7 +22,7 @@ from worker.device_memory import free_memory, is_out_of_memory
 from worker.engine import Engine
 from worker.keeper import ALIVE_SECONDS, Keeper
 from worker.leases import Leases
-from worker.publisher import Finished, Publisher, Retry
+from worker.publisher import Finished, Publisher, Retry, Unbegun
 from worker.sequence import Sequence
 from worker.summary import StepSummary
 
@@ -34,6 +34,12 @@ DRAIN_SECONDS = 20.0
 
 #: Seconds for which an idle worker waits for work before it looks whether it should end.
 _IDLE_WAIT = 0.1
+
+#: Seconds after which jobs that have not begun go back, so that other workers can have them.
+_START_SECONDS = 10.0
+
+#: Seconds between two looks at them.
+_LOOK_SECONDS = 1.0
 
 #: Seconds for the last results to reach Redis.
 _FLUSH_SECONDS = 10.0
@@ -50,9 +56,12 @@ class Worker:
         # Each thread has a connection of its own: a slow reply to one does not delay another.
         queues = [JobQueue(connect(redis_url), config.queue) for _ in range(5)]
         self._queue, claim_queue, publish_queue, keep_queue, follow_queue = queues
+        # A few more than can run, so that the next ones are ready when others finish.
+        self._num_ahead = max(4, config.running_limit // 8)
+        self._max_jobs = config.running_limit + self._num_ahead
+        self._next_look = time.monotonic()
         self._leases = Leases(
-            # A few more than can run, so that the next ones are ready when others finish.
-            max_jobs=config.running_limit + max(4, config.running_limit // 8),
+            max_jobs=self._max_jobs,
             max_adapters=config.max_loras_per_batch,
             pinned=lambda: engine.adapters.pinned_names,
         )
@@ -116,6 +125,7 @@ class Worker:
         self._take_in(wait=0.0 if self._sequences else _IDLE_WAIT)
         for lease in self._keeper.take_lost():
             self._drop(lease)
+        self._hand_back_what_waits()
         batch = self._engine.schedule()
         if batch:
             self._engine.launch(batch)
@@ -180,6 +190,22 @@ class Worker:
                 self._drop(former[0].lease)
             self._sequences[sequence.job.id] = claim, sequence
             self._engine.add(sequence)
+
+    def _hand_back_what_waits(self) -> None:
+        """Hold no more jobs than begin within ``_START_SECONDS``, and the few ahead: the KV cache
+        may have room for fewer than may run."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        unbegun = [claim for claim, sequence in self._sequences.values() if not sequence.has_begun]
+        if not unbegun:
+            self._leases.limit(self._max_jobs)
+        elif now - unbegun[0].received > _START_SECONDS and len(unbegun) > self._num_ahead:
+            self._leases.limit(len(self._sequences) - len(unbegun) + self._num_ahead)
+            for claim in unbegun[self._num_ahead :]:
+                self._drop(claim.lease)
+                self._publisher.publish(Unbegun(claim))
 
     def _stop_claiming(self) -> None:
         """Claim no more, and hand back what has not begun."""
