@@ -228,8 +228,8 @@ class JobQueue:
 
     def leave(self, worker: str) -> None:
         """Take a worker that ends off the list of living ones, and hand back the jobs of a claim
-        whose reply it never saw."""
-        self._run("leave", worker)
+        made here whose reply it never saw."""
+        self._run("leave", worker, self._claim_number)
 
     def announce(self, adapters: dict[str, AdapterRecord]) -> int:
         """Add the adapters that a worker was started with to the desired state, where that does

@@ -20,10 +20,12 @@ from structlog.testing import capture_logs
 from broker.job_queue import ClaimRequest, Claims, JobQueue
 from producer.client import Client
 from schemas import WIRE_VERSION
+from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
+from worker.sequence import Sequence
 from worker.worker import Worker
 
 ADAPTERS = ("a", "a2", "b")
@@ -219,6 +221,28 @@ def test_jobs_that_ran_beside_one_that_crashes_the_engine_end_done(
     assert status(client, "poison") == "dead"
     assert status(client, "short") == "done"
     assert status(client, "long") == "done"
+
+
+def test_a_job_that_crashes_the_thread_that_prepares_it_ends_dead(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.worker._FLUSH_SECONDS", 0.1)
+    prepare = Engine.sequence_of
+
+    def prepare_unless_poisoned(engine: Engine, job: Job) -> Sequence:
+        if job.id == "poison":
+            raise RuntimeError("poison")
+        return prepare(engine, job)
+
+    monkeypatch.setattr(Engine, "sequence_of", prepare_unless_poisoned)
+    client.submit([job("first"), job("poison"), job("last")])
+    for _ in range(3):
+        assert make_worker().run() == 1
+        held = queue.client.zrange(queue.keys.leases, 0, -1)
+        queue.client.zadd(queue.keys.leases, dict.fromkeys(held, 1))
+        queue.sweep()
+    assert make_worker().run() == 0
+    assert [status(client, id_) for id_ in ("first", "poison", "last")] == ["done", "dead", "done"]
 
 
 def make_suspects(client: Client, queue: JobQueue, ids: list[str]) -> str:

@@ -55,7 +55,7 @@ class Worker:
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
         queues = [JobQueue(connect(redis_url), config.queue) for _ in range(5)]
-        self._queue, claim_queue, publish_queue, keep_queue, follow_queue = queues
+        self._queue, self._claim_queue, publish_queue, keep_queue, follow_queue = queues
         # A few more than can run, so that the next ones are ready when others finish.
         self._num_ahead = max(4, config.running_limit // 8)
         self._max_jobs = config.running_limit + self._num_ahead
@@ -68,7 +68,7 @@ class Worker:
         engine.adapters.in_use = self._leases.adapters
         self._publisher = Publisher(publish_queue, self.id, self._leases, engine.tokenizer)
         self._claimer = Claimer(
-            claim_queue,
+            self._claim_queue,
             self.id,
             self._leases,
             self._publisher,
@@ -167,16 +167,14 @@ class Worker:
         self._hand_back(self._claims())
 
     def _end(self) -> int:
-        self._stop_claiming()
         _stop(self._follow_loop)
         _stop(self._keep_loop)
-        self._hand_back(self._claims())
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         _stop(self._publish_loop)
         try:
-            self._queue.leave(self.id)
+            self._claim_queue.leave(self.id)
         except redis.RedisError as error:
             log.warning("redis_away", at="leave", error=str(error))
         log.info("worker_ended", worker=self.id, batches=self._engine.counters.batches)

@@ -3,7 +3,7 @@
     python -m tests.end_to_end.mortal_worker --queue NAME --redis-url URL
 
 A job of the prompt "poison" ends the process by SIGKILL in the step that runs it. All others take
-``STEPS`` steps.
+as many steps as their ``max_tokens``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections import Counter
 from benchmarks import null_worker
 from benchmarks.null_worker import NullBatch, NullEngine
 
-#: Steps of a job, and seconds of one: a batch must be there for long enough to be shared.
-STEPS, STEP_SECONDS = 5, 0.02
+#: Seconds of a step: a batch must be there for long enough to be shared.
+STEP_SECONDS = 0.02
 
 
 class MortalEngine(NullEngine):
@@ -29,7 +29,7 @@ class MortalEngine(NullEngine):
         self._steps.update(sequence.job.id for sequence in batch.sequences)
         if any(sequence.job.prompt == "poison" for sequence in batch.sequences):
             os.kill(os.getpid(), signal.SIGKILL)
-        ended = [s for s in batch.sequences if self._steps[s.job.id] % STEPS == 0]
+        ended = [s for s in batch.sequences if self._steps[s.job.id] % s.job.max_tokens == 0]
         super().launch(NullBatch(ended, frozenset()))
 
 

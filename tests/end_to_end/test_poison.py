@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from broker.job_queue import JobQueue
 from producer.client import Client
-
-StartMortal = Callable[[], subprocess.Popen[bytes]]
-
-
-@pytest.fixture
-def start_mortal(redis_url: str, queue_name: str, tmp_path: Path) -> Iterator[StartMortal]:
-    """Starts workers that the prompt "poison" kills; ends those that still run."""
-    processes = []
-
-    def start() -> subprocess.Popen[bytes]:
-        with (tmp_path / f"worker-{len(processes)}.log").open("wb") as log:
-            place = ("--queue", queue_name, "--redis-url", redis_url)
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "tests.end_to_end.mortal_worker"),
-                    *("--lease-seconds", "1", *place),
-                ],
-                stderr=log,
-            )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+from tests.end_to_end.conftest import StartMortal
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -52,7 +22,9 @@ def test_a_prompt_that_kills_its_process_is_given_up_alone_and_its_neighbours_ar
 ) -> None:
     prompts = [f"prompt {i}" for i in range(30)] + ["poison"] + [f"more {i}" for i in range(30)]
     with Client(redis_url, queue_name) as client:
-        submission = client.submit([{"id": p.replace(" ", "-"), "prompt": p} for p in prompts])
+        submission = client.submit(
+            [{"id": p.replace(" ", "-"), "prompt": p, "max_tokens": 5} for p in prompts]
+        )
         workers = [start_mortal() for _ in range(num_workers)]
         deadline, num_deaths = time.monotonic() + 120, 0
         while not client.status(submission).is_complete:  # type: ignore[union-attr]
