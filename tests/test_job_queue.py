@@ -579,6 +579,19 @@ def test_a_suspect_that_is_handed_back_or_whose_claim_lost_its_reply_stays_one(
     assert suspect(queue).attempts == 2
 
 
+def test_a_suspect_of_a_lost_reply_does_not_come_among_other_jobs(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    make_suspects(queue)
+    submit(queue, jobs(1, "a"), "sub-a")
+    number = queue._claim_number
+    suspect(queue)
+    queue._claim_number = number
+    assert claim(queue) == []
+    assert [job.lease.job_id for job in claim(queue)] == ["job-a-0"]
+    assert suspect(queue, "other").attempts == 2
+
+
 def test_the_history_of_a_job_tells_how_each_attempt_ended(queue: JobQueue) -> None:
     join(queue)
     submit(queue, jobs(1))

@@ -33,7 +33,7 @@ local resident = {}
 for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
-local jobs = repeated_claim(worker, claim, lease)
+local jobs = repeated_claim(worker, claim, lease, false)
 if jobs then return { text(now), '', jobs, -1, 0, 0, 0 } end
 jobs = {}
 local starved_before = now_us() - 1000 * patience

@@ -4,7 +4,7 @@
 -- Safe to repeat, with the same number, until the next claim.
 local worker, claim, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = now_ms()
-local jobs = repeated_claim(worker, claim, lease)
+local jobs = repeated_claim(worker, claim, lease, true)
 if jobs then return { text(now), jobs } end
 jobs = {}
 local id = first_suspect(worker)

@@ -106,31 +106,6 @@ local function lent_job(id)
   return { id, adapter, payload, attempts, queued, string.match(submissions, '%S+') }
 end
 
--- Claims are numbered, so that one whose reply was lost may be repeated: it finds the jobs that it
--- brought, with leases of full length. A command that comes late finds none: its reply is not
--- awaited any more. Returns nil for a claim of a new number.
-local function repeated_claim(worker, claim, lease)
-  local last = redis.call('GET', CLAIM .. worker)
-  local number, ids = string.match(last or '', '^(%d+)(.*)$')
-  if not number or tonumber(claim) > tonumber(number) then return nil end
-  local found = {}
-  if claim ~= number then return found end
-  for id in string.gmatch(ids, '%S+') do
-    if holds_lease(worker, id, claim) then
-      redis.call('ZADD', LEASES, 'XX', text(now_ms() + lease), id)
-      table.insert(found, lent_job(id))
-    end
-  end
-  return found
-end
-
--- Notes what a claim has brought, for as long as that is lent.
-local function note_claim(worker, claim, lease, jobs)
-  local words = { claim }
-  for _, job in ipairs(jobs) do table.insert(words, job[1]) end
-  redis.call('SET', CLAIM .. worker, table.concat(words, ' '), 'PX', lease)
-end
-
 -- Puts a job at the end of its adapter's stream and makes the adapter ready.
 local function enqueue(id, adapter)
   redis.call('XADD', STREAM .. adapter, '*', 'id', id)
@@ -162,6 +137,36 @@ local function hand_back(id)
   redis.call('HINCRBY', JOB .. id, 'attempts', -1)
   take_back(id)
   wait_for_turn(id)
+end
+
+-- Claims are numbered, so that one whose reply was lost may be repeated: it finds the jobs that it
+-- brought, with leases of full length. A command that comes late finds none: its reply is not
+-- awaited any more. Jobs of the other kind than is asked for now, suspects or not, are handed back.
+-- Returns nil for a claim of a new number.
+local function repeated_claim(worker, claim, lease, wants_suspects)
+  local last = redis.call('GET', CLAIM .. worker)
+  local number, ids = string.match(last or '', '^(%d+)(.*)$')
+  if not number or tonumber(claim) > tonumber(number) then return nil end
+  local found = {}
+  if claim ~= number then return found end
+  for id in string.gmatch(ids, '%S+') do
+    if holds_lease(worker, id, claim) then
+      if (redis.call('HEXISTS', JOB .. id, 'alone') == 1) == wants_suspects then
+        redis.call('ZADD', LEASES, 'XX', text(now_ms() + lease), id)
+        table.insert(found, lent_job(id))
+      else
+        hand_back(id)
+      end
+    end
+  end
+  return found
+end
+
+-- Notes what a claim has brought, for as long as that is lent.
+local function note_claim(worker, claim, lease, jobs)
+  local words = { claim }
+  for _, job in ipairs(jobs) do table.insert(words, job[1]) end
+  redis.call('SET', CLAIM .. worker, table.concat(words, ' '), 'PX', lease)
 end
 
 -- Executions of a job before it is given up on.
