@@ -82,6 +82,7 @@ def test_a_job_is_shown_with_the_end_of_every_attempt(
     shown = producer("dead", "show", "job").stdout
     assert "adapter_unavailable: given up after 2 attempts" in shown
     assert shown.count("adapter_unavailable: there is no folder /sql.") == 2
+    assert producer("status", "job").stdout == shown
     found = json.loads(producer("dead", "show", "job", "--json").stdout)
     assert found["job"]["status"] == "dead"
     assert [attempt["attempt"] for attempt in found["attempts"]] == [1, 2]

@@ -325,8 +325,10 @@ def test_a_job_whose_adapters_folder_is_away_for_a_moment_is_tried_again(
         return retry(*args, **named)
 
     monkeypatch.setattr(JobQueue, "retry", retry_and_put_it_back)
-    client.submit([job("patient", "a"), job("other", "b"), job("unknown")])
+    client.submit([job("patient", "a"), job("other", "b"), job("unknown", "nobody")])
     assert worker.run() == 0
+    assert status(client, "unknown") == "failed"
+    assert queue.client.hmget(queue.keys.job("unknown"), "attempts", "history") == ["1", None]
     assert status(client, "patient") == "done"
     assert queue.client.hget(queue.keys.job("patient"), "attempts") == "2"
     (entry,) = queue.client.hget(queue.keys.job("patient"), "history").splitlines()

@@ -3,9 +3,8 @@
 --   ARGV: worker, number of this claim, lease in ms, number of jobs, free slots, patience in ms,
 --         n, then n adapters in use, m, then m adapters that may get no new jobs (draining),
 --         then adapters resident in a slot that is not in use
---   Returns {now, starving, jobs, suspect, delayed, set aside, passed over}:
---   starving is an adapter that waits unserved for longer than
---   the patience and found no slot ('' if none); job is
+--   Returns {now, starving, jobs, suspect, delayed, set aside, passed over}: starving is an adapter
+--   that waits unserved for longer than the patience and found no slot ('' if none); each job is
 --   {id, adapter, payload, attempts, queued, submission}; suspect is for how many ms the first one
 --   that this worker can run waits, -1 if there is none; delayed is how many jobs wait to be tried
 --   again later; set aside is how many were found now whose record is of a version that is not
@@ -115,22 +114,19 @@ local num_passed_over, num_set_aside = 0, 0
 -- Whether the entry's job can be lent to this worker; if not, what becomes of it.
 local function is_to_be_lent(adapter, entry, id)
   local state, alone, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'alone', 'v'))
-  if not state then
+  local is_read = reads_version(v)
+  if not state or is_read and state ~= 'waiting' then
     drop_entry(adapter, entry)
     return false
   end
   redis.call('HSET', JOB .. id, 'entry', entry)
-  if not reads_version(v) then
+  if not is_read then
     set_aside(id, v)
     num_set_aside = num_set_aside + 1
-  elseif state ~= 'waiting' then
-    drop_entry(adapter, entry)
   elseif alone then
     wait_for_turn(id)
-  else
-    return true
   end
-  return false
+  return is_read and not alone
 end
 
 local function deliver(adapter, entry, id)
