@@ -19,7 +19,7 @@ from broker.records import read_adapters
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
 from schemas.job import Job
-from schemas.keys import BASE, GROUP, KEY_NAMES, Keys
+from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, GROUP, KEY_NAMES, Keys
 from schemas.result import Result
 from schemas.worker_state import WorkerState
 
@@ -32,10 +32,10 @@ RETIRE_LIMIT = 500
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A worker's right to one delivery of a job, named by the delivery's stream entry."""
+    """A worker's right to one delivery of a job, named by the number of the claim it came with."""
 
     job_id: str
-    entry: str
+    claim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,14 @@ class Claims:
     jobs: list[Claim]
     starving: str | None
     """An adapter that has waited unserved beyond the worker's patience and found no slot."""
+    suspect_waits: float | None
+    """Seconds for which the first suspect that the worker can run waits; None if there is none."""
+    num_delayed: int
+    """Jobs of the queue that are to be tried again later."""
+    num_set_aside: int
+    """Jobs found now whose record is of a version that this one does not read."""
+    num_passed_over: int
+    """Stream entries that brought no job; there may be jobs behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +103,16 @@ class JobQueue:
         self.client = client
         self.name = queue
         self.keys = Keys(queue)
+        #: Of the next claim, or of the last while its reply is missing. A clock's value, so that no
+        #: other JobQueue of this worker has used it.
+        self._claim_number = time.time_ns() // 1_000_000
         self._scripts = {
             name: load_script(client, name)
             for name in (
-                *("submit", "claim", "commit", "renew", "release", "sweep"),
+                *("submit", "claim", "claim_suspect", "commit"),
+                *("renew", "release", "retry", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
-                *("adopt_revision", "retire_adapter"),
+                *("adopt_revision", "retire_adapter", "leave"),
                 *("request_fetch", "publish_fetch", "fail_fetch"),
             )
         }
@@ -125,33 +137,31 @@ class JobQueue:
     ) -> Claims:
         """Take jobs that fit into one batch with those that the worker holds.
 
-        Not safe to repeat: jobs of a lost reply wait until their lease has expired.
+        After an error call it again: if only the reply was lost, the jobs it brought are given once
+        more, whatever is asked for then.
         """
-        now, starving, *jobs = self._run(
+        now, starving, jobs, suspect_waits, *numbers = self._run(
             "claim",
-            *(worker, round(lease_seconds * 1000), request.num_jobs),
+            *(worker, self._claim_number, round(lease_seconds * 1000), request.num_jobs),
             *(request.free_slots, round(patience * 1000)),
             *(len(request.in_use), *request.in_use),
             *(len(request.draining), *request.draining),
             *request.resident,
         )
-        received = time.monotonic()
         return Claims(
-            [
-                Claim(
-                    Lease(job_id, entry),
-                    None if adapter == BASE else adapter,
-                    payload,
-                    int(attempts),
-                    submission,
-                    int(queued) / 1000,
-                    int(now) / 1000,
-                    received,
-                )
-                for job_id, adapter, entry, payload, attempts, queued, submission in jobs
-            ],
+            self._received(now, jobs),
             starving or None,
+            None if suspect_waits < 0 else suspect_waits / 1000,
+            *numbers,
         )
+
+    def claim_suspect(self, worker: str, *, lease_seconds: float) -> Claim | None:
+        """Take the job that waits for longest of those that must run alone, as it may have ended
+        its last worker. For a worker that holds no other job; after an error call it again."""
+        now, jobs = self._run(
+            "claim_suspect", worker, self._claim_number, round(lease_seconds * 1000)
+        )
+        return next(iter(self._received(now, jobs)), None)
 
     def commit(self, worker: str, results: Sequence[tuple[Lease, Result]]) -> list[bool]:
         """Record results in one round trip; False where the lease was lost. Safe to repeat."""
@@ -162,7 +172,7 @@ class JobQueue:
                 self._scripts["commit"](
                     keys=[self.keys.prefix],
                     args=[
-                        *(worker, lease.job_id, lease.entry, result.status),
+                        *(worker, lease.job_id, lease.claim, result.status),
                         result.model_dump_json(),
                     ],
                     client=pipeline,
@@ -174,21 +184,43 @@ class JobQueue:
         lost = self._run("renew", worker, round(lease_seconds * 1000), *_flat(leases))
         return {lease for lease in leases if lease.job_id in lost}
 
-    def release(
-        self, worker: str, leases: Iterable[Lease], *, attempt_counts: bool, max_attempts: int
+    def release(self, worker: str, leases: Iterable[Lease]) -> int:
+        """Hand back jobs that have not begun, to be run by any worker; returns their number."""
+        return int(self._run("release", worker, *_flat(leases)))
+
+    def retry(
+        self,
+        worker: str,
+        leases: Iterable[Lease],
+        *,
+        outcome: str,
+        message: str,
+        alone: bool,
+        delay: float = 0.0,
     ) -> tuple[int, int]:
-        """Hand jobs back to be run by any worker, or give up those tried ``max_attempts`` times;
-        returns the two numbers."""
+        """End attempts that brought no result, with a code and a sentence for the jobs' history.
+
+        They are tried again after ``delay`` seconds, without others beside them if ``alone``, or
+        given up if they have had all their attempts; returns the two numbers.
+        """
         again, given_up = self._run(
-            "release", worker, int(attempt_counts), max_attempts, *_flat(leases)
+            *("retry", worker, outcome, message, int(alone)),
+            *(round(delay * 1000), *_flat(leases)),
         )
         return again, given_up
 
-    def sweep(self, *, max_attempts: int) -> tuple[int, int]:
-        """Make the jobs of expired leases wait again, or give up those tried ``max_attempts``
-        times; returns the two numbers."""
-        again, given_up = self._run("sweep", max_attempts, SWEEP_LIMIT)
+    def sweep(self) -> tuple[int, int]:
+        """Take jobs of expired leases from their workers, to be tried again alone or given up;
+        returns the two numbers. Delayed jobs whose time has come have their turn."""
+        again, given_up = self._run("sweep", SWEEP_LIMIT)
         return again, given_up
+
+    def set_max_attempts(self, number: int) -> int:
+        """Let every worker of the queue give a job up after so many attempts; returns after how
+        many it was until now."""
+        before = self.client.hget(self.keys.settings, "max_attempts")
+        self.client.hset(self.keys.settings, "max_attempts", number)
+        return int(before or DEFAULT_MAX_ATTEMPTS)
 
     def heartbeat(self, state: WorkerState, *, alive_seconds: float) -> None:
         """Write a worker's observed state; it counts as alive for ``alive_seconds``."""
@@ -196,11 +228,9 @@ class JobQueue:
         self._run("heartbeat", state.id, alive_ms, state.model_dump_json(), *state.adapters)
 
     def leave(self, worker: str) -> None:
-        """Take a worker that ends off the list of living ones."""
-        with self.client.pipeline() as pipeline:
-            pipeline.zrem(self.keys.workers, worker)
-            pipeline.delete(self.keys.worker(worker), self.keys.worker_adapters(worker))
-            pipeline.execute()
+        """Take a worker that ends off the list of living ones, and hand back the jobs of a claim
+        made here whose reply it never saw."""
+        self._run("leave", worker, self._claim_number)
 
     def announce(self, adapters: dict[str, AdapterRecord]) -> int:
         """Add the adapters that a worker was started with to the desired state, where that does
@@ -270,6 +300,24 @@ class JobQueue:
             version, records = pipeline.execute()
         return int(version or 0), read_adapters(records)
 
+    def _received(self, now: str, jobs: list[list[str]]) -> list[Claim]:
+        """The jobs of a reply that has come, which ends its claim."""
+        received, number = time.monotonic(), self._claim_number
+        self._claim_number += 1
+        return [
+            Claim(
+                Lease(job_id, number),
+                None if adapter == BASE else adapter,
+                payload,
+                int(attempts),
+                submission,
+                int(queued) / 1000,
+                int(now) / 1000,
+                received,
+            )
+            for job_id, adapter, payload, attempts, queued, submission in jobs
+        ]
+
     def _run(self, script: str, *args: Any) -> Any:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
 
@@ -291,11 +339,12 @@ def script_text(name: str) -> str:
         f"local GROUP = '{GROUP}'",
         f"local BASE = '{BASE}'",
         f"local WIRE_VERSION = {WIRE_VERSION}",
+        f"local DEFAULT_MAX_ATTEMPTS = {DEFAULT_MAX_ATTEMPTS}",
     ]
     folder = files("broker") / "lua"
     texts = [(folder / f"{part}.lua").read_text("utf-8") for part in ("common", name)]
     return "\n".join([*names, *constants, *texts])
 
 
-def _flat(leases: Iterable[Lease]) -> Iterable[str]:
-    return chain.from_iterable((lease.job_id, lease.entry) for lease in leases)
+def _flat(leases: Iterable[Lease]) -> Iterable[str | int]:
+    return chain.from_iterable((lease.job_id, lease.claim) for lease in leases)

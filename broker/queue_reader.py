@@ -82,6 +82,30 @@ class QueueReader:
             " `producer status` lists the submissions; --queue names another queue."
         )
 
+    def num_set_aside(self) -> dict[float, int]:
+        """Jobs that workers left alone, by the version of their record; 0 if it has none."""
+        found: dict[float, int] = {}
+        least = "-inf"
+        while first := self.client.zrange(
+            self.keys.set_aside, least, "+inf", byscore=True, offset=0, num=1, withscores=True
+        ):
+            version = first[0][1]
+            found[version] = int(self.client.zcount(self.keys.set_aside, version, version))
+            least = f"({version}"
+        return found
+
+    def num_out_of_turn(self) -> tuple[int, int]:
+        """Waiting jobs that are to run alone, and those that are to be tried again later."""
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.zcard(self.keys.suspects)
+            pipeline.zcard(self.keys.delayed)
+            num_suspects, num_delayed = pipeline.execute()
+        return num_suspects, num_delayed
+
+    def num_dead(self) -> int:
+        """Jobs given up on that were neither replayed nor dropped."""
+        return int(self.client.xlen(self.keys.dead))
+
     def submissions(self, last: int) -> list[SubmissionStatus]:
         """The ``last`` submissions, oldest first."""
         ids: list[str] = self.client.zrange(self.keys.submissions, -last, -1)

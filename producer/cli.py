@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from producer.dead import app as dead_app
 from producer.lora import app as lora_app
 from producer.messages import fail
 from producer.options import Json, Queue, RedisUrl
@@ -76,6 +77,7 @@ app = typer.Typer(
 )
 
 app.add_typer(lora_app)
+app.add_typer(dead_app)
 
 OutputFile = Annotated[
     Path | None,

@@ -82,6 +82,7 @@ def status(place: Place, id_: str | None, *, json_wanted: bool) -> None:
             Watcher(client, [found.lora] if isinstance(found, Result) else None).look()
         if isinstance(found, Result):
             text = tables.job(found, client.payloads([found.id])[0])
+            text += tables.attempts(client.attempts(found.id))
         elif isinstance(found, SubmissionStatus):
             text = tables.submission(found)
         else:

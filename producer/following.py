@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
@@ -43,7 +43,7 @@ def in_completion_order(
     reader: QueueReader, submissions: Sequence[str], jobs: Sequence[str], on_wake: OnWake
 ) -> Iterator[Result]:
     """The results of whole submissions and of single jobs, as they finish, until all have."""
-    left = Counter({id_: reader.submission(id_).total for id_ in submissions})
+    left = {id_: reader.submission(id_).total for id_ in submissions}
     # Positions are taken before states are read, so that nothing finishes unseen in between.
     start = positions_of_jobs(reader, jobs) | dict.fromkeys(submissions, "0")
     pending: set[str] = set()
@@ -53,15 +53,32 @@ def in_completion_order(
         else:
             pending.add(result.id)
     runs = finished_runs(reader, start)
-    while pending or +left:
+    while pending or left:
         on_wake()
         for finished in next(runs):
             awaited = [id_ for id_ in dict.fromkeys(finished.job_ids) if id_ in pending]
-            yield from reader.results(awaited)
-            pending.difference_update(awaited)
+            for result in _still_finished(reader, awaited):
+                pending.discard(result.id)
+                yield result
             if finished.submission in left:
                 left[finished.submission] -= len(finished.job_ids)
-                yield from reader.results(finished.job_ids)
+                yield from _still_finished(reader, finished.job_ids)
+        for id_ in [id_ for id_, number in left.items() if number <= 0]:
+            if _has_ended(reader, id_, start[id_]):
+                del left[id_]
+
+
+def _still_finished(reader: QueueReader, job_ids: Sequence[str]) -> Iterator[Result]:
+    """Results of jobs that have finished, without those that were dead and have been replayed."""
+    return (result for result in reader.results(job_ids) if result.status in TERMINAL_STATES)
+
+
+def _has_ended(reader: QueueReader, submission: str, position: str) -> bool:
+    """Whether nothing will finish any more after a position: a job that was dead and has been
+    replayed finishes twice."""
+    # In this order, so that nothing can come between.
+    is_complete = reader.submission(submission).is_complete
+    return is_complete and reader.finished_position(submission) == position
 
 
 def in_input_order(

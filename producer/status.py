@@ -30,15 +30,29 @@ class Overview:
     """Every adapter that the queue knows."""
     unfinished: dict[str, int]
     """Unfinished jobs of each adapter that has waiting ones; the base model is ``@base``."""
+    num_suspects: int
+    """Waiting jobs whose worker died or failed; each is tried again alone."""
+    num_delayed: int
+    """Waiting jobs that failed in a way that may heal, and are tried again later."""
+    num_dead: int
+    """Jobs given up on."""
+    num_set_aside: dict[str, int]
+    """Jobs that workers leave alone, by the version of their record, which they cannot read."""
 
 
 def read_overview(reader: QueueReader) -> Overview:
+    num_suspects, num_delayed = reader.num_out_of_turn()
+    set_aside = {f"{version:g}": number for version, number in reader.num_set_aside().items()}
     return Overview(
         reader.num_submissions(),
         reader.submissions(MAX_LISTED),
         reader.workers(),
         list(reader.adapters()),
         reader.waiting_by_adapter(),
+        num_suspects,
+        num_delayed,
+        reader.num_dead(),
+        set_aside,
     )
 
 
@@ -103,6 +117,10 @@ def as_json(found: Status | Overview) -> str:
             "workers": [worker.model_dump() for worker in found.workers],
             "adapters": found.adapters,
             "unfinished": found.unfinished,
+            "suspects": found.num_suspects,
+            "delayed": found.num_delayed,
+            "dead": found.num_dead,
+            "set_aside": found.num_set_aside,
         }
     )
 

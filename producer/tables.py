@@ -12,12 +12,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from broker.dead_letters import DeadLetter
 from broker.queue_reader import SubmissionStatus
 from producer.advice import START_A_WORKER, counted, listed, unserved
 from producer.messages import printable
 from producer.status import Overview, listed_states
+from schemas import WIRE_VERSION
 from schemas.keys import BASE
-from schemas.result import Result
+from schemas.result import Attempt, Result
 
 #: Columns where there is no terminal to ask.
 WIDTH_WITHOUT_TERMINAL = 160
@@ -29,7 +31,16 @@ _STATE_STYLES = {"waiting": "", "running": "cyan", "done": "green"}
 
 
 _NUMBERS = {"jobs", "waiting", "running", "done", "other", "unfinished jobs"}
-_NUMBERS |= {"in slots", "requests", "tokens", "loads", "evictions", "s a load"}
+_NUMBERS |= {
+    "attempt",
+    "attempts",
+    "in slots",
+    "requests",
+    "tokens",
+    "loads",
+    "evictions",
+    "s a load",
+}
 
 
 class ResultTable:
@@ -88,11 +99,40 @@ def overview(queue: str, found: Overview) -> str:
         _submissions(queue, found),
         _workers(queue, found),
         _adapters(found),
+        _out_of_turn(found),
     ]
     if found.workers:
         names = [name for name in found.unfinished if name != BASE]
         parts += [Text(printable(s), style="yellow") for s in unserved(names, found.workers)]
     return printed(_with_blank_lines(filter(None, parts)))
+
+
+def dead_letters(queue: str, found: Sequence[DeadLetter]) -> str:
+    """One row a job that was given up on."""
+    if not found:
+        return printed([f"No dead jobs on queue '{queue}'."])
+    table = new_table("job", "submission", "adapter", "attempts", "given up", "reason")
+    for letter in found:
+        table.add_row(
+            *cells(letter.job_id, letter.submissions[0], letter.lora or "(base)", letter.attempts),
+            f"{_age(letter.given_up)} ago",
+            cell(f"{letter.code}: {letter.reason}"),
+        )
+    return printed([table])
+
+
+def attempts(found: Sequence[Attempt]) -> str:
+    """One row an attempt that brought no result."""
+    if not found:
+        return ""
+    table = new_table("attempt", "worker", "started", "ended", "how it ended")
+    for attempt in found:
+        table.add_row(
+            *cells(attempt.attempt, attempt.worker or ""),
+            *cells(_moment(attempt.started) or "", _moment(attempt.ended)),
+            cell(f"{attempt.outcome}: {attempt.message}"),
+        )
+    return printed(["", table])
 
 
 def submission(status: SubmissionStatus) -> str:
@@ -178,6 +218,29 @@ def _adapters(found: Overview) -> RenderableType | None:
     return table
 
 
+def _out_of_turn(found: Overview) -> RenderableType | None:
+    """Sentences on jobs that do not simply wait for their turn."""
+    sentences = []
+    if found.num_suspects:
+        sentences.append(
+            f"{counted(found.num_suspects)} to be tried again alone: the worker died or failed."
+        )
+    if found.num_delayed:
+        sentences.append(f"{counted(found.num_delayed)} to be tried again later.")
+    if found.num_dead:
+        sentences.append(
+            f"{counted(found.num_dead)} given up on: `producer dead list` says why,"
+            " `producer dead replay` tries again."
+        )
+    sentences += [
+        f"{counted(number)} left alone: the record is of version {version}, and workers that have"
+        f" met it read others (this program writes {WIRE_VERSION} and reads"
+        f" {WIRE_VERSION - 1} and {WIRE_VERSION}). Start a worker of the release that sent it."
+        for version, number in found.num_set_aside.items()
+    ]
+    return Text("\n".join(sentences), style="yellow") if sentences else None
+
+
 def _fields(rows: Iterable[tuple[str, str | None]]) -> str:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
@@ -201,7 +264,7 @@ def new_table(*columns: str) -> Table:
         table.add_column(
             column,
             overflow="fold",
-            no_wrap=column in ("submission", "worker", "name"),  # Ids are copied from here.
+            no_wrap=column in ("job", "submission", "worker", "name"),  # Ids are copied from here.
             justify="right" if column in _NUMBERS else "left",
         )
     return table

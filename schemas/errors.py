@@ -53,12 +53,14 @@ class JobError(LorryError):
     """One job cannot be run; recorded as ``error`` of its result.
 
     Codes: ``unknown_adapter``, ``adapter_unavailable``, ``no_tokenizer``, ``no_chat_template``,
-    ``bad_prompt``, ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``; of
-    a job that no worker ended ``attempts_exhausted`` (given up on) and ``adapter_unloaded`` (by
-    force, while it waited).
+    ``bad_prompt``, ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``,
+    ``out_of_memory``; of a job that no worker ended ``attempts_exhausted`` (given up on) and
+    ``adapter_unloaded`` (by force, while it waited).
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, may_heal: bool = False) -> None:
+        """``may_heal``: the same job may succeed later, so it is tried again."""
         super().__init__(message)
         self.code = code
         self.message = message
+        self.may_heal = may_heal

@@ -15,6 +15,11 @@ KEY_NAMES = {
     "SUBMISSION": "submission:",  # hash: counts by state; + ":jobs" list, + ":finished" stream
     "SUBMISSIONS": "submissions",  # sorted set: submission ids by the time they were sent
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
+    "SUSPECTS": "suspects",  # sorted set: waiting jobs to be run alone, by since when they wait
+    "DELAYED": "delayed",  # sorted set: waiting jobs to be tried again, by when
+    "SET_ASIDE": "set-aside",  # sorted set: jobs of versions nobody could read, by the version
+    "SETTINGS": "settings",  # hash: what all workers follow (max_attempts)
+    "CLAIM": "claim:",  # string: number of a worker's last claim, and the ids of its jobs
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
     "ADAPTERS_VERSION": "adapters:version",  # counter: raised by every change of the desired state
     "FETCHES": "fetches",  # hash: newest request to fetch an adapter, name -> FetchRecord
@@ -29,8 +34,12 @@ KEY_NAMES = {
 #: What a queue may be called: up to 64 letters, digits and ``. _ -``, a letter or digit first.
 QUEUE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
-#: The one consumer group that reads every adapter's stream.
+#: The one consumer group that reads every adapter's stream, and its only consumer: which worker
+#: has a job stands in the job, so that a worker that ends leaves no consumer behind.
 GROUP = "workers"
+
+#: Executions of a job before it is given up on, unless the queue's settings say otherwise.
+DEFAULT_MAX_ATTEMPTS = 3
 
 #: Stands for the base model where Redis needs a name; no adapter can be called so.
 BASE = "@base"
@@ -44,6 +53,10 @@ class Keys:
         self.ready = self._name("READY")
         self.submissions = self._name("SUBMISSIONS")
         self.leases = self._name("LEASES")
+        self.suspects = self._name("SUSPECTS")
+        self.delayed = self._name("DELAYED")
+        self.set_aside = self._name("SET_ASIDE")
+        self.settings = self._name("SETTINGS")
         self.adapters = self._name("ADAPTERS")
         self.adapters_version = self._name("ADAPTERS_VERSION")
         self.fetches = self._name("FETCHES")
@@ -67,6 +80,9 @@ class Keys:
 
     def submission_finished(self, submission_id: str) -> str:
         return self.submission(submission_id) + ":finished"
+
+    def claim(self, worker_id: str) -> str:
+        return self._name("CLAIM") + worker_id
 
     def worker(self, worker_id: str) -> str:
         return self._name("WORKER") + worker_id

@@ -49,6 +49,18 @@ class Timings(_Record):
     finished: float | None = None
 
 
+class Attempt(_Record):
+    """How one execution of a job ended that brought no result; moments as in ``Timings``."""
+
+    attempt: int
+    worker: str | None = None
+    started: float | None = None
+    ended: float
+    outcome: str
+    """``lease_expired`` (its worker died or stalled), ``engine_failed``, or an error's code."""
+    message: str
+
+
 class Result(_Record):
     """One result line."""
 

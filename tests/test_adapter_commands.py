@@ -306,7 +306,7 @@ def test_a_running_job_that_comes_back_after_force_is_failed_by_the_next_retirem
     (job,) = claim(queue)
     queue.unload_adapter("a", "force")
     assert queue.retire_adapter("a") is False
-    queue.release("w", [job.lease], attempt_counts=True, max_attempts=3)
+    queue.release("w", [job.lease])
     assert queue.retire_adapter("a") is True
     assert reader.submission("sub").counts["failed"] == 1
     assert queue.commit("w", [(job.lease, result(job))]) == [False]

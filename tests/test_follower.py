@@ -509,7 +509,8 @@ def test_an_adapter_is_unloaded_once_its_jobs_are_done(
     claims = queue.claim("worker", request, lease_seconds=60, patience=30).jobs
     follower.follow()
     assert follower.registry.get("sql")
-    queue.release("worker", [claims[0].lease], attempt_counts=True, max_attempts=1)
+    queue.set_max_attempts(1)
+    queue.retry("worker", [claims[0].lease], outcome="x", message="x", alone=False)
     follower.follow()
     assert follower.registry.get("sql") is None
     assert queue.desired_state()[1] == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 
@@ -12,6 +13,7 @@ from broker.queue_reader import QueueReader
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError
 from schemas.job import Job
+from schemas.keys import GROUP
 from schemas.result import Result, Timings
 from schemas.worker_state import WorkerState
 
@@ -49,6 +51,13 @@ def claim(
     return queue.claim(worker, request, lease_seconds=lease_seconds, patience=60).jobs
 
 
+def suspect(queue: JobQueue, worker: str = "w") -> Claim:
+    """The next job that is to run alone."""
+    claim = queue.claim_suspect(worker, lease_seconds=60)
+    assert claim is not None
+    return claim
+
+
 def result(job: Claim, text: str = "answer") -> Result:
     return Result(
         id=job.lease.job_id,
@@ -64,7 +73,7 @@ def keys_left(queue: JobQueue) -> set[str]:
     """What a queue at rest must not hold: waiting or running work."""
     names = queue.client.scan_iter(match=queue.keys.prefix + "*")
     kinds = {name.removeprefix(queue.keys.prefix).split(":")[0] for name in names}
-    return kinds & {"stream", "ready", "leases"}
+    return kinds & {"stream", "ready", "leases", "suspects", "delayed"}
 
 
 def test_a_run_sent_twice_is_stored_once(queue: JobQueue, reader: QueueReader) -> None:
@@ -290,9 +299,9 @@ def test_a_worker_that_lost_its_lease_cannot_commit(queue: JobQueue, reader: Que
     submit(queue, jobs(1))
     (stalled,) = claim(queue, worker="stalled", lease_seconds=0.01)
     time.sleep(0.02)
-    assert queue.sweep(max_attempts=3) == (1, 0)
+    assert queue.sweep() == (1, 0)
     assert queue.commit("stalled", [(stalled.lease, result(stalled, "late"))]) == [False]
-    (again,) = claim(queue)
+    again = suspect(queue)
     assert again.attempts == 2
     assert queue.commit("stalled", [(stalled.lease, result(stalled, "later"))]) == [False]
     assert queue.commit("w", [(again.lease, result(again))]) == [True]
@@ -305,8 +314,8 @@ def test_a_worker_does_not_pass_for_its_former_self(queue: JobQueue) -> None:
     submit(queue, jobs(1))
     (first,) = claim(queue, lease_seconds=0.01)
     time.sleep(0.02)
-    queue.sweep(max_attempts=3)
-    (second,) = claim(queue)
+    queue.sweep()
+    second = suspect(queue)
     assert first.lease != second.lease
     assert queue.commit("w", [(first.lease, result(first))]) == [False]
 
@@ -317,14 +326,14 @@ def test_a_renewed_lease_is_not_swept(queue: JobQueue) -> None:
     (job,) = claim(queue, lease_seconds=0.05)
     assert queue.renew("w", [job.lease], lease_seconds=60) == set()
     time.sleep(0.06)
-    assert queue.sweep(max_attempts=3) == (0, 0)
+    assert queue.sweep() == (0, 0)
 
 
 def test_renewal_names_the_leases_that_are_no_longer_held(queue: JobQueue) -> None:
     join(queue)
     submit(queue, jobs(2))
     mine, foreign = claim(queue)
-    leases = [mine.lease, Lease(foreign.lease.job_id, "0-1")]
+    leases = [mine.lease, Lease(foreign.lease.job_id, 1)]
     assert queue.renew("w", leases, lease_seconds=60) == {leases[1]}
 
 
@@ -334,7 +343,8 @@ def test_a_job_handed_back_waits_again_without_having_used_an_attempt(
     join(queue)
     submit(queue, jobs(1, "a"))
     (job,) = claim(queue)
-    assert queue.release("w", [job.lease], attempt_counts=False, max_attempts=1) == (1, 0)
+    assert queue.release("w", [job.lease]) == 1
+    assert queue.release("w", [job.lease]) == 0
     assert reader.submission("sub").counts["waiting"] == 1
     (waiting,) = reader.results([job.lease.job_id])
     assert waiting.timings.started is None
@@ -348,10 +358,11 @@ def test_a_job_whose_workers_die_is_given_up_after_its_attempts(
 ) -> None:
     join(queue)
     submit(queue, jobs(1, "a"))
+    claim(queue, lease_seconds=0.01)
     for outcome in ((1, 0), (1, 0), (0, 1)):
-        claim(queue, lease_seconds=0.01)
         time.sleep(0.02)
-        assert queue.sweep(max_attempts=3) == outcome
+        assert queue.sweep() == outcome
+        queue.claim_suspect("w", lease_seconds=0.01)
     (dead,) = reader.results(reader.job_ids("sub"))
     assert dead.status == "dead"
     assert dead.error is not None
@@ -368,7 +379,10 @@ def test_a_job_that_is_handed_back_after_failures_is_given_up_after_its_attempts
     submit(queue, jobs(1, "a"))
     for outcome in ((1, 0), (1, 0), (0, 1)):
         (job,) = claim(queue)
-        assert queue.release("w", [job.lease], attempt_counts=True, max_attempts=3) == outcome
+        assert (
+            queue.retry("w", [job.lease], outcome="engine_failed", message="x", alone=False)
+            == outcome
+        )
     (dead,) = reader.results(reader.job_ids("sub"))
     assert dead.status == "dead"
     assert dead.error is not None
@@ -426,3 +440,238 @@ def test_a_damaged_record_is_an_error_that_names_it(queue: JobQueue) -> None:
     queue.client.hset(queue.keys.job("job-a-0"), "result", '{"id": "job-a-0"}')
     with pytest.raises(LorryError, match="The result of job 'job-a-0' is damaged: submission: "):
         list(reader.results(["job-a-0"]))
+
+
+def lose_reply(queue: JobQueue, worker: str = "w", num_jobs: int = 100) -> None:
+    """A claim that reaches the server, and whose reply does not reach the worker."""
+    number = queue._claim_number
+    claim(queue, num_jobs, worker=worker)
+    queue._claim_number = number
+
+
+def test_a_claim_whose_reply_was_lost_is_given_its_jobs_again_and_no_others(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(5))
+    lose_reply(queue, num_jobs=3)
+    again = claim(queue, 1, lease_seconds=600)
+    assert [(job.lease.job_id, job.attempts) for job in again] == [
+        *(("job-None-0", 1), ("job-None-1", 1), ("job-None-2", 1)),
+    ]
+    now = queue.client.time()[0]
+    assert queue.client.zscore(queue.keys.leases, "job-None-0") > 1000 * (now + 500)
+    assert queue.commit("w", [(job.lease, result(job)) for job in again]) == [True] * 3
+    assert len(claim(queue)) == 2
+
+
+def test_a_claim_that_comes_late_brings_nothing(queue: JobQueue) -> None:
+    """The server was stopped, the worker asked again, and both commands reach it in turn."""
+    join(queue)
+    submit(queue, jobs(5))
+    late = queue._claim_number
+    claim(queue, 2)
+    next_one = queue._claim_number
+    queue._claim_number = late - 1
+    assert claim(queue, 2) == []
+    queue._claim_number = next_one
+    assert len(claim(queue)) == 3
+
+
+def test_a_repeated_claim_brings_back_only_what_the_worker_still_holds(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(2))
+    lose_reply(queue)
+    queue.client.zadd(queue.keys.leases, {"job-None-0": 1})
+    queue.sweep()
+    assert [job.lease.job_id for job in claim(queue)] == ["job-None-1"]
+
+
+def test_jobs_of_a_lost_reply_are_not_renewed_and_wait_again_when_the_worker_leaves(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(3))
+    (seen,) = claim(queue, 1)
+    lose_reply(queue)
+    before = queue.client.zscore(queue.keys.leases, "job-None-1")
+    assert queue.renew("w", [seen.lease], lease_seconds=600) == set()
+    assert queue.client.zscore(queue.keys.leases, "job-None-1") == before
+    queue.leave("w")
+    assert reader.submission("sub").counts["running"] == 1
+    assert [(job.lease.job_id, job.attempts) for job in claim(queue, worker="other")] == [
+        *(("job-None-1", 1), ("job-None-2", 1)),
+    ]
+
+
+def test_workers_that_come_and_go_leave_no_consumer_behind(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(9))
+    for number in range(4):
+        (job,) = claim(queue, 1, worker=f"w{number}")
+        queue.commit(f"w{number}", [(job.lease, result(job))])
+        queue.leave(f"w{number}")
+    assert len(queue.client.xinfo_consumers(queue.keys.stream(None), GROUP)) == 1
+    assert not list(queue.client.scan_iter(match=queue.keys.claim("*")))
+
+
+def make_suspects(queue: JobQueue, num_jobs: int = 100, worker: str = "dead") -> None:
+    """A worker claims jobs and is never heard of again."""
+    join(queue, worker)
+    claim(queue, num_jobs, worker=worker, lease_seconds=0.01)
+    time.sleep(0.02)
+    queue.sweep()
+
+
+def history(queue: JobQueue, job_id: str) -> list[dict[str, object]]:
+    lines = queue.client.hget(queue.keys.job(job_id), "history")
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def test_jobs_of_a_worker_that_died_are_given_one_at_a_time_to_workers_that_hold_nothing_else(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    join(queue, "other")
+    submit(queue, jobs(2, "a"))
+    make_suspects(queue)
+    assert reader.submission("sub").counts["waiting"] == 2
+    assert claim(queue) == []
+    assert queue.client.xlen(queue.keys.stream("a")) == 2
+    first, second = suspect(queue), suspect(queue, "other")
+    assert {first.lease.job_id, second.lease.job_id} == {"job-a-0", "job-a-1"}
+    assert queue.claim_suspect("w", lease_seconds=60) is None
+    for job, worker in ((first, "w"), (second, "other")):
+        assert queue.commit(worker, [(job.lease, result(job))]) == [True]
+    assert keys_left(queue) == set()
+
+
+def test_a_claim_tells_how_long_the_first_suspect_for_this_worker_waits(queue: JobQueue) -> None:
+    join(queue, "w", ("a",))
+    join(queue, "other", ("b",))
+    submit(queue, jobs(1, "b"))
+    make_suspects(queue)
+    time.sleep(0.02)
+    request = ClaimRequest(10, 8, in_use=[])
+    found = {
+        worker: queue.claim(worker, request, lease_seconds=60, patience=60).suspect_waits
+        for worker in ("w", "other")
+    }
+    assert found["w"] is None
+    assert found["other"] is not None
+    assert found["other"] >= 0.02
+    assert queue.claim_suspect("w", lease_seconds=60) is None
+
+
+def test_a_suspect_that_is_handed_back_or_whose_claim_lost_its_reply_stays_one(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    make_suspects(queue)
+    number = queue._claim_number
+    suspect(queue)
+    queue._claim_number = number
+    again = suspect(queue)
+    assert again.attempts == 2
+    queue.release("w", [again.lease])
+    assert claim(queue) == []
+    assert suspect(queue).attempts == 2
+
+
+def test_a_suspect_of_a_lost_reply_does_not_come_among_other_jobs(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    make_suspects(queue)
+    submit(queue, jobs(1, "a"), "sub-a")
+    number = queue._claim_number
+    suspect(queue)
+    queue._claim_number = number
+    assert claim(queue) == []
+    assert [job.lease.job_id for job in claim(queue)] == ["job-a-0"]
+    assert suspect(queue, "other").attempts == 2
+
+
+def test_the_history_of_a_job_tells_how_each_attempt_ended(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(1))
+    make_suspects(queue)
+    job = suspect(queue)
+    queue.retry("w", [job.lease], outcome="adapter_unavailable", message="gone", alone=False)
+    found = history(queue, "job-None-0")
+    assert [(line["attempt"], line["worker"], line["outcome"]) for line in found] == [
+        (1, "dead", "lease_expired"),
+        (2, "w", "adapter_unavailable"),
+    ]
+    assert found[1]["message"] == "gone"
+    assert found[0]["started"] < found[0]["ended"] <= found[1]["started"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_delayed_job_waits_until_its_time_and_the_next_sweep(
+    queue: JobQueue, reader: QueueReader, alone: bool
+) -> None:
+    join(queue)
+    submit(queue, jobs(1, "a"))
+    (job,) = claim(queue)
+    retried = queue.retry(
+        "w", [job.lease], outcome="out_of_memory", message="x", alone=alone, delay=0.1
+    )
+    assert retried == (1, 0)
+    request = ClaimRequest(10, 8, in_use=[])
+    claims = queue.claim("w", request, lease_seconds=60, patience=60)
+    assert (claims.jobs, claims.num_delayed) == ([], 1)
+    assert queue.sweep() == (0, 0)
+    assert queue.claim_suspect("w", lease_seconds=60) is None
+    assert reader.submission("sub").counts["waiting"] == 1
+    time.sleep(0.1)
+    queue.sweep()
+    again = suspect(queue) if alone else claim(queue)[0]
+    assert again.attempts == 2
+    assert queue.commit("w", [(again.lease, result(again))]) == [True]
+    assert keys_left(queue) == set()
+
+
+def test_all_workers_follow_the_queues_number_of_attempts(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(2))
+    assert queue.set_max_attempts(1) == 3
+    assert queue.set_max_attempts(1) == 1
+    first, _ = claim(queue, lease_seconds=0.01)
+    assert queue.retry(
+        "w", [first.lease], outcome="out_of_memory", message="too big", alone=True
+    ) == (0, 1)
+    time.sleep(0.02)
+    assert queue.sweep() == (0, 1)
+    codes = [r.error.code for r in reader.results(reader.job_ids("sub")) if r.error]
+    assert codes == ["out_of_memory", "attempts_exhausted"]
+
+
+def test_unloading_by_force_fails_suspects_and_delayed_jobs_too(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(3, "a"))
+    submit(queue, jobs(1, "b"), "sub-b")
+    make_suspects(queue, 4)
+    job = suspect(queue)
+    queue.retry("w", [job.lease], outcome="x", message="x", alone=False, delay=60)
+    queue.unload_adapter("a", "force")
+    assert queue.retire_adapter("a") is True
+    assert reader.submission("sub").counts["failed"] == 3
+    assert suspect(queue).lease.job_id == "job-b-0"
+
+
+def test_suspects_and_delayed_jobs_whose_records_were_deleted_stop_nobody(queue: JobQueue) -> None:
+    join(queue)
+    submit(queue, jobs(3))
+    make_suspects(queue)
+    job = suspect(queue)
+    queue.retry("w", [job.lease], outcome="x", message="x", alone=False, delay=0.01)
+    queue.client.delete(queue.keys.job(job.lease.job_id), queue.keys.job("job-None-1"))
+    time.sleep(0.02)
+    assert queue.sweep() == (0, 0)
+    assert suspect(queue).lease.job_id == "job-None-2"
+    assert queue.client.zcard(queue.keys.suspects) + queue.client.zcard(queue.keys.delayed) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import redis
 
 from broker.job_queue import Claim, ClaimRequest, JobQueue, Lease
 from schemas.job import Job
@@ -13,6 +14,12 @@ from worker.keeper import Keeper
 from worker.leases import Leases
 
 STATE = WorkerState(id="w", model="m", device="cpu", started=0, adapters={}, max_loras_per_batch=1)
+
+
+def claim_again(queue: JobQueue) -> list[Claim]:
+    """The job whose lease was lost."""
+    claim = queue.claim_suspect("w", lease_seconds=60)
+    return [claim] if claim else []
 
 
 def claim(queue: JobQueue, lease_seconds: float) -> list[Claim]:
@@ -38,11 +45,49 @@ def test_a_lost_lease_is_reported_once_and_no_longer_held(
     leases.add(claim(queue, lease_seconds=0.01))
     (lost,) = leases.held()
     time.sleep(0.02)
-    queue.sweep(max_attempts=3)
+    queue.sweep()
     keeper.turn()
     assert keeper.take_lost() == {lost}
     assert keeper.take_lost() == set()
     assert len(leases) == 0
+
+
+def test_a_worker_that_could_not_reach_the_server_lets_others_renew_before_it_sweeps(
+    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.keeper._GRACE_SECONDS", 0.2)
+    keeper = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=0.2)
+    heartbeat = JobQueue.heartbeat
+
+    def be_away(*args: object, **named: object) -> None:
+        raise redis.ConnectionError("away")
+
+    keeper.turn()
+    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
+    (job,) = claim(queue, lease_seconds=0.01)
+    monkeypatch.setattr(JobQueue, "heartbeat", be_away)
+    with pytest.raises(redis.ConnectionError):
+        keeper.turn()
+    time.sleep(0.15)
+    monkeypatch.setattr(JobQueue, "heartbeat", heartbeat)
+    keeper.turn()
+    assert queue.renew("w", [job.lease], lease_seconds=0.01) == set()
+    time.sleep(0.25)
+    keeper.turn()
+    assert queue.renew("w", [job.lease], lease_seconds=60) == {job.lease}
+
+
+def test_every_lease_that_is_held_is_renewed_and_no_other(queue: JobQueue, leases: Leases) -> None:
+    keeper = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=600)
+    keeper._next_renewal = time.monotonic()
+    queue.submit("sub", "file", 3, 0, [Job(id=f"job-{i}", prompt="x") for i in range(3)])
+    first, second, unseen = claim(queue, lease_seconds=60)
+    leases.add([first, second])
+    keeper.turn()
+    (now, _), held = queue.client.time(), (first, second)
+    ends = [queue.client.zscore(queue.keys.leases, job.lease.job_id) / 1000 for job in held]
+    assert min(ends) > now + 500
+    assert queue.client.zscore(queue.keys.leases, unseen.lease.job_id) / 1000 <= now + 61
 
 
 def test_a_lease_lost_during_the_renewal_does_not_take_the_new_one_with_it(
@@ -51,12 +96,12 @@ def test_a_lease_lost_during_the_renewal_does_not_take_the_new_one_with_it(
     queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
     leases.add(claim(queue, lease_seconds=0.01))
     time.sleep(0.02)
-    queue.sweep(max_attempts=3)
+    queue.sweep()
     renew = JobQueue.renew
 
     def claim_after_renewal(*args: object, **named: object) -> set[Lease]:
         lost = renew(queue, *args[1:], **named)
-        leases.add(claim(queue, lease_seconds=60))
+        leases.add(claim_again(queue))
         return lost
 
     monkeypatch.setattr(JobQueue, "renew", claim_after_renewal)

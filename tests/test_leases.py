@@ -6,9 +6,9 @@ from broker.job_queue import Claim, Lease
 from worker.leases import Leases
 
 
-def claim(entry: str, adapter: str | None = "a") -> Claim:
+def claim(number: int, adapter: str | None = "a") -> Claim:
     """One delivery of the same job."""
-    return Claim(Lease("job", entry), adapter, "{}", 1, "sub", 0, 0, 0)
+    return Claim(Lease("job", number), adapter, "{}", 1, "sub", 0, 0, 0)
 
 
 def leases(max_jobs: int = 4) -> Leases:
@@ -17,21 +17,21 @@ def leases(max_jobs: int = 4) -> Leases:
 
 def test_a_job_that_is_claimed_again_is_held_once_under_its_new_lease() -> None:
     held = leases()
-    held.add([claim("1")])
-    held.add([claim("2")])
-    assert held.held() == [Lease("job", "2")]
+    held.add([claim(1)])
+    held.add([claim(2)])
+    assert held.held() == [Lease("job", 2)]
     assert held.request(()).num_jobs == 3
-    held.remove([Lease("job", "2")])
+    held.remove([Lease("job", 2)])
     assert held.request(()).in_use == []
 
 
 def test_removing_a_former_lease_leaves_the_new_one() -> None:
     held = leases()
-    held.add([claim("1")])
-    held.add([claim("2")])
-    assert held.remove([Lease("job", "1")]) == set()
-    assert held.held() == [Lease("job", "2")]
-    assert held.remove([Lease("job", "2")]) == {Lease("job", "2")}
+    held.add([claim(1)])
+    held.add([claim(2)])
+    assert held.remove([Lease("job", 1)]) == set()
+    assert held.held() == [Lease("job", 2)]
+    assert held.remove([Lease("job", 2)]) == {Lease("job", 2)}
     assert len(held) == 0
 
 

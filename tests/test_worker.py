@@ -8,19 +8,24 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
+from statistics import median
 from threading import Timer
 from typing import Any
 
 import pytest
 import redis
+import torch
 from structlog.testing import capture_logs
 
-from broker.job_queue import Claims, JobQueue
+from broker.job_queue import ClaimRequest, Claims, JobQueue
 from producer.client import Client
+from schemas import WIRE_VERSION
+from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
+from worker.sequence import Sequence
 from worker.worker import Worker
 
 ADAPTERS = ("a", "a2", "b")
@@ -147,7 +152,7 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
         if next(num_calls) == 20:
             for job_id in ("first", "second"):
                 queue.client.zadd(queue.keys.leases, {job_id: 1}, xx=True)
-            assert queue.sweep(max_attempts=3) == (2, 0)
+            assert queue.sweep() == (2, 0)
         launch(engine, batch)
 
     monkeypatch.setattr(Engine, "launch", launch_after_a_stall)
@@ -158,6 +163,24 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
     for job_id in ("first", "second"):
         assert queue.client.hget(queue.keys.job(job_id), "attempts") == "2"
     assert worker._leases.request(()).in_use == []
+
+
+def test_jobs_of_a_claim_whose_reply_was_lost_run_at_once_in_their_first_attempt(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, num_claims = JobQueue._run, count()
+
+    def lose_the_first_reply(queue: JobQueue, script: str, *args: Any) -> Any:
+        reply = run(queue, script, *args)
+        if script == "claim" and next(num_claims) == 0:
+            raise redis.ConnectionError("lost")
+        return reply
+
+    monkeypatch.setattr(JobQueue, "_run", lose_the_first_reply)
+    submission = client.submit([job(f"job-{i}") for i in range(6)])
+    assert make_worker(lease_seconds=600).run() == 0
+    assert client.status(submission).counts["done"] == 6
+    assert {queue.client.hget(queue.keys.job(f"job-{i}"), "attempts") for i in range(6)} == {"1"}
 
 
 def test_a_job_that_crashes_the_engine_ends_dead_and_those_that_waited_behind_it_end_done(
@@ -180,7 +203,7 @@ def test_a_job_that_crashes_the_engine_ends_dead_and_those_that_waited_behind_it
         assert queue.client.hget(queue.keys.job(f"innocent-{i}"), "attempts") == "1"
 
 
-def test_jobs_that_ran_beside_one_that_crashes_the_engine_all_end(
+def test_jobs_that_ran_beside_one_that_crashes_the_engine_end_done(
     client: Client, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = Engine.launch
@@ -197,6 +220,196 @@ def test_jobs_that_ran_beside_one_that_crashes_the_engine_all_end(
     assert client.status(submission).is_complete
     assert status(client, "poison") == "dead"
     assert status(client, "short") == "done"
+    assert status(client, "long") == "done"
+
+
+def test_a_job_that_crashes_the_thread_that_prepares_it_ends_dead(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.worker._FLUSH_SECONDS", 0.1)
+    prepare = Engine.sequence_of
+
+    def prepare_unless_poisoned(engine: Engine, job: Job) -> Sequence:
+        if job.id == "poison":
+            raise RuntimeError("poison")
+        return prepare(engine, job)
+
+    monkeypatch.setattr(Engine, "sequence_of", prepare_unless_poisoned)
+    client.submit([job("first"), job("poison"), job("last")])
+    for _ in range(3):
+        assert make_worker().run() == 1
+        held = queue.client.zrange(queue.keys.leases, 0, -1)
+        queue.client.zadd(queue.keys.leases, dict.fromkeys(held, 1))
+        queue.sweep()
+    assert make_worker().run() == 0
+    assert [status(client, id_) for id_ in ("first", "poison", "last")] == ["done", "dead", "done"]
+
+
+def make_suspects(client: Client, queue: JobQueue, ids: list[str]) -> str:
+    """A worker that is never heard of again has claimed these jobs."""
+    submission = client.submit([job(id_) for id_ in ids])
+    request = ClaimRequest(len(ids), 0, in_use=[])
+    queue.claim("dead", request, lease_seconds=60, patience=60)
+    queue.client.zadd(queue.keys.leases, dict.fromkeys(ids, 1), xx=True)
+    assert queue.sweep() == (len(ids), 0)
+    return submission
+
+
+def test_suspects_run_alone_and_in_turn_with_a_backlog(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.claimer.PATIENCE", 0.05)
+    monkeypatch.setattr("worker.claimer._TRIAL_SECONDS", 0.05)
+    suspects = [f"suspect-{i}" for i in range(3)]
+    make_suspects(client, queue, suspects)
+    client.submit([job(f"other-{i}", max_tokens=100) for i in range(100)])
+    launch, batches = Engine.launch, list[list[str]]()
+
+    def launch_and_note(engine: Engine, batch: Batch) -> None:
+        batches.append([item.sequence.job.id for item in batch.scheduled])
+        launch(engine, batch)
+
+    monkeypatch.setattr(Engine, "launch", launch_and_note)
+    assert make_worker(max_running_requests=8).run() == 0
+    assert {status(client, id_) for id_ in suspects} == {"done"}
+    with_suspect = [n for n, ids in enumerate(batches) if set(ids) & set(suspects)]
+    assert all(len(batches[n]) == 1 for n in with_suspect)
+    assert max(map(len, batches)) == 8
+    # Others ran before the first suspect, between suspects, and after the last.
+    turns = [ids[0].partition("-")[0] for ids in batches]
+    changes = [turn for n, turn in enumerate(turns) if n == 0 or turns[n - 1] != turn]
+    assert changes[0] == changes[-1] == "other"
+    assert changes.count("suspect") > 1
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_tried_again_one_by_one(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.publisher._FIRST_DELAY", 0.1)
+    launch = Engine.launch
+
+    def launch_within_memory(engine: Engine, batch: Batch) -> None:
+        ids = {item.sequence.job.id for item in batch.scheduled}
+        if "huge" in ids or len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        launch(engine, batch)
+
+    monkeypatch.setattr(Engine, "launch", launch_within_memory)
+    client.submit([job("huge", "a"), job("one", "a"), job("two", "b"), job("three")])
+    worker = make_worker()
+    assert worker.run() == 0
+    (huge,) = client.results("huge")
+    assert huge.status == "dead"
+    assert huge.error is not None
+    assert huge.error.code == "out_of_memory"
+    assert [status(client, id_) for id_ in ("one", "two", "three")] == ["done"] * 3
+    assert queue.client.hget(queue.keys.job("one"), "attempts") == "2"
+    assert worker._engine.scheduler.pool.num_used == 0
+    assert len(worker._leases) == 0
+
+
+def test_a_job_whose_adapters_folder_is_away_for_a_moment_is_tried_again(
+    client: Client,
+    queue: JobQueue,
+    folder: Path,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.publisher._FIRST_DELAY", 0.1)
+    worker = make_worker(max_loaded_loras=1, max_loras_per_batch=1)  # So "a" has been evicted.
+    (folder / "a").rename(folder / "away")
+    retry = JobQueue.retry
+
+    def retry_and_put_it_back(*args: Any, **named: Any) -> tuple[int, int]:
+        (folder / "away").rename(folder / "a")
+        return retry(*args, **named)
+
+    monkeypatch.setattr(JobQueue, "retry", retry_and_put_it_back)
+    client.submit([job("patient", "a"), job("other", "b"), job("unknown", "nobody")])
+    assert worker.run() == 0
+    assert status(client, "unknown") == "failed"
+    assert queue.client.hmget(queue.keys.job("unknown"), "attempts", "history") == ["1", None]
+    assert status(client, "patient") == "done"
+    assert queue.client.hget(queue.keys.job("patient"), "attempts") == "2"
+    (entry,) = queue.client.hget(queue.keys.job("patient"), "history").splitlines()
+    assert "adapter_unavailable" in entry
+
+
+def test_the_newest_flag_sets_the_attempts_of_all_workers(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(engine: Engine, batch: Batch) -> None:
+        raise RuntimeError("poison")
+
+    monkeypatch.setattr(Engine, "launch", fail)
+    client.submit([job("poison")])
+    assert make_worker(max_attempts=2).run() == 1
+    assert make_worker().run() == 1
+    assert status(client, "poison") == "dead"
+    (poison,) = client.results("poison")
+    assert poison.error is not None
+    assert poison.error.message == (
+        "given up after 2 attempts; how the last one ended: the engine failed (RuntimeError)"
+    )
+
+
+def test_a_worker_hands_back_what_its_kv_cache_has_no_room_for(
+    client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.worker._START_SECONDS", 0.1)
+    monkeypatch.setattr("worker.worker._LOOK_SECONDS", 0.1)
+    worker = make_worker(max_running_requests=64)  # 8 more are ahead; 12 fit into the cache.
+    ids = [f"job-{i}" for i in range(100)]
+    prompt = {"prompt_token_ids": [1, 2, 3] * 100, "max_tokens": 40}
+    submission = client.submit([{"id": id_, **prompt} for id_ in ids])
+    launch, num_held = Engine.launch, list[int]()
+
+    def launch_and_count(engine: Engine, batch: Batch) -> None:
+        num_held.append(len(worker._leases))
+        launch(engine, batch)
+
+    monkeypatch.setattr(Engine, "launch", launch_and_count)
+    assert worker.run() == 0
+    assert client.status(submission).counts["done"] == 100
+    assert {queue.client.hget(queue.keys.job(id_), "attempts") for id_ in ids} == {"1"}
+    assert max(num_held) == 72
+    assert median(num_held) <= 12 + 8
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_worker_whose_clock_is_wrong_keeps_leases_and_times_by_the_servers(
+    client: Client,
+    queue: JobQueue,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    hours: int,
+) -> None:
+    before, _ = queue.client.time()
+    true_time = time.time
+    monkeypatch.setattr(time, "time", lambda: true_time() + 3600 * hours)
+    client.submit([job("job", max_tokens=400)])
+    assert make_worker(lease_seconds=1).run() == 0
+    (result,) = client.results("job")
+    after, _ = queue.client.time()
+    moments = result.timings.queued, result.timings.started, result.timings.finished
+    assert all(moment and before <= moment <= after + 1 for moment in moments)
+    assert queue.client.hget(queue.keys.job("job"), "attempts") == "1"
+
+
+def test_a_worker_leaves_jobs_of_a_newer_version_alone_and_says_so_once(
+    client: Client, queue: JobQueue, make_worker: MakeWorker
+) -> None:
+    client.submit([job("newer"), job("older"), job("current")])
+    for id_, version in (("newer", WIRE_VERSION + 1), ("older", WIRE_VERSION - 1)):
+        queue.client.hset(queue.keys.job(id_), "v", version)
+    with capture_logs() as logs:
+        assert make_worker().run() == 0
+    assert [status(client, id_) for id_ in ("newer", "older", "current")] == [
+        *("waiting", "done", "done"),
+    ]
+    told = [entry for entry in logs if entry["event"] == "other_wire_version"]
+    assert [entry["set_aside"] for entry in told] == [1]
+    assert queue.client.hget(queue.keys.job("newer"), "attempts") == "0"
 
 
 @pytest.mark.parametrize("trouble", [full_memory, full_disk, read_only])

@@ -13,7 +13,7 @@ from broker.connection import may_pass
 log = structlog.get_logger()
 
 #: Seconds to the next try while the server cannot be used: doubled from the first to the last.
-_FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
+_FIRST_PAUSE, LAST_PAUSE = 0.2, 5.0
 
 
 class BackgroundLoop(threading.Thread):
@@ -55,7 +55,7 @@ class BackgroundLoop(threading.Thread):
                     return
                 log.warning("redis_away", thread=self.name, error=str(error), next_try_in=pause)
                 self._stopping.wait(pause)
-                pause = min(2 * pause, _LAST_PAUSE)
+                pause = min(2 * pause, LAST_PAUSE)
 
     def stop(self) -> None:
         """Ask for the end; ``join`` waits for it."""

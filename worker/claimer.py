@@ -9,11 +9,12 @@ from queue import Empty, SimpleQueue
 import structlog
 from pydantic import ValidationError
 
-from broker.job_queue import Claim, JobQueue
+from broker.job_queue import Claim, Claims, JobQueue
+from schemas import WIRE_VERSION
 from schemas.errors import JobError
 from schemas.job import Job
 from worker.leases import Leases
-from worker.publisher import Failed, Publisher
+from worker.publisher import Failed, Publisher, Retry
 from worker.scheduler import PATIENCE
 from worker.sequence import Sequence
 
@@ -22,6 +23,13 @@ log = structlog.get_logger()
 #: Seconds until an empty queue is asked again: while sequences run, a slot may become free at any
 #: moment; an idle worker is woken by the queue, and asks only in case that message was lost.
 _PAUSE_BUSY, _PAUSE_IDLE = 0.05, 1.0
+
+#: Versions of job records that a worker can run.
+_READS = [WIRE_VERSION - 1, WIRE_VERSION]
+
+#: Seconds for which a worker runs suspects before it goes on with other jobs, and at least for how
+#: long it does that, while there are such, before it comes back to suspects.
+_TRIAL_SECONDS = 30.0
 
 
 class Claimer:
@@ -49,9 +57,14 @@ class Claimer:
         self._lease_seconds = lease_seconds
         self._ready: SimpleQueue[tuple[Claim, Sequence]] = SimpleQueue()
         self._wake = queue.client.pubsub(ignore_subscribe_messages=True)
+        self._is_trial = False
+        """Whether no jobs are claimed but suspects, one at a time, once nothing else is held."""
+        self._trial_end: float | None = None
+        """On the monotonic clock, from the first suspect of a trial on."""
+        self._next_trial = time.monotonic()
         self.found_nothing = False
-        """Whether the last claim found no job that this worker can run, and it held none that kept
-        others waiting for their slot."""
+        """Whether the last claim found no job that this worker can run now or soon, and it held
+        none that kept others waiting for their slot."""
 
     def turn(self) -> None:
         """Claim once; wait a little if there was nothing to claim or no room for it."""
@@ -71,19 +84,49 @@ class Claimer:
     def _claim(self) -> bool:
         """False if there was nothing to claim or no room for it."""
         holds_nothing = not len(self._leases)
+        if self._is_trial:
+            return holds_nothing and self._try_suspect()
         request = self._leases.request(self._resident())
         if not request.num_jobs:
             return False
         claims = self._queue.claim(
             self._worker_id, request, lease_seconds=self._lease_seconds, patience=PATIENCE
         )
-        self.found_nothing = holds_nothing and not claims.jobs
+        if claims.num_set_aside:
+            log.warning("other_wire_version", set_aside=claims.num_set_aside, reads=_READS)
+        brought_nothing = not claims.jobs and not claims.num_passed_over
+        is_idle = holds_nothing and brought_nothing
+        self.found_nothing = is_idle and claims.suspect_waits is None and not claims.num_delayed
+        self._is_trial = self._is_time_for_suspects(claims, is_idle)
         if drained := self._leases.drain_for(claims.starving):
             log.info("adapter_drains", adapter=drained, makes_room_for=claims.starving)
         self._leases.add(claims.jobs)
         for claim in claims.jobs:
             self._prepare(claim)
-        return bool(claims.jobs)
+        return not brought_nothing
+
+    def _is_time_for_suspects(self, claims: Claims, is_idle: bool) -> bool:
+        """At once if there is nothing else to do; else once one has waited beyond the patience,
+        unless it is the others' time."""
+        if claims.suspect_waits is None or is_idle:
+            return claims.suspect_waits is not None
+        return claims.suspect_waits > PATIENCE and time.monotonic() >= self._next_trial
+
+    def _try_suspect(self) -> bool:
+        """Claim a job that runs with no other beside it, as it may have ended its last worker, or
+        end the trial."""
+        now, claim = time.monotonic(), None
+        if self._trial_end is None or now < self._trial_end:
+            claim = self._queue.claim_suspect(self._worker_id, lease_seconds=self._lease_seconds)
+        if claim is None:
+            self._is_trial, self._trial_end = False, None
+            self._next_trial = now + _TRIAL_SECONDS
+            return True
+        self._trial_end = self._trial_end or now + _TRIAL_SECONDS
+        log.info("suspect_runs_alone", job=claim.lease.job_id, attempts=claim.attempts)
+        self._leases.add([claim])
+        self._prepare(claim)
+        return True
 
     def _prepare(self, claim: Claim) -> None:
         job = None
@@ -91,6 +134,9 @@ class Claimer:
             job = _job_of(claim)
             self._ready.put((claim, self._sequence_of(job)))
         except JobError as error:
+            if error.may_heal:
+                self._publisher.publish(Retry(claim, error))
+                return
             log.warning("job_failed", job=claim.lease.job_id, code=error.code)
             self._publisher.publish(Failed(claim, job, error))
 

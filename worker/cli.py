@@ -142,6 +142,12 @@ def _add_queue_flags(queue: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="after which the jobs of a worker that died go to another one (30)",
     )
+    queue.add_argument(
+        "--max-attempts",
+        type=int,
+        metavar="N",
+        help="of a job before it is given up; from now on, for all workers of the queue (3)",
+    )
     queue.add_argument("--burst", action="store_true", help="end when no job is left")
 
 

@@ -157,6 +157,7 @@ class WorkerConfig(BaseModel):
     load_format: Literal["auto", "dummy"] = "auto"
     queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
     redis_url: str | None = None
+    max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
     lease_seconds: Annotated[float, Field(ge=1, le=86400)] = 30.0
     burst: bool = False
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 
 def use_expandable_segments() -> None:
     """Take memory that can grow; to be called before anything stands on a GPU.
@@ -17,3 +19,16 @@ def use_expandable_segments() -> None:
     if "PYTORCH_ALLOC_CONF" in os.environ:  # The newer name.
         return
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a computation failed because memory of the device or the host did not suffice."""
+    # torch raises a RuntimeError of no class of its own where the host's allocator fails.
+    is_of_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_of_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def free_memory() -> None:
+    """Give back what torch keeps of a GPU's memory for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

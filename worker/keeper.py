@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import structlog
 
+from broker.connection import SOCKET_TIMEOUT
 from broker.job_queue import JobQueue, Lease
 from schemas.worker_state import WorkerState
+from worker.background import LAST_PAUSE
 from worker.leases import Leases
 
 log = structlog.get_logger()
@@ -17,8 +19,9 @@ log = structlog.get_logger()
 #: Seconds between two signs of life, and after which a silent worker counts as gone.
 HEARTBEAT_SECONDS, ALIVE_SECONDS = 2.0, 10.0
 
-#: Executions of a job before it is given up on.
-MAX_ATTEMPTS = 3
+#: Seconds for which a worker that could not reach the server sweeps nothing: others could not
+#: either, and each has tried again by then and renewed its leases.
+_GRACE_SECONDS = SOCKET_TIMEOUT + LAST_PAUSE
 
 
 class Keeper:
@@ -41,15 +44,24 @@ class Keeper:
         self.interval = min(lease_seconds / 3, HEARTBEAT_SECONDS)
         """Seconds between two turns."""
         self._next_renewal = time.monotonic() + lease_seconds / 3
+        self._is_away = False
+        """Whether the last turn failed."""
+        self._last_turn = self._next_sweep = time.monotonic()
         self._lost: set[Lease] = set()
         self._lost_lock = threading.Lock()
 
     def turn(self) -> None:
         """Report, renew if it is time, sweep."""
+        was_away, self._is_away = self._is_away, True  # Until the end of this turn.
         self.report()
         if time.monotonic() >= self._next_renewal:
             self._renew()
-        self._sweep()
+        now = time.monotonic()
+        if was_away and now - self._last_turn > self._lease_seconds / 2:
+            self._next_sweep = now + _GRACE_SECONDS
+        if now >= self._next_sweep:
+            self._sweep()
+        self._is_away, self._last_turn = False, now
 
     def report(self) -> None:
         """Write the worker's observed state, its sign of life."""
@@ -75,6 +87,6 @@ class Keeper:
                 self._lost |= lost
 
     def _sweep(self) -> None:
-        again, given_up = self._queue.sweep(max_attempts=MAX_ATTEMPTS)
+        again, given_up = self._queue.sweep()
         if again or given_up:
-            log.warning("leases_expired", waiting_again=again, given_up=given_up)
+            log.warning("leases_expired", tried_again_alone=again, given_up=given_up)

@@ -30,6 +30,10 @@ class Leases:
         self._in_use_since: dict[str, float] = {}
         self._draining: str | None = None
 
+    def limit(self, max_jobs: int) -> None:
+        """Hold no more jobs than that from now on."""
+        self._max_jobs = max_jobs
+
     def add(self, claims: Iterable[Claim]) -> None:
         with self._lock:
             for claim in claims:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import structlog
 
-from broker.job_queue import Claim, JobQueue
+from broker.job_queue import Claim, JobQueue, Lease
 from schemas.errors import JobError
 from schemas.job import Job
 from schemas.result import ErrorInfo, Result, Timings, Usage
@@ -20,6 +21,10 @@ log = structlog.get_logger()
 
 #: Results committed in one round trip.
 _COMMIT_CHUNK = 256
+
+#: Seconds from a first attempt that failed to the second; doubled for each further one, up to the
+#: last, and cut by up to a half at random, so that jobs that failed together do not come together.
+_FIRST_DELAY, _LAST_DELAY = 10.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,31 @@ class Failed:
     error: JobError
 
 
+@dataclass(frozen=True)
+class Retry:
+    """A claimed job that could not be run now, and may be later; ``alone`` if without others."""
+
+    claim: Claim
+    error: JobError
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Unbegun:
+    """A claimed job that this worker cannot start soon, and hands back."""
+
+    claim: Claim
+
+
+Outcome = Finished | Failed | Retry | Unbegun
+
+
+def retry_delay(attempts: int) -> float:
+    """Seconds to wait after so many attempts."""
+    longest = min(_FIRST_DELAY * 2.0 ** min(attempts - 1, 32), _LAST_DELAY)
+    return random.uniform(longest / 2, longest)
+
+
 class Publisher:
     """Makes results of outcomes and commits them, many at a time."""
 
@@ -49,16 +79,28 @@ class Publisher:
         self._worker_id = worker_id
         self._leases = leases
         self._tokenizer = tokenizer
-        self._outcomes: SimpleQueue[Finished | Failed] = SimpleQueue()
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
         self._uncommitted: list[tuple[Claim, Result]] = []
+        self._retries: list[Retry] = []
+        self._unbegun: list[Lease] = []
 
-    def publish(self, outcome: Finished | Failed) -> None:
+    def publish(self, outcome: Outcome) -> None:
         """Hand over an outcome; returns at once. Its lease is held until Redis has the result."""
         self._outcomes.put(outcome)
 
     def turn(self) -> None:
         """Commit what is there, or wait a little for it."""
         self._collect()
+        self._commit()
+        while self._retries:
+            self._retry(self._retries[-1])
+            self._retries.pop()
+        if self._unbegun:
+            log.info("jobs_handed_back", jobs=self._queue.release(self._worker_id, self._unbegun))
+            self._leases.remove(self._unbegun)
+            self._unbegun.clear()
+
+    def _commit(self) -> None:
         chunk = self._uncommitted[:_COMMIT_CHUNK]
         recorded = self._queue.commit(
             self._worker_id, [(claim.lease, result) for claim, result in chunk]
@@ -69,12 +111,38 @@ class Publisher:
             if not is_recorded:
                 log.warning("lease_lost", job=claim.lease.job_id, at="commit")
 
+    def _retry(self, retry: Retry) -> None:
+        """Let a job be tried again later, or be given up, as the number of its attempts says."""
+        lease, error, delay = retry.claim.lease, retry.error, retry_delay(retry.claim.attempts)
+        _, given_up = self._queue.retry(
+            self._worker_id,
+            [lease],
+            outcome=error.code,
+            message=error.message,
+            alone=retry.alone,
+            delay=delay,
+        )
+        self._leases.remove([lease])
+        log.warning(
+            "job_given_up" if given_up else "job_delayed",
+            job=lease.job_id,
+            code=error.code,
+            attempts=retry.claim.attempts,
+            seconds=None if given_up else round(delay, 1),
+        )
+
     def _collect(self) -> None:
-        """Move outcomes to ``_uncommitted``, which a failed commit leaves for the next turn."""
+        """Move outcomes to the lists of what is to be written, which stays there until it is."""
         try:
-            outcome = self._outcomes.get(timeout=0 if self._uncommitted else 0.1)
+            is_behind = self._uncommitted or self._retries or self._unbegun
+            outcome = self._outcomes.get(timeout=0 if is_behind else 0.1)
             while True:
-                self._uncommitted.append((outcome.claim, self._result(outcome)))
+                if isinstance(outcome, Retry):
+                    self._retries.append(outcome)
+                elif isinstance(outcome, Unbegun):
+                    self._unbegun.append(outcome.claim.lease)
+                else:
+                    self._uncommitted.append((outcome.claim, self._result(outcome)))
                 outcome = self._outcomes.get_nowait()
         except Empty:
             return

@@ -12,15 +12,17 @@ import structlog
 
 from broker.connection import connect
 from broker.job_queue import Claim, JobQueue, Lease
+from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
 from worker.background import BackgroundLoop
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
+from worker.device_memory import free_memory, is_out_of_memory
 from worker.engine import Engine
-from worker.keeper import ALIVE_SECONDS, MAX_ATTEMPTS, Keeper
+from worker.keeper import ALIVE_SECONDS, Keeper
 from worker.leases import Leases
-from worker.publisher import Finished, Publisher
+from worker.publisher import Finished, Publisher, Retry, Unbegun
 from worker.sequence import Sequence
 from worker.summary import StepSummary
 
@@ -32,6 +34,12 @@ DRAIN_SECONDS = 20.0
 
 #: Seconds for which an idle worker waits for work before it looks whether it should end.
 _IDLE_WAIT = 0.1
+
+#: Seconds after which jobs that have not begun go back, so that other workers can have them.
+_START_SECONDS = 10.0
+
+#: Seconds between two looks at them.
+_LOOK_SECONDS = 1.0
 
 #: Seconds for the last results to reach Redis.
 _FLUSH_SECONDS = 10.0
@@ -47,17 +55,20 @@ class Worker:
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
         queues = [JobQueue(connect(redis_url), config.queue) for _ in range(5)]
-        self._queue, claim_queue, publish_queue, keep_queue, follow_queue = queues
+        self._queue, self._claim_queue, publish_queue, keep_queue, follow_queue = queues
+        # A few more than can run, so that the next ones are ready when others finish.
+        self._num_ahead = max(4, config.running_limit // 8)
+        self._max_jobs = config.running_limit + self._num_ahead
+        self._next_look = time.monotonic()
         self._leases = Leases(
-            # A few more than can run, so that the next ones are ready when others finish.
-            max_jobs=config.running_limit + max(4, config.running_limit // 8),
+            max_jobs=self._max_jobs,
             max_adapters=config.max_loras_per_batch,
             pinned=lambda: engine.adapters.pinned_names,
         )
         engine.adapters.in_use = self._leases.adapters
         self._publisher = Publisher(publish_queue, self.id, self._leases, engine.tokenizer)
         self._claimer = Claimer(
-            claim_queue,
+            self._claim_queue,
             self.id,
             self._leases,
             self._publisher,
@@ -95,6 +106,8 @@ class Worker:
 
     def run(self) -> int:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
+        if self._config.max_attempts is not None:
+            self._set_max_attempts(self._config.max_attempts)
         self._follower.announce()
         self._follower.follow()
         self._keeper.report()
@@ -103,11 +116,12 @@ class Worker:
             loop.start()
         try:
             while not self._failed and self._stop_by is None and not self._is_drained():
-                self.step()
+                self._step_within_memory()
             self._drain()
-        except Exception:
+        except Exception as error:
             log.exception("engine_failed")
             self._failed = True
+            self._end_attempts(f"the engine failed ({type(error).__name__})")
         return self._end()
 
     def step(self) -> None:
@@ -115,6 +129,7 @@ class Worker:
         self._take_in(wait=0.0 if self._sequences else _IDLE_WAIT)
         for lease in self._keeper.take_lost():
             self._drop(lease)
+        self._hand_back_what_waits()
         batch = self._engine.schedule()
         if batch:
             self._engine.launch(batch)
@@ -122,6 +137,21 @@ class Worker:
         for sequence in self._engine.collect(all_launched=batch is None):
             claim, _ = self._sequences.pop(sequence.job.id)
             self._publisher.publish(Finished(claim, sequence))
+
+    def _step_within_memory(self) -> None:
+        """``step``; jobs for which memory does not suffice are tried again later, each alone."""
+        try:
+            self.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("out_of_memory", running=len(self._engine.scheduler.running))
+            reason = JobError("out_of_memory", "the worker's memory did not suffice for its batch")
+            for claim, sequence in list(self._sequences.values()):
+                if sequence.has_begun:
+                    self._drop(claim.lease)
+                    self._publisher.publish(Retry(claim, reason, alone=True))
+            free_memory()
 
     def stop(self) -> None:
         """Ask for the end: once, and what runs may finish; twice, and it is handed back."""
@@ -137,22 +167,18 @@ class Worker:
         log.info("worker_stops", running=len(self._engine.scheduler.running))
         self._stop_claiming()
         while self._sequences and not self._failed and time.monotonic() < (self._stop_by or 0):
-            self.step()
-        self._hand_back(self._claims(), attempt_counts=False)
+            self._step_within_memory()
+        self._hand_back(self._claims())
 
     def _end(self) -> int:
-        self._stop_claiming()
         _stop(self._follow_loop)
         _stop(self._keep_loop)
-        # What is left here ran when the engine failed, and may be to blame. The attempt counts, so
-        # that no job goes round for ever.
-        self._hand_back(self._claims(), attempt_counts=True)
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         _stop(self._publish_loop)
         try:
-            self._queue.leave(self.id)
+            self._claim_queue.leave(self.id)
         except redis.RedisError as error:
             log.warning("redis_away", at="leave", error=str(error))
         log.info("worker_ended", worker=self.id, batches=self._engine.counters.batches)
@@ -167,30 +193,68 @@ class Worker:
             self._sequences[sequence.job.id] = claim, sequence
             self._engine.add(sequence)
 
+    def _hand_back_what_waits(self) -> None:
+        """Hold no more jobs than begin within ``_START_SECONDS``, and the few ahead: the KV cache
+        may have room for fewer than may run."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        unbegun = [claim for claim, sequence in self._sequences.values() if not sequence.has_begun]
+        if not unbegun:
+            self._leases.limit(self._max_jobs)
+        elif now - unbegun[0].received > _START_SECONDS and len(unbegun) > self._num_ahead:
+            self._leases.limit(len(self._sequences) - len(unbegun) + self._num_ahead)
+            for claim in unbegun[self._num_ahead :]:
+                self._drop(claim.lease)
+                self._publisher.publish(Unbegun(claim))
+
     def _stop_claiming(self) -> None:
         """Claim no more, and hand back what has not begun."""
         _stop(self._claim_loop)
         self._take_in()
         waiting = [claim for claim, s in self._sequences.values() if not s.has_begun]
-        self._hand_back(waiting, attempt_counts=False)
+        self._hand_back(waiting)
 
     def _claims(self) -> list[Claim]:
         return [claim for claim, _ in self._sequences.values()]
 
-    def _hand_back(self, claims: list[Claim], *, attempt_counts: bool) -> None:
+    def _hand_back(self, claims: list[Claim]) -> None:
+        """Let other workers have jobs, which lose no attempt."""
+        if not claims:
+            return
+        leases = self._let_go(claims)
+        try:
+            log.info("jobs_handed_back", jobs=self._queue.release(self.id, leases))
+        except redis.RedisError as error:
+            log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
+
+    def _end_attempts(self, reason: str) -> None:
+        """Let the jobs that ran when the engine failed be tried alone: one of them may be to blame.
+        Those that had not begun are handed back."""
+        self._stop_claiming()
+        if not self._sequences:
+            return
+        leases = self._let_go(self._claims())
+        try:
+            again, given_up = self._queue.retry(
+                self.id, leases, outcome="engine_failed", message=reason, alone=True
+            )
+            log.warning("attempts_failed", tried_again_alone=again, given_up=given_up)
+        except redis.RedisError as error:
+            log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
+
+    def _let_go(self, claims: list[Claim]) -> list[Lease]:
         leases = [claim.lease for claim in claims]
         for lease in leases:
             self._drop(lease)
         self._leases.remove(leases)
-        if not leases:
-            return
-        try:
-            again, given_up = self._queue.release(
-                self.id, leases, attempt_counts=attempt_counts, max_attempts=MAX_ATTEMPTS
-            )
-            log.info("jobs_handed_back", waiting_again=again, given_up=given_up)
-        except redis.RedisError as error:
-            log.warning("redis_away", at="hand back; the leases will expire", error=str(error))
+        return leases
+
+    def _set_max_attempts(self, number: int) -> None:
+        before = self._queue.set_max_attempts(number)
+        if before != number:
+            log.info("max_attempts_changed", before=before, now=number)
 
     def _drop(self, lease: Lease) -> None:
         """Forget the sequence that runs under this lease, if there is one."""

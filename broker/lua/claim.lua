@@ -1,11 +1,15 @@
 -- Gives a worker jobs it can put into one batch: those of adapters it has in use, of the base
 -- model, and of as many other adapters as it has free slots.
---   ARGV: worker, lease in ms, number of jobs, free slots, patience in ms,
+--   ARGV: worker, number of this claim, lease in ms, number of jobs, free slots, patience in ms,
 --         n, then n adapters in use, m, then m adapters that may get no new jobs (draining),
 --         then adapters resident in a slot that is not in use
---   Returns {now, starving, job, ...}: starving is an adapter that waits unserved for longer than
---   the patience and found no slot ('' if none); job is
---   {id, adapter, entry, payload, attempts, queued, submission}.
+--   Returns {now, starving, jobs, suspect, delayed, set aside, passed over}: starving is an adapter
+--   that waits unserved for longer than the patience and found no slot ('' if none); each job is
+--   {id, adapter, payload, attempts, queued, submission}; suspect is for how many ms the first one
+--   that this worker can run waits, -1 if there is none; delayed is how many jobs wait to be tried
+--   again later; set aside is how many were found now whose record is of a version that is not
+--   read here; passed over are all entries that brought no job: there may be more behind them.
+-- Safe to repeat, with the same number, until the next claim.
 -- Free slots go to adapters that waited unserved beyond the patience, longest first; then to that
 -- with the most waiting jobs, which fill the batch, unless one with more has a slot or needs none;
 -- then to those with the fewest, which soon make room for the next; of equal ones first to those
@@ -14,9 +18,9 @@
 -- score is the moment when an adapter was last served, or that when it came to have waiting jobs.
 -- worker/scheduler.py has the same rule.
 local FULLEST_IN_TURN = 4
-local worker, lease, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local free_slots, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
-local position = 6
+local worker, claim, lease, wanted = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local free_slots, patience = tonumber(ARGV[5]), tonumber(ARGV[6])
+local position = 7
 local function read_set()
   local set, last = {}, position + tonumber(ARGV[position])
   for i = position + 1, last do set[ARGV[i]] = true end
@@ -28,6 +32,9 @@ local resident = {}
 for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
+local jobs = repeated_claim(worker, claim, lease, false)
+if jobs then return { text(now), '', jobs, -1, 0, 0, 0 } end
+jobs = {}
 local starved_before = now_us() - 1000 * patience
 local score, num_waiting = {}, {}
 local picks, slotless, fullest = {}, {}, nil
@@ -100,25 +107,42 @@ table.sort(picks, function(a, b)
   return a < b
 end)
 
-local reply = { text(now), starving }
+-- Entries that bring no job are not free of cost: one script passes over so many and no more.
+local MAX_PASSED_OVER = 1000
+local num_passed_over, num_set_aside = 0, 0
+
+-- Whether the entry's job can be lent to this worker; if not, what becomes of it.
+local function is_to_be_lent(adapter, entry, id)
+  local state, alone, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'alone', 'v'))
+  local is_read = reads_version(v)
+  if not state or is_read and state ~= 'waiting' then
+    drop_entry(adapter, entry)
+    return false
+  end
+  redis.call('HSET', JOB .. id, 'entry', entry)
+  if not is_read then
+    set_aside(id, v)
+    num_set_aside = num_set_aside + 1
+  elseif alone then
+    wait_for_turn(id)
+  end
+  return is_read and not alone
+end
 
 local function deliver(adapter, entry, id)
-  local state, payload, queued, submissions =
-    unpack(redis.call('HMGET', JOB .. id, 'state', 'job', 'queued', 'submissions'))
-  if state ~= 'waiting' then return drop_entry(adapter, entry) end
-  local attempts = redis.call('HINCRBY', JOB .. id, 'attempts', 1)
-  redis.call('HSET', JOB .. id, 'worker', worker, 'entry', entry, 'claimed', text(now))
-  redis.call('ZADD', LEASES, text(now + lease), id)
-  set_state(id, 'running')
-  table.insert(reply, { id, adapter, entry, payload, attempts, queued,
-    string.match(submissions, '%S+') })
+  if not is_to_be_lent(adapter, entry, id) then
+    num_passed_over = num_passed_over + 1
+    return
+  end
+  lend(id, worker, claim, now + lease)
+  table.insert(jobs, lent_job(id))
   wanted = wanted - 1
 end
 
 -- Delivers up to `count` entries; returns whether there may be more.
 local function read(adapter, count)
   local stream = STREAM .. adapter
-  local entries = read_entries(adapter, worker, count)
+  local entries = read_entries(adapter, count)
   for _, entry in ipairs(entries) do deliver(adapter, entry[1], entry[2][2]) end
   if #entries < count then
     redis.call('ZREM', READY, adapter)
@@ -131,7 +155,7 @@ end
 
 -- An equal share for every adapter first, then what is left to those that have more.
 local function share_among(adapters)
-  while wanted > 0 and #adapters > 0 do
+  while wanted > 0 and #adapters > 0 and num_passed_over < MAX_PASSED_OVER do
     local share = math.max(1, math.floor(wanted / #adapters))
     local with_more = {}
     for _, adapter in ipairs(adapters) do
@@ -151,4 +175,7 @@ for _, name in ipairs(picks) do
 end
 share_among(first)
 share_among(last)
-return reply
+note_claim(worker, claim, lease, jobs)
+local _, suspect_since = first_suspect(worker)
+return { text(now), starving, jobs, suspect_since and now - suspect_since or -1,
+  redis.call('ZCARD', DELAYED), num_set_aside, num_passed_over }

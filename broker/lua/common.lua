@@ -18,6 +18,16 @@ end
 
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 
+-- Tells those who follow a submission that a job of it has finished. Where a dead job was told is
+-- kept, so that a replay can take it back.
+local function tell_finished(submission, id, state)
+  local entry = redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
+  if state == 'dead' then
+    local told = redis.call('HGET', JOB .. id, 'told') or ''
+    redis.call('HSET', JOB .. id, 'told', told .. submission .. ' ' .. entry .. ' ')
+  end
+end
+
 -- Changes a job's state and the counts of every submission it belongs to. A submission that sent
 -- the job twice is named twice, so its counts always add up to its number of lines.
 local function set_state(id, to)
@@ -26,21 +36,20 @@ local function set_state(id, to)
   for submission in string.gmatch(submissions, '%S+') do
     redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
     redis.call('HINCRBY', SUBMISSION .. submission, to, 1)
-    if TERMINAL[to] then
-      redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
-    end
+    if TERMINAL[to] then tell_finished(submission, id, to) end
   end
 end
 
--- A lease is held by (worker, entry): every delivery of a job has a stream entry of its own, so a
--- worker that lost the job and got it again does not pass for its former self.
-local function holds_lease(worker, id, entry)
-  local state, holder, current = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker', 'entry'))
-  return state == 'running' and holder == worker and current == entry
+-- A lease is held by (worker, number of its claim): no two deliveries of a job share it, so a worker
+-- that lost the job and got it again does not pass for its former self.
+local function holds_lease(worker, id, claim)
+  local state, holder, current = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker', 'claim'))
+  return state == 'running' and holder == worker and current == claim
 end
 
 -- Ends a delivery: the entry is deleted when it is acknowledged, so XLEN is waiting + in flight.
 local function drop_entry(adapter, entry)
+  if not (adapter and entry) then return end -- The job was deleted underneath.
   local stream = STREAM .. adapter
   redis.call('XACK', stream, GROUP, entry)
   redis.call('XDEL', stream, entry)
@@ -49,12 +58,12 @@ local function drop_entry(adapter, entry)
   end
 end
 
--- The first entries of an adapter's stream that nobody has been given, up to `count`; they are
--- given to `worker` now. The group is made on first use, and again after a FLUSHALL.
-local function read_entries(adapter, worker, count)
+-- The first entries of an adapter's stream that nobody has been given, up to `count`; they count as
+-- given now. The group is made on first use, and again after a FLUSHALL.
+local function read_entries(adapter, count)
   local stream = STREAM .. adapter
   local function group_read()
-    return redis.pcall('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', stream, '>')
+    return redis.pcall('XREADGROUP', 'GROUP', GROUP, GROUP, 'COUNT', count, 'STREAMS', stream, '>')
   end
   local found = group_read()
   if type(found) == 'table' and found.err then
@@ -65,45 +74,181 @@ local function read_entries(adapter, worker, count)
   return found and found[1] and found[1][2] or {}
 end
 
+local function reads_version(v)
+  local version = tonumber(v)
+  return version == WIRE_VERSION or version == WIRE_VERSION - 1
+end
+
+-- Leaves a job alone whose record is of a version that is not read here, until a worker sweeps that
+-- reads it. What is no version counts as 0.
+local function set_aside(id, v)
+  local version = tonumber(v) or 0
+  if version ~= version then version = 0 end -- It said 'nan'.
+  redis.call('ZREM', LEASES, id)
+  redis.call('ZREM', SUSPECTS, id)
+  redis.call('ZREM', DELAYED, id)
+  redis.call('ZADD', SET_ASIDE, version, id)
+end
+
+-- Lends a waiting job to a worker, until a moment in ms.
+local function lend(id, worker, claim, until_ms)
+  redis.call('HINCRBY', JOB .. id, 'attempts', 1)
+  redis.call('HSET', JOB .. id, 'worker', worker, 'claim', claim, 'claimed', text(now_ms()))
+  redis.call('ZADD', LEASES, text(until_ms), id)
+  set_state(id, 'running')
+end
+
+-- What the worker that has it is told of a job:
+-- {id, adapter, payload, attempts, queued, submission}.
+local function lent_job(id)
+  local adapter, payload, attempts, queued, submissions =
+    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'job', 'attempts', 'queued', 'submissions'))
+  return { id, adapter, payload, attempts, queued, string.match(submissions, '%S+') }
+end
+
 -- Puts a job at the end of its adapter's stream and makes the adapter ready.
 local function enqueue(id, adapter)
   redis.call('XADD', STREAM .. adapter, '*', 'id', id)
   redis.call('ZADD', READY, 'NX', text(now_us()), adapter)
 end
 
--- Takes a job away from its worker and lets another one have it.
-local function requeue(id)
-  local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
-  enqueue(id, adapter) -- Before the old entry goes, so that the new one differs from it.
+-- Lets a waiting job have its turn: at the end of its adapter's stream, or, if it is to run alone,
+-- among the suspects. Those keep their entry, so that the stream's length counts them.
+local function wait_for_turn(id)
+  local adapter, entry, alone = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry', 'alone'))
+  if alone and entry then
+    redis.call('ZADD', SUSPECTS, text(now_ms()), id)
+    return
+  end
+  enqueue(id, adapter) -- Before the old entry goes, which may be the stream's only one.
   drop_entry(adapter, entry)
+  redis.call('HDEL', JOB .. id, 'entry')
+end
+
+-- Takes a running job away from its worker.
+local function take_back(id)
   redis.call('ZREM', LEASES, id)
-  redis.call('HDEL', JOB .. id, 'worker', 'entry', 'claimed')
+  redis.call('HDEL', JOB .. id, 'worker', 'claim', 'claimed')
   set_state(id, 'waiting')
 end
 
--- Ends a job that has been tried often enough.
-local function give_up(id)
-  local adapter, entry, attempts =
-    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry', 'attempts'))
-  local message = 'given up after ' .. attempts ..
-    ' attempts: each time its worker ended or stalled before the result was recorded'
-  redis.call('HSET', JOB .. id, 'error_code', 'attempts_exhausted', 'error_message', message,
-    'finished', text(now_ms()))
+-- Takes a job away from its worker that has not begun it: the attempt does not count.
+local function hand_back(id)
+  redis.call('HINCRBY', JOB .. id, 'attempts', -1)
+  take_back(id)
+  wait_for_turn(id)
+end
+
+-- Claims are numbered, so that one whose reply was lost may be repeated: it finds the jobs that it
+-- brought, with leases of full length. A command that comes late finds none: its reply is not
+-- awaited any more. Jobs of the other kind than is asked for now, suspects or not, are handed back.
+-- Returns nil for a claim of a new number.
+local function repeated_claim(worker, claim, lease, wants_suspects)
+  local last = redis.call('GET', CLAIM .. worker)
+  local number, ids = string.match(last or '', '^(%d+)(.*)$')
+  if not number or tonumber(claim) > tonumber(number) then return nil end
+  local found = {}
+  if claim ~= number then return found end
+  for id in string.gmatch(ids, '%S+') do
+    if holds_lease(worker, id, claim) then
+      if (redis.call('HEXISTS', JOB .. id, 'alone') == 1) == wants_suspects then
+        redis.call('ZADD', LEASES, 'XX', text(now_ms() + lease), id)
+        table.insert(found, lent_job(id))
+      else
+        hand_back(id)
+      end
+    end
+  end
+  return found
+end
+
+-- Notes what a claim has brought, for as long as that is lent.
+local function note_claim(worker, claim, lease, jobs)
+  local words = { claim }
+  for _, job in ipairs(jobs) do table.insert(words, job[1]) end
+  redis.call('SET', CLAIM .. worker, table.concat(words, ' '), 'PX', lease)
+end
+
+-- Executions of a job before it is given up on.
+local function max_attempts()
+  return tonumber(redis.call('HGET', SETTINGS, 'max_attempts') or DEFAULT_MAX_ATTEMPTS)
+end
+
+-- Adds how the current attempt ended to the job's history, a JSON object a line.
+local function note_attempt(id, attempt, outcome, message)
+  local worker, started, history =
+    unpack(redis.call('HMGET', JOB .. id, 'worker', 'claimed', 'history'))
+  local line = cjson.encode({ attempt = attempt, worker = worker or cjson.null,
+    started = started and started / 1000 or cjson.null, ended = now_ms() / 1000,
+    outcome = outcome, message = message })
+  redis.call('HSET', JOB .. id, 'history', (history and history .. '\n' or '') .. line)
+end
+
+-- What workers that ended cannot have said themselves stands on a dead job as this code.
+local UNTOLD = { lease_expired = true, engine_failed = true }
+
+-- Ends a running job that has been tried often enough.
+local function give_up(id, attempts, outcome, message)
+  local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
+  local reason = 'given up after ' .. attempts .. (attempts == 1 and ' attempt' or ' attempts') ..
+    '; how the last one ended: ' .. message
+  local dead = redis.call('XADD', DEAD, '*', 'id', id, 'reason', reason, 'attempts', attempts)
+  redis.call('HSET', JOB .. id, 'error_code', UNTOLD[outcome] and 'attempts_exhausted' or outcome,
+    'error_message', reason, 'finished', text(now_ms()), 'dead', dead)
   set_state(id, 'dead')
   redis.call('ZREM', LEASES, id)
   drop_entry(adapter, entry)
-  redis.call('XADD', DEAD, '*', 'id', id, 'reason', message, 'attempts', attempts)
+  redis.call('HDEL', JOB .. id, 'entry', 'claim')
 end
 
--- Takes a running job away from its worker. Returns true if it waits again, false if that was the
--- last of its attempts.
-local function try_again(id, max_attempts)
-  if tonumber(redis.call('HGET', JOB .. id, 'attempts')) >= max_attempts then
-    give_up(id)
+-- Ends an attempt of a running job that brought no result. The job is tried again, `delay` ms later,
+-- and without others beside it if it is to run `alone`; or it is given up if that was its last
+-- attempt. Returns whether it is tried again.
+local function end_attempt(id, outcome, message, alone, delay)
+  local attempts = tonumber(redis.call('HGET', JOB .. id, 'attempts') or 0)
+  note_attempt(id, attempts, outcome, message)
+  if alone then
+    redis.call('HSET', JOB .. id, 'alone', 1)
+  else
+    redis.call('HDEL', JOB .. id, 'alone')
+  end
+  if attempts >= max_attempts() then
+    give_up(id, attempts, outcome, message)
     return false
   end
-  requeue(id)
+  take_back(id)
+  if delay > 0 then
+    redis.call('ZADD', DELAYED, text(now_ms() + delay), id)
+  else
+    wait_for_turn(id)
+  end
   return true
+end
+
+-- The suspect that waits for longest of those that a worker can run (of its adapters and of names
+-- that the queue does not know, so that they fail), and since when; nil if there is none. One that
+-- has ended while it waited goes.
+local function first_suspect(worker)
+  local first, window = 0, 256
+  while true do
+    local found = redis.call('ZRANGE', SUSPECTS, first, first + window - 1, 'WITHSCORES')
+    for i = 1, #found, 2 do
+      local id = found[i]
+      local state, adapter, entry, v =
+        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry', 'v'))
+      if state and not reads_version(v) then
+        set_aside(id, v)
+      elseif state ~= 'waiting' then
+        redis.call('ZREM', SUSPECTS, id)
+        drop_entry(adapter, entry)
+      elseif adapter == BASE or redis.call('HEXISTS', ADAPTERS, adapter) == 0
+        or redis.call('SISMEMBER', WORKER .. worker .. ':adapters', adapter) == 1 then
+        return id, tonumber(found[i + 1])
+      end
+    end
+    if #found < 2 * window then return nil end
+    first = first + window
+  end
 end
 
 -- An adapter's record in the desired state, nil if there is none. A null in it is cjson.null.

@@ -1,5 +1,5 @@
 -- Prolongs leases.
---   ARGV: worker, lease in ms, then (id, entry) a job
+--   ARGV: worker, lease in ms, then (id, claim) a job
 --   Returns the ids whose lease the worker no longer holds.
 local worker, until_ms = ARGV[1], now_ms() + tonumber(ARGV[2])
 local lost = {}

@@ -8,7 +8,12 @@ local record = read_record(name)
 if not record or type(record.unloading) ~= 'string' then return 0 end
 
 local function fail(entry, id)
-  if redis.call('HGET', JOB .. id, 'state') == 'waiting' then
+  local state, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'v'))
+  if state and not reads_version(v) then
+    redis.call('HSET', JOB .. id, 'entry', entry)
+    return set_aside(id, v)
+  end
+  if state == 'waiting' then
     redis.call('HSET', JOB .. id, 'error_code', 'adapter_unloaded',
       'error_message', 'adapter ' .. name .. ' was unloaded by force while the job waited',
       'finished', text(now_ms()))
@@ -17,8 +22,21 @@ local function fail(entry, id)
   drop_entry(name, entry)
 end
 
+-- Suspects and delayed jobs have entries that were read before.
+local function fail_those_in(set)
+  for _, id in ipairs(redis.call('ZRANGE', set, 0, -1)) do
+    local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
+    if adapter == name then
+      redis.call('ZREM', set, id)
+      fail(entry, id)
+    end
+  end
+end
+
 if record.unloading == 'force' then
-  for _, entry in ipairs(read_entries(name, 'unload', limit)) do fail(entry[1], entry[2][2]) end
+  fail_those_in(SUSPECTS)
+  fail_those_in(DELAYED)
+  for _, entry in ipairs(read_entries(name, limit)) do fail(entry[1], entry[2][2]) end
 end
 if redis.call('XLEN', STREAM .. name) > 0 then return 0 end
 redis.call('DEL', STREAM .. name)

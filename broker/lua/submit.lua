@@ -31,9 +31,7 @@ for i = 0, count - 1 do
   local state, submissions = unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions'))
   if state then
     redis.call('HSET', JOB .. id, 'submissions', submissions .. ' ' .. submission)
-    if TERMINAL[state] then
-      redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
-    end
+    if TERMINAL[state] then tell_finished(submission, id, state) end
   else
     state = 'waiting'
     redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,

@@ -1,17 +1,74 @@
--- Takes jobs whose lease has expired from their workers. They wait again, or, once they have been
--- tried often enough, are given up on.
---   ARGV: attempts allowed, how many jobs to look at
---   Returns {number made to wait again, number given up}.
-local max_attempts, limit = tonumber(ARGV[1]), ARGV[2]
-local now, again, given_up = text(now_ms()), 0, 0
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, limit)) do
-  if redis.call('HGET', JOB .. id, 'state') ~= 'running' then
-    redis.call('ZREM', LEASES, id)
-  elseif try_again(id, max_attempts) then
+-- Takes jobs whose lease has expired from their workers. They may have killed them, so they are tried
+-- again alone, or, once they have been tried often enough, given up on. Then lets delayed jobs whose
+-- time has come have their turn, and jobs that workers of another version set aside, if they are read
+-- here.
+--   ARGV: how many jobs of each kind to look at
+--   Returns {number of expired leases whose jobs are tried again, number given up}.
+-- Safe to repeat.
+local limit = ARGV[1]
+local now = text(now_ms())
+local again, given_up = 0, 0
+
+local function end_lost_attempt(id)
+  local message = 'its worker ended or stalled before the result was recorded'
+  if end_attempt(id, 'lease_expired', message, true, 0) then
     again = again + 1
   else
     given_up = given_up + 1
   end
 end
-if again > 0 then redis.call('PUBLISH', WAKE, 'sweep') end
+
+local function take_expired()
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, limit)) do
+    local state, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'v'))
+    if state ~= 'running' then
+      redis.call('ZREM', LEASES, id)
+    elseif reads_version(v) then
+      end_lost_attempt(id)
+    else
+      set_aside(id, v)
+    end
+  end
+end
+
+local function let_due_ones_wait()
+  local due = redis.call('ZRANGEBYSCORE', DELAYED, '-inf', now, 'LIMIT', 0, limit)
+  for _, id in ipairs(due) do
+    redis.call('ZREM', DELAYED, id)
+    local state, adapter, entry, v =
+      unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry', 'v'))
+    if state and not reads_version(v) then
+      set_aside(id, v)
+    elseif state == 'waiting' then
+      wait_for_turn(id)
+    else
+      drop_entry(adapter, entry)
+    end
+  end
+  return #due
+end
+
+local function take_up_what_was_set_aside()
+  local num_taken_up = 0
+  for version = WIRE_VERSION - 1, WIRE_VERSION do
+    local found = redis.call('ZRANGEBYSCORE', SET_ASIDE, version, version, 'LIMIT', 0, limit)
+    for _, id in ipairs(found) do
+      redis.call('ZREM', SET_ASIDE, id)
+      local state, adapter, entry =
+        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry'))
+      if state == 'running' then
+        end_lost_attempt(id)
+      elseif state == 'waiting' then
+        wait_for_turn(id)
+      else
+        drop_entry(adapter, entry)
+      end
+    end
+    num_taken_up = num_taken_up + #found
+  end
+  return num_taken_up
+end
+
+take_expired()
+if let_due_ones_wait() + take_up_what_was_set_aside() + again > 0 then redis.call('PUBLISH', WAKE, 'sweep') end
 return { again, given_up }

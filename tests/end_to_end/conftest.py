@@ -18,6 +18,9 @@ from tests.tiny_models import ALL_MODULES, Oracle, make_adapter, make_llama
 #: Starts a worker with these flags.
 StartWorker = Callable[..., subprocess.Popen[bytes]]
 
+#: Starts a worker that computes nothing.
+StartMortal = Callable[[], subprocess.Popen[bytes]]
+
 #: Rank and modules of each adapter: those of the page that describes SGLang's LoRA serving.
 ADAPTERS: dict[str, tuple[int, tuple[str, ...]]] = {
     "lora0": (4, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")),
@@ -109,3 +112,28 @@ def bare_flags(root: Path) -> tuple[str, ...]:
         *("--enable-lora", "--max-lora-rank", "256", "--lora-target-modules", "all"),
         *("--lora-root", str(root), "--max-loras-per-batch", "3", "--lease-seconds", "2"),
     )
+
+
+@pytest.fixture
+def start_mortal(redis_url: str, queue_name: str, tmp_path: Path) -> Iterator[StartMortal]:
+    """Starts workers that the prompt "poison" kills; ends those that still run."""
+    processes = []
+
+    def start() -> subprocess.Popen[bytes]:
+        with (tmp_path / f"worker-{len(processes)}.log").open("wb") as log:
+            place = ("--queue", queue_name, "--redis-url", redis_url)
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tests.end_to_end.mortal_worker"),
+                    *("--lease-seconds", "1", *place),
+                ],
+                stderr=log,
+            )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()

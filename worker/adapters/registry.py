@@ -92,7 +92,9 @@ class AdapterRegistry:
             try:
                 adapter = self._alive.get((name, known.revision)) or self._read(name, known.folder)
             except BadInput as error:
-                raise JobError("adapter_unavailable", f"adapter '{name}': {error}") from error
+                raise JobError(
+                    "adapter_unavailable", f"adapter '{name}': {error}", may_heal=True
+                ) from error
             if adapter.revision != known.revision:
                 raise JobError(
                     "adapter_unavailable",
