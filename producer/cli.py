@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from producer.lora import app as lora_app
 from producer.messages import fail
-from producer.options import Json, Queue, RedisUrl
+from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
 from schemas.errors import BadInput, LorryError
 
 EXIT_CODES = """\
@@ -135,6 +135,7 @@ def submit(
     output: OutputFile = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Send the prompts of FILE, once every line is found valid.
@@ -146,7 +147,7 @@ def submit(
     from producer import submitting
     from producer.place import Place
 
-    place = Place(redis_url, queue)
+    place = Place(redis_url, queue, redis_password_file)
     output = None if output == Path("-") else output
     if not wait:
         if output:
@@ -176,6 +177,7 @@ def results(
         typer.Option("--format", help="Default: table on a terminal, jsonl elsewhere."),
     ] = None,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Print the results of submissions and jobs that have finished, in input order."""
@@ -185,7 +187,11 @@ def results(
     if format_ is None:
         format_ = Format.table if output is None and sys.stdout.isatty() else Format.jsonl
     fetching.results(
-        Place(redis_url, queue), ids, output, follow=follow, as_table=format_ is Format.table
+        Place(redis_url, queue, redis_password_file),
+        ids,
+        output,
+        follow=follow,
+        as_table=format_ is Format.table,
     )
 
 
@@ -194,13 +200,14 @@ def status(
     id_: Annotated[str | None, typer.Argument(metavar="ID", help="A submission or a job.")] = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Show the queue with its workers, or a submission, or a job."""
     from producer import fetching
     from producer.place import Place
 
-    fetching.status(Place(redis_url, queue), id_, json_wanted=json)
+    fetching.status(Place(redis_url, queue, redis_password_file), id_, json_wanted=json)
 
 
 @app.command()
@@ -211,13 +218,14 @@ def wait(
         typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after this time."),
     ] = None,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Wait until a submission or a job has finished."""
     from producer import fetching
     from producer.place import Place
 
-    fetching.wait(Place(redis_url, queue), id_, timeout)
+    fetching.wait(Place(redis_url, queue, redis_password_file), id_, timeout)
 
 
 def main() -> None:

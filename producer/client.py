@@ -50,16 +50,26 @@ class Client:
     Every method raises ServerUnavailable if the server cannot be reached or refuses a command.
     """
 
-    def __init__(self, url: str | None = None, queue: str = "lorry") -> None:
-        """Use the server at ``url`` or ``REDIS_URL``; with neither, the embedded one."""
+    def __init__(
+        self,
+        url: str | None = None,
+        queue: str = "lorry",
+        password_file: Path | str | None = None,
+    ) -> None:
+        """Use the server at ``url`` or ``REDIS_URL``; with neither, the embedded one.
+
+        Its password stands in the URL, in ``password_file``, in the file that
+        ``REDIS_PASSWORD_FILE`` names, or in ``REDIS_PASSWORD``.
+        """
         if not re.fullmatch(QUEUE_NAME, queue):
             raise BadInput(
                 f"'{queue}' cannot name a queue: use up to 64 letters, digits and . _ -"
                 " beginning with a letter or digit."
             )
         with ExitStack() as stack:
-            server = stack.enter_context(use_server(url))
-            connection = stack.enter_context(connect(server.url, retries=RETRIES))
+            file = None if password_file is None else Path(password_file)
+            server = stack.enter_context(use_server(url, file))
+            connection = stack.enter_context(connect(server.url, queue, retries=RETRIES))
             self._stack = stack.pop_all()
         self._url = server.url
         self._job_queue = JobQueue(connection, queue)

@@ -100,6 +100,7 @@ class WorkerConfig(BaseModel):
     load_format: Literal["auto", "dummy"] = "auto"
     queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
     redis_url: str | None = None
+    redis_password_file: Path | None = None
     lease_seconds: Annotated[float, Field(ge=1, le=86400)] = 30.0
     burst: bool = False
 

@@ -14,7 +14,7 @@ from broker.connection import connect
 from broker.job_queue import Claim, JobQueue, Lease
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
-from worker.background import BackgroundLoop
+from worker.background import BackgroundLoop, keep_trying
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
 from worker.engine import Engine
@@ -46,7 +46,7 @@ class Worker:
         self._engine = engine
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
-        queues = [JobQueue(connect(redis_url), config.queue) for _ in range(5)]
+        queues = [JobQueue(connect(redis_url, config.queue), config.queue) for _ in range(5)]
         self._queue, claim_queue, publish_queue, keep_queue, follow_queue = queues
         self._leases = Leases(
             # A few more than can run, so that the next ones are ready when others finish.
@@ -91,9 +91,7 @@ class Worker:
 
     def run(self) -> int:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
-        self._follower.announce()
-        self._follower.follow()
-        self._keeper.report()
+        keep_trying(self._join, at="join")
         log.info("worker_ready", worker=self.id, queue=self._config.queue)
         for loop in (self._claim_loop, self._publish_loop, self._keep_loop, self._follow_loop):
             loop.start()
@@ -105,6 +103,14 @@ class Worker:
             log.exception("engine_failed")
             self._failed = True
         return self._end()
+
+    def _join(self) -> None:
+        """Become known to the queue, and serve what it wants; may be repeated."""
+        if self._stop_by is not None:
+            return  # Asked to end while Redis was away.
+        self._follower.announce()
+        self._follower.follow()
+        self._keeper.report()
 
     def step(self) -> None:
         """One turn of the way of data: claims, sequences, batch, forward, tokens, results."""
