@@ -13,6 +13,7 @@ from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import (
     AskError,
     ClusterDownError,
+    MovedError,
     NoPermissionError,
     NoScriptError,
     TryAgainError,
@@ -151,6 +152,10 @@ def _explanation(server: str, error: redis.RedisError) -> str:
         return (
             f"The Redis server at {server} does not let this user do that: {reason}."
             " docs/server.md lists what producers, workers and operators need."
+        )
+    if isinstance(error, MovedError):
+        return (
+            f"{server} belongs to a Redis Cluster. Let the URL say so: redis+cluster://host:port."
         )
     return f"The Redis server at {server} refused a command: {reason}"
 

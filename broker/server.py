@@ -20,13 +20,13 @@ class Server:
     url: str
     description: str
 
-    def settings(self, queue: str) -> ServerSettings:
-        """What the server that holds the queue says of itself.
+    def settings(self) -> ServerSettings:
+        """What the server says of itself; of a cluster, one of its nodes.
 
         Raises what the driver raises if it does not answer, and ServerUnavailable if it is another
         kind of server than the URL says.
         """
-        with connect(self.url, queue) as client:
+        with connect(self.url) as client:
             client.ping()  # Everybody may, and a login that is refused is told as such.
             settings = read_settings(client)
         is_cluster = parse_address(self.url).kind == "cluster"
@@ -55,6 +55,6 @@ def find_server(url: str | None, password_file: Path | None = None) -> Iterator[
 def use_server(url: str | None, password_file: Path | None = None) -> Iterator[Server]:
     """``find_server``; raises ServerUnavailable if it does not answer."""
     with find_server(url, password_file) as server:
-        with server_errors(server.url), connect(server.url) as client:
-            client.ping()
+        with server_errors(server.url):
+            server.settings()
         yield server

@@ -36,6 +36,8 @@ class ValkeyServer:
     def __init__(self, folder: Path, *flags: str, port: int | None = None) -> None:
         """``flags`` are those of valkey-server; with none, it keeps an append-only file."""
         folder.mkdir(parents=True, exist_ok=True)
+        self._config = folder / "valkey.conf"
+        self._config.touch()  # A Sentinel keeps what it learns there.
         self.folder = folder
         self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
@@ -46,7 +48,8 @@ class ValkeyServer:
     def start(self) -> None:
         self._process = subprocess.Popen(
             [
-                *(str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1"),
+                *(str(get_binary_path()), str(self._config)),
+                *("--port", str(self.port), "--bind", "127.0.0.1"),
                 *("--dir", str(self.folder), "--logfile", str(self.folder / "valkey.log")),
                 *self._flags,
             ],

@@ -165,7 +165,7 @@ def _run(flags: dict[str, object]) -> int:
         with find_server(config.redis_url, config.redis_password_file) as server:
             log.info("queue_server", server=server.description)
             with server_errors(server.url):
-                settings = keep_trying(lambda: server.settings(config.queue), at="start")
+                settings = keep_trying(server.settings, at="start")
             for sentence in warnings(settings):
                 log.warning("server_settings", problem=sentence)
             worker = Worker(config, Engine(config), server.url)
