@@ -133,6 +133,12 @@ def submit(
         ),
     ] = None,
     output: OutputFile = None,
+    durable: Annotated[
+        bool,
+        typer.Option(
+            "--durable", help="Say that they are submitted once the server has them on disk."
+        ),
+    ] = False,
     json: Json = False,
     redis_url: RedisUrl = None,
     redis_password_file: RedisPasswordFile = None,
@@ -154,13 +160,15 @@ def submit(
             raise BadInput("-o takes results, and only --wait brings them.")
         if timeout is not None:
             raise BadInput("--timeout bounds a wait, and only --wait waits.")
-        submitting.submit(place, file, lora, json_wanted=json)
+        submitting.submit(place, file, lora, durable=durable, json_wanted=json)
         return
     if timeout is not None and not timeout >= 0:  # NaN, which is not below the least.
         raise BadInput(f"--timeout takes a number of seconds, not {timeout}.")
     if json and not output:
         raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
-    submitting.submit_and_wait(place, file, lora, output, timeout=timeout, json_wanted=json)
+    submitting.submit_and_wait(
+        place, file, lora, output, timeout=timeout, durable=durable, json_wanted=json
+    )
 
 
 @app.command()
