@@ -14,10 +14,11 @@ import redis
 
 from broker import connection
 from broker.address import parse_address, resolve_url, without_password
-from broker.connection import BLOCK_SECONDS, SOCKET_TIMEOUT, connect
+from broker.connection import BLOCK_SECONDS, SOCKET_TIMEOUT, connect, is_refusal, may_pass
 from producer.client import Client
 from schemas.errors import BadInput, ServerUnavailable
 from tests.servers import ValkeyServer, wait_until
+from tests.test_producer_cli import Producer, prompts
 
 
 @contextmanager
@@ -217,3 +218,53 @@ def test_two_passwords_and_one_without_a_server_are_refused(password_file: Path)
     assert "REDIS_URL" not in os.environ
     with pytest.raises(BadInput, match="needs a server"):
         resolve_url(None, password_file)
+
+
+def test_a_password_on_the_command_line_brings_a_warning(locked_server: ValkeyServer) -> None:
+    url = locked_server.url.replace("//", "//:se%2Fc%3Ar%40t%25%23@")
+    outcome = Producer(url, "q")("status")
+    assert outcome.exit_code == 0
+    assert "warning: Every user of this machine can see the password" in outcome.stderr
+    assert "se%2Fc" not in outcome.output
+
+
+def test_a_command_to_type_next_names_the_password_file(
+    locked_server: ValkeyServer, password_file: Path, tmp_path: Path
+) -> None:
+    flags = ("--redis-password-file", str(password_file))
+    outcome = Producer(locked_server.url, "q")("submit", prompts(tmp_path, '"x"'), *flags)
+    assert outcome.exit_code == 0
+    assert f"{' '.join(flags)}`" in outcome.stdout
+    assert "warning: Every user" not in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        redis.ConnectionError("refused"),
+        redis.TimeoutError("mute"),
+        redis.BusyLoadingError("loading"),
+        redis.ReadOnlyError("a replica"),
+        redis.OutOfMemoryError("full"),
+        redis.exceptions.ClusterDownError("CLUSTERDOWN no owner"),
+        redis.exceptions.TryAgainError("moves"),
+        redis.exceptions.NoScriptError("started anew"),
+        redis.ResponseError("MISCONF full disk"),
+    ],
+)
+def test_what_may_pass_is_waited_for(error: redis.RedisError) -> None:
+    assert may_pass(error)
+    assert not is_refusal(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        redis.AuthenticationError("WRONGPASS"),
+        redis.exceptions.NoPermissionError("NOPERM"),
+        redis.ResponseError("ERR unknown command"),
+        redis.ResponseError("WRONGTYPE"),
+    ],
+)
+def test_a_refusal_is_not_waited_for(error: redis.RedisError) -> None:
+    assert is_refusal(error)

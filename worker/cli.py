@@ -147,6 +147,7 @@ def main() -> None:
 
 def _run(flags: dict[str, object]) -> int:
     # Only now, since importing torch takes seconds and --help should not.
+    from broker.address import has_password
     from broker.connection import server_errors
     from broker.server import find_server
     from broker.server_settings import warnings
@@ -164,6 +165,8 @@ def _run(flags: dict[str, object]) -> int:
         config = WorkerConfig.from_flags(flags)
         with find_server(config.redis_url, config.redis_password_file) as server:
             log.info("queue_server", server=server.description)
+            if has_password(config.redis_url):
+                log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
             with server_errors(server.url):
                 settings = keep_trying(server.settings, at="start")
             for sentence in warnings(settings):

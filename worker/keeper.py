@@ -21,6 +21,11 @@ HEARTBEAT_SECONDS, ALIVE_SECONDS = 2.0, 10.0
 MAX_ATTEMPTS = 3
 
 
+#: Seconds for which a worker that comes back from an outage leaves leases alone that have expired:
+#: other workers, which pause for up to 5 s between their tries, come back to renew theirs.
+OUTAGE_GRACE_SECONDS = 10.0
+
+
 class Keeper:
     """Renews leases three times in their life, reports the worker's state, sweeps expired ones."""
 
@@ -41,15 +46,19 @@ class Keeper:
         self.interval = min(lease_seconds / 3, HEARTBEAT_SECONDS)
         """Seconds between two turns."""
         self._next_renewal = time.monotonic() + lease_seconds / 3
+        self._last_turn = time.monotonic()
+        self._sweeps_from = self._last_turn
         self._lost: set[Lease] = set()
         self._lost_lock = threading.Lock()
 
     def turn(self) -> None:
         """Report, renew if it is time, sweep."""
         self.report()
+        self._note_outage()
         if time.monotonic() >= self._next_renewal:
             self._renew()
-        self._sweep()
+        if time.monotonic() >= self._sweeps_from:
+            self._sweep()
 
     def report(self) -> None:
         """Write the worker's observed state, its sign of life."""
@@ -62,6 +71,17 @@ class Keeper:
         with self._lost_lock:
             lost, self._lost = self._lost, set()
         return lost
+
+    def _note_outage(self) -> None:
+        """Put off sweeping if the last turn is so long ago that leases have expired which their
+        workers could not renew: Redis was away, and most likely for all of them."""
+        now = time.monotonic()
+        away = now - self._last_turn
+        # A lease has at least two thirds of its time left when it was renewed as it should be.
+        if away > self._lease_seconds * 2 / 3:
+            log.info("outage_over", seconds=round(away), sweeps_in=OUTAGE_GRACE_SECONDS)
+            self._sweeps_from = now + OUTAGE_GRACE_SECONDS
+        self._last_turn = now
 
     def _renew(self) -> None:
         held = self._leases.held()
