@@ -82,11 +82,13 @@ class _BoundedRetry(Retry):
         if self._is_trying:
             return do()
         gives_up = time.monotonic() + RETRY_SECONDS
+
+        def may_repeat(error: Exception) -> bool:
+            return time.monotonic() < gives_up and (is_retryable is None or is_retryable(error))
+
         self._is_trying = True
         try:
-            return super().call_with_retry(
-                do, fail, lambda error: time.monotonic() < gives_up, with_failure_count
-            )
+            return super().call_with_retry(do, fail, may_repeat, with_failure_count)
         finally:
             self._is_trying = False
 

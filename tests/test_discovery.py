@@ -24,6 +24,8 @@ QUEUE = next(f"q{i}" for i in range(100) if key_slot(f"{{q{i}}}:".encode()) < SL
 
 LONG_LEASE = 60.0
 
+CLUSTER = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--appendonly", "yes")
+
 
 @pytest.fixture(scope="module")
 def start_server(
@@ -88,9 +90,8 @@ def assert_is_served(client: Client, queue: JobQueue) -> None:
 @pytest.fixture(scope="module")
 def cluster(start_server: Callable[..., ValkeyServer]) -> list[ValkeyServer]:
     """Three nodes, each with a third of the slots."""
-    flags = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--appendonly", "yes")
     bus_ports = [free_port() for _ in range(3)]
-    nodes = [start_server(*flags, "--cluster-port", str(port)) for port in bus_ports]
+    nodes = [start_server(*CLUSTER, "--cluster-port", str(port)) for port in bus_ports]
     for i, node in enumerate(nodes):
         with node.client() as client:
             first, last = i * SLOTS // 3, (i + 1) * SLOTS // 3 - 1
@@ -185,6 +186,48 @@ def test_so_is_a_cluster_whose_user_may_not_ask_what_it_is(cluster: list[ValkeyS
         pytest.raises(ServerUnavailable, match=r"redis\+cluster://"),
     ):
         client.overview()
+
+
+def test_a_queue_in_a_cluster_survives_a_failover(
+    cluster: list[ValkeyServer], start_server: Callable[..., ValkeyServer]
+) -> None:
+    replica = start_server(*CLUSTER, "--cluster-port", str(free_port()))
+    with cluster[0].client() as owner, replica.client() as client:
+        owner_id = owner.execute_command("CLUSTER MYID")
+        bus_port = cluster_port(owner)
+        client.execute_command("CLUSTER MEET", "127.0.0.1", cluster[0].port, bus_port)
+        wait_until(lambda: is_known(client, owner_id), "the replica does not know its master")
+        client.execute_command("CLUSTER REPLICATE", owner_id)
+        wait_until(
+            lambda: client.info("replication").get("master_link_status") == "up", "no replica"
+        )
+    queue = JobQueue(connect(cluster_url(*cluster), QUEUE), QUEUE)
+    with queue.client, Client(cluster_url(*cluster), QUEUE) as client, looping(queue):
+        before = client.submit(["Hello"])
+        client.wait(before, timeout=30)
+        for former, new in ((cluster[0], replica), (replica, cluster[0])):
+            with new.client() as promoted:
+                promoted.execute_command("CLUSTER FAILOVER")
+                wait_until(
+                    lambda promoted=promoted: promoted.info("replication")["role"] == "master",
+                    "no failover",
+                )
+            with former.client() as demoted:
+                wait_until(
+                    lambda demoted=demoted: demoted.info("replication")["role"] == "slave",
+                    "the former master has not followed",
+                )
+            after = client.submit(["again"])
+            assert client.wait(after, timeout=30).counts["done"] == 1  # type: ignore[union-attr]
+        assert client.wait(before).counts["done"] == 1  # type: ignore[union-attr]
+
+
+def cluster_port(node: redis.Redis) -> str:
+    return node.config_get("cluster-port")["cluster-port"]
+
+
+def is_known(node: redis.Redis, id_: str) -> bool:
+    return id_ in str(node.execute_command("CLUSTER NODES"))
 
 
 # --- Sentinel -----------------------------------------------------------------------------------

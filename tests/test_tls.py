@@ -12,43 +12,51 @@ import trustme
 
 from producer.client import Client
 from schemas.errors import ServerUnavailable
-from tests.servers import ValkeyServer
+from tests.servers import ValkeyServer, free_port, wait_until
 from tests.test_producer_cli import Producer
 from tests.tls_proxy import tls_proxy
+
+
+class Certificates:
+    """An authority, what servers show that want a client's certificate, and such a one."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = trustme.CA()
+        self.server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.server.verify_mode = ssl.CERT_REQUIRED
+        authority.configure_trust(self.server)
+        authority.issue_cert("127.0.0.1").configure_cert(self.server)
+        client = authority.issue_cert("client@example.org")
+        self.ca, self.certificate, key = (
+            folder / name for name in ("ca.pem", "client.pem", "client.key")
+        )
+        authority.cert_pem.write_to_path(str(self.ca))
+        client.cert_chain_pems[0].write_to_path(str(self.certificate))
+        client.private_key_pem.write_to_path(str(key))
+        self.options = f"ssl_ca_certs={self.ca}&ssl_certfile={self.certificate}&ssl_keyfile={key}"
 
 
 class TlsServer:
     """A server that wants TLS, and a certificate of its clients."""
 
-    def __init__(self, server: ValkeyServer, port: int, folder: Path) -> None:
-        self.server = server
+    def __init__(self, port: int, certificates: Certificates) -> None:
         self.port = port
-        self.ca, self.certificate, self.key = (
-            folder / name for name in ("ca.pem", "client.pem", "client.key")
-        )
-
-    @property
-    def url(self) -> str:
-        files = f"ssl_certfile={self.certificate}&ssl_keyfile={self.key}"
-        return f"rediss://127.0.0.1:{self.port}?ssl_ca_certs={self.ca}&{files}"
+        self.ca = certificates.ca
+        self.url = f"rediss://127.0.0.1:{port}?{certificates.options}"
 
 
 @pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsServer]:
-    folder = tmp_path_factory.mktemp("tls")
-    ca = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.verify_mode = ssl.CERT_REQUIRED
-    ca.configure_trust(context)
-    ca.issue_cert("127.0.0.1").configure_cert(context)
-    server = ValkeyServer(folder / "server")
-    with tls_proxy(server.port, context) as port:
-        tls = TlsServer(server, port, folder)
-        ca.cert_pem.write_to_path(str(tls.ca))
-        client = ca.issue_cert("client@example.org")
-        client.cert_chain_pems[0].write_to_path(str(tls.certificate))
-        client.private_key_pem.write_to_path(str(tls.key))
-        yield tls
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def tls(
+    certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TlsServer]:
+    server = ValkeyServer(tmp_path_factory.mktemp("server"))
+    with tls_proxy(server.port, certificates.server) as port:
+        yield TlsServer(port, certificates)
     server.stop()
 
 
@@ -81,3 +89,40 @@ def test_a_certificate_for_another_host_is_refused_unless_that_is_allowed(tls: T
 def test_without_a_certificate_of_its_own_a_client_is_refused(tls: TlsServer) -> None:
     with pytest.raises(ServerUnavailable):
         Client(f"rediss://127.0.0.1:{tls.port}?ssl_ca_certs={tls.ca}", "q")
+
+
+def test_sentinels_and_the_server_that_they_name_are_spoken_to_over_tls(
+    tls: TlsServer, certificates: Certificates, tmp_path: Path
+) -> None:
+    sentinel = ValkeyServer(tmp_path, "--sentinel")
+    try:
+        with sentinel.client() as client:
+            # It cannot speak TLS itself, and so would find the server dead.
+            client.sentinel_monitor("jobs", "127.0.0.1", tls.port, 1)
+            client.sentinel_set("jobs", "down-after-milliseconds", 3_600_000)
+        with tls_proxy(sentinel.port, certificates.server) as port:
+            url = f"rediss+sentinel://127.0.0.1:{port}/jobs?{certificates.options}"
+            with Client(url, "q") as client:
+                assert client.submit(["Hello"])
+    finally:
+        sentinel.stop()
+
+
+def test_a_cluster_is_spoken_to_over_tls(certificates: Certificates, tmp_path: Path) -> None:
+    port = free_port()
+    with tls_proxy(port, certificates.server) as tls_port:
+        flags = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        announced = ("--cluster-announce-port", str(tls_port))
+        node = ValkeyServer(tmp_path, *flags, *announced, port=port)
+        try:
+            with node.client() as client:
+                client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+                wait_until(
+                    lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok",
+                    "the cluster did not form",
+                )
+            url = f"rediss+cluster://127.0.0.1:{tls_port}?{certificates.options}"
+            with Client(url, "q") as client:
+                assert client.submit(["Hello"])
+        finally:
+            node.stop()

@@ -13,17 +13,33 @@ from collections.abc import Iterator
 def tls_proxy(port: int, context: ssl.SSLContext) -> Iterator[int]:
     """The port of 127.0.0.1 on which TLS is spoken for the server at ``port``."""
     loop = asyncio.new_event_loop()
+    serving: set[asyncio.Task[None]] = set()
+    writers: set[asyncio.StreamWriter] = set()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.add(writer)
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 writer.write(data)
                 await writer.drain()
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        writers.remove(writer)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        to_server = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pump(reader, to_server[1]), pump(to_server[0], writer))
+        task = asyncio.current_task()
+        assert task
+        serving.add(task)
+        from_server, to_server = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, to_server), pump(from_server, writer))
+        serving.remove(task)
+
+    async def close() -> None:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.gather(*serving, return_exceptions=True)
 
     server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
     thread = threading.Thread(target=loop.run_forever)
@@ -31,10 +47,7 @@ def tls_proxy(port: int, context: ssl.SSLContext) -> Iterator[int]:
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
-        loop.call_soon_threadsafe(server.close)
+        asyncio.run_coroutine_threadsafe(close(), loop).result(timeout=30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
         loop.close()

@@ -21,8 +21,8 @@ HEARTBEAT_SECONDS, ALIVE_SECONDS = 2.0, 10.0
 MAX_ATTEMPTS = 3
 
 
-#: Seconds for which a worker that comes back from an outage leaves leases alone that have expired:
-#: other workers, which pause for up to 5 s between their tries, come back to renew theirs.
+#: Seconds for which a worker that comes back from an outage leaves leases alone that have expired,
+#: at most: other workers, which pause for up to 5 s between their tries, come back to renew theirs.
 OUTAGE_GRACE_SECONDS = 10.0
 
 
@@ -79,8 +79,9 @@ class Keeper:
         away = now - self._last_turn
         # A lease has at least two thirds of its time left when it was renewed as it should be.
         if away > self._lease_seconds * 2 / 3:
-            log.info("outage_over", seconds=round(away), sweeps_in=OUTAGE_GRACE_SECONDS)
-            self._sweeps_from = now + OUTAGE_GRACE_SECONDS
+            grace = min(OUTAGE_GRACE_SECONDS, self._lease_seconds)
+            log.info("outage_over", seconds=round(away), sweeps_in=grace)
+            self._sweeps_from = now + grace
         self._last_turn = now
 
     def _renew(self) -> None:
