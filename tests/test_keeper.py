@@ -83,6 +83,8 @@ def test_after_an_outage_other_workers_may_renew_before_their_leases_are_swept(
     theirs = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=30)
     none = Leases(max_jobs=10, max_adapters=1)
     ours = Keeper(queue, "v", none, lambda: STATE, lease_seconds=30)
+    ours.turn()
+    theirs.turn()
     queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
     leases.add(claim(queue, lease_seconds=30))
     queue.client.zadd(queue.keys.leases, {"job": 1})  # It expired while Redis was away.
@@ -101,6 +103,7 @@ def test_after_an_outage_leases_that_nobody_renews_are_swept_in_the_end(
     clock = Clock()
     monkeypatch.setattr("worker.keeper.time", clock)
     keeper = Keeper(queue, "v", leases, lambda: STATE, lease_seconds=30)
+    keeper.turn()
     queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
     claim(queue, lease_seconds=30)
     queue.client.zadd(queue.keys.leases, {"job": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -46,8 +47,8 @@ class Keeper:
         self.interval = min(lease_seconds / 3, HEARTBEAT_SECONDS)
         """Seconds between two turns."""
         self._next_renewal = time.monotonic() + lease_seconds / 3
-        self._last_turn = time.monotonic()
-        self._sweeps_from = self._last_turn
+        self._last_turn = math.inf
+        self._sweeps_from = 0.0
         self._lost: set[Lease] = set()
         self._lost_lock = threading.Lock()
 
