@@ -269,6 +269,21 @@ def test_a_queue_behind_sentinels_survives_a_failover(sentinel: ValkeyServer) ->
         assert client.wait(before).counts["done"] == 1  # type: ignore[union-attr]
 
 
+def test_sentinels_may_want_a_login_of_their_own(sentinel: ValkeyServer) -> None:
+    with sentinel.client() as client:
+        client.execute_command("ACL SETUSER me on >pw +@all")
+        client.execute_command("ACL SETUSER default off")
+    try:
+        with pytest.raises(ServerUnavailable):
+            Client(sentinel_url(sentinel), QUEUE)
+        login = "?sentinel_username=me&sentinel_password=pw"
+        with Client(sentinel_url(sentinel) + login, QUEUE) as client:
+            client.overview()
+    finally:
+        with sentinel.client(username="me", password="pw") as client:
+            client.execute_command("ACL SETUSER default on")
+
+
 def test_a_service_that_sentinels_do_not_know_is_told(sentinel: ValkeyServer) -> None:
     with pytest.raises(ServerUnavailable, match="No master found for 'others'"):
         Client(f"redis+sentinel://127.0.0.1:{sentinel.port}/others", QUEUE)

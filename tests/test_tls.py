@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 import trustme
 
+from broker.server import find_server
 from producer.client import Client
 from schemas.errors import ServerUnavailable
 from tests.servers import ValkeyServer, free_port, wait_until
 from tests.test_producer_cli import Producer
 from tests.tls_proxy import tls_proxy
+from worker.background import keep_trying
 
 
 class Certificates:
@@ -89,6 +92,14 @@ def test_a_certificate_for_another_host_is_refused_unless_that_is_allowed(tls: T
 def test_without_a_certificate_of_its_own_a_client_is_refused(tls: TlsServer) -> None:
     with pytest.raises(ServerUnavailable):
         Client(f"rediss://127.0.0.1:{tls.port}?ssl_ca_certs={tls.ca}", "q")
+
+
+def test_a_worker_does_not_wait_for_a_certificate_to_become_right(tls: TlsServer) -> None:
+    with (
+        find_server(f"rediss://127.0.0.1:{tls.port}") as server,
+        pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        keep_trying(server.settings, at="start")
 
 
 def test_sentinels_and_the_server_that_they_name_are_spoken_to_over_tls(
