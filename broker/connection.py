@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import ssl
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    TryAgainError,
+)
 from redis.retry import Retry
 
+from broker.address import parse_address, without_password
+from broker.pools import connection_pool
 from schemas.errors import ServerUnavailable
 
 #: Seconds without an answer after which a command fails. Blocking reads wait for less than this.
@@ -19,33 +30,67 @@ SOCKET_TIMEOUT = 5.0
 #: The longest that a blocking read waits, in seconds.
 BLOCK_SECONDS = 2.0
 
+#: Seconds after its first try from which a command is not repeated any more.
+RETRY_SECONDS = 8.0
 
-def connect(url: str, *, retries: int = 0, timeout: float = SOCKET_TIMEOUT) -> redis.Redis:
+T = TypeVar("T")
+
+
+def connect(
+    url: str, queue: str = "", *, retries: int = 0, timeout: float = SOCKET_TIMEOUT
+) -> redis.Redis:
     """A client of the server at ``url``; no connection is made before the first command.
+
+    It has a pool of its own, for one thread: what waits in one thread delays no other. ``queue``
+    is the one that it will be used for; on a Redis Cluster it decides which node that is.
 
     redis-py repeats a command up to ten times by default, also one whose reply was lost, and so
     executes it up to eleven times. Ask for ``retries`` only where every command is safe to repeat.
     """
-    backoff = ExponentialWithJitterBackoff(base=0.05, cap=1.0) if retries else NoBackoff()
-    try:
-        return redis.Redis.from_url(
-            url,
-            protocol=2,
-            decode_responses=True,
-            # A foreign record that is not UTF-8 fails where it is validated, not while it is read.
-            encoding_errors="replace",
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            retry=Retry(backoff, retries),
-            health_check_interval=30,
-        )
-    except ValueError as error:
-        # The driver's own words may quote a part of the password.
-        raise ServerUnavailable(
-            "What --redis-url or REDIS_URL gives is not the URL of a Redis server. One looks like"
-            " redis://[user:password@]host[:port][/database], rediss://... or unix:///path;"
-            " in a password, write / ? # @ : % as %2F %3F %23 %40 %3A %25."
-        ) from error
+    settings = {
+        "protocol": 2,
+        "decode_responses": True,
+        # A foreign record that is not UTF-8 fails where it is validated, not while it is read.
+        "encoding_errors": "replace",
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": _BoundedRetry(retries),
+        "health_check_interval": 30,
+    }
+    return redis.Redis.from_pool(connection_pool(parse_address(url), queue, settings))
+
+
+class _BoundedRetry(Retry):
+    """Repeats a command a few times, with growing pauses of random length, and not for long.
+
+    redis-py's own Retry also repeats the connecting that is part of each try, and so squares their
+    number: 5 retries of a server that accepts and does not answer took 180 s.
+    """
+
+    def __init__(self, retries: int) -> None:
+        backoff = ExponentialWithJitterBackoff(base=0.05, cap=1.0) if retries else NoBackoff()
+        super().__init__(backoff, retries)
+        self._is_trying = False
+
+    def call_with_retry(
+        self,
+        do: Callable[[], T],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
+        if self._is_trying:
+            return do()
+        gives_up = time.monotonic() + RETRY_SECONDS
+
+        def may_repeat(error: Exception) -> bool:
+            return time.monotonic() < gives_up and (is_retryable is None or is_retryable(error))
+
+        self._is_trying = True
+        try:
+            return super().call_with_retry(do, fail, may_repeat, with_failure_count)
+        finally:
+            self._is_trying = False
 
 
 def undecoded(client: redis.Redis) -> redis.Redis:
@@ -62,9 +107,20 @@ def may_pass(error: Exception) -> bool:
     if isinstance(error, redis.ResponseError):
         # A full disk (MISCONF) has no class; in a pipeline the driver puts its own words before.
         code = str(error).rpartition("caused error: ")[2]
-        is_full = isinstance(error, redis.OutOfMemoryError) or code.startswith("MISCONF")
-        return is_full or isinstance(error, redis.ReadOnlyError)
+        return code.startswith("MISCONF") or isinstance(error, _PASSING_ERRORS)
     return isinstance(error, redis.ConnectionError | redis.TimeoutError)
+
+
+#: Full; a replica; a cluster that elects, or moves the queue; a server started anew between the
+#: look whether it knows a script and its use.
+_PASSING_ERRORS = (
+    redis.OutOfMemoryError,
+    redis.ReadOnlyError,
+    ClusterDownError,
+    AskError,
+    TryAgainError,
+    NoScriptError,
+)
 
 
 @contextmanager
@@ -72,36 +128,51 @@ def server_errors(url: str) -> Iterator[None]:
     """Turns what the driver raises into one sentence with the server's name and the remedy."""
     try:
         yield
-    except redis.AuthenticationError as error:
-        raise ServerUnavailable(
-            f"The Redis server at {without_password(url)} refused the login: {error}."
-            " Check the user and password in the URL."
-        ) from error
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise ServerUnavailable(
-            f"No Redis server answers at {without_password(url)}: {str(error).rstrip('.')}."
+    except redis.RedisError as error:
+        raise ServerUnavailable(_explanation(without_password(url), error)) from error
+
+
+def is_refusal(error: redis.RedisError) -> bool:
+    """Whether the server is there, and asking it again is in vain: login, rights, certificate."""
+    is_login = isinstance(error, redis.AuthenticationError)
+    return is_login or _tls_error(error) is not None or not may_pass(error)
+
+
+def _explanation(server: str, error: redis.RedisError) -> str:
+    reason = str(error).rstrip(".")
+    if isinstance(error, redis.AuthenticationError):
+        return (
+            f"The Redis server at {server} refused the login: {reason}. Check user and password, in"
+            " the URL, in REDIS_PASSWORD, or in the file that --redis-password-file or"
+            " REDIS_PASSWORD_FILE names."
+        )
+    if tls_error := _tls_error(error):
+        return (
+            f"No encrypted connection to the Redis server at {server}: {tls_error}. With rediss://,"
+            " the server must speak TLS and show a certificate for that host name; if it is not"
+            " from a public authority, name its CA by ?ssl_ca_certs=FILE behind the URL, and your"
+            " own certificate, if one is wanted, by ssl_certfile and ssl_keyfile."
+        )
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+        return (
+            f"No Redis server answers at {server}: {reason}."
             " Start it, or name another one by --redis-url or REDIS_URL;"
             " with neither, an embedded server is used."
-        ) from error
-    except redis.RedisError as error:
-        raise ServerUnavailable(
-            f"The Redis server at {without_password(url)} refused a command: {error}"
-        ) from error
+        )
+    if isinstance(error, NoPermissionError) or reason.startswith("ACL failure in script"):
+        return (
+            f"The Redis server at {server} does not let this user do that: {reason}."
+            " docs/server.md lists what producers, workers and operators need."
+        )
+    if isinstance(error, MovedError):
+        return (
+            f"{server} belongs to a Redis Cluster. Let the URL say so: redis+cluster://host:port."
+        )
+    return f"The Redis server at {server} refused a command: {reason}"
 
 
-def without_password(url: str) -> str:
-    """The URL as it may be shown: user, password and query left out."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "that"
-    host = parts.netloc.rpartition("@")[2]
-    if "@" in parts.path + parts.query + parts.fragment:
-        host = "..."  # A password with / ? or # in it: where it ends cannot be told.
-        return f"{parts.scheme}://{host}"
-    return f"{parts.scheme}://{host}{parts.path}"
-
-
-def url_from_environment() -> str | None:
-    """``REDIS_URL``, if it is set and not empty."""
-    return os.environ.get("REDIS_URL") or None
+def _tls_error(error: BaseException | None) -> ssl.SSLError | None:
+    """What went wrong with TLS, if that is what the driver's error comes from."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error

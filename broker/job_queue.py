@@ -18,6 +18,7 @@ from redis.commands.core import Script
 from broker.records import read_adapters
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
+from schemas.errors import ServerUnavailable
 from schemas.job import Job
 from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, GROUP, KEY_NAMES, Keys
 from schemas.result import Result
@@ -109,7 +110,7 @@ class JobQueue:
         self._scripts = {
             name: load_script(client, name)
             for name in (
-                *("submit", "claim", "claim_suspect", "commit"),
+                *("submit", "sync", "claim", "claim_suspect", "commit"),
                 *("renew", "release", "retry", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter", "leave"),
@@ -123,14 +124,23 @@ class JobQueue:
         """Store the jobs number ``offset`` and following of a submission of ``total`` jobs.
 
         Safe to repeat. Raises ConflictError, with indices into ``jobs``, and stores none of them
-        if the id of one already names a job of other content.
+        if the id of one already names a job of other content; ServerUnavailable if the server has
+        lost jobs that were sent before.
         """
         fields = chain.from_iterable((job.id, job.lora or BASE, job.to_wire()) for job in jobs)
         status, *details = self._run("submit", submission, name, total, offset, *fields)
         if status == "conflict":
             raise ConflictError(details)
         if status == "gap":
-            raise ValueError(f"submission {submission} holds {details[0]} jobs, not {offset}")
+            raise ServerUnavailable(
+                f"The server has lost jobs that were sent: it holds {details[0]} of {submission},"
+                f" not {offset}. Send all again."
+            )
+
+    def add_sync(self, pipeline: redis.client.Pipeline, submission: str, num_jobs: int) -> None:
+        """Let a pipeline write behind all jobs of a submission; its reply is how many of them the
+        server holds, and nothing is written if some are missing. Safe to repeat."""
+        self._scripts["sync"](keys=[self.keys.prefix], args=[submission, num_jobs], client=pipeline)
 
     def claim(
         self, worker: str, request: ClaimRequest, *, lease_seconds: float, patience: float

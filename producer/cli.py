@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from producer.dead import app as dead_app
 from producer.lora import app as lora_app
 from producer.messages import fail
-from producer.options import Json, Queue, RedisUrl
+from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
 from schemas.errors import BadInput, LorryError
 
 EXIT_CODES = """\
@@ -135,8 +135,15 @@ def submit(
         ),
     ] = None,
     output: OutputFile = None,
+    durable: Annotated[
+        bool,
+        typer.Option(
+            "--durable", help="Say that they are submitted once the server has them on disk."
+        ),
+    ] = False,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Send the prompts of FILE, once every line is found valid.
@@ -148,20 +155,22 @@ def submit(
     from producer import submitting
     from producer.place import Place
 
-    place = Place(redis_url, queue)
+    place = Place(redis_url, queue, redis_password_file)
     output = None if output == Path("-") else output
     if not wait:
         if output:
             raise BadInput("-o takes results, and only --wait brings them.")
         if timeout is not None:
             raise BadInput("--timeout bounds a wait, and only --wait waits.")
-        submitting.submit(place, file, lora, json_wanted=json)
+        submitting.submit(place, file, lora, durable=durable, json_wanted=json)
         return
     if timeout is not None and not timeout >= 0:  # NaN, which is not below the least.
         raise BadInput(f"--timeout takes a number of seconds, not {timeout}.")
     if json and not output:
         raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
-    submitting.submit_and_wait(place, file, lora, output, timeout=timeout, json_wanted=json)
+    submitting.submit_and_wait(
+        place, file, lora, output, timeout=timeout, durable=durable, json_wanted=json
+    )
 
 
 @app.command()
@@ -178,6 +187,7 @@ def results(
         typer.Option("--format", help="Default: table on a terminal, jsonl elsewhere."),
     ] = None,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Print the results of submissions and jobs that have finished, in input order."""
@@ -187,7 +197,11 @@ def results(
     if format_ is None:
         format_ = Format.table if output is None and sys.stdout.isatty() else Format.jsonl
     fetching.results(
-        Place(redis_url, queue), ids, output, follow=follow, as_table=format_ is Format.table
+        Place(redis_url, queue, redis_password_file),
+        ids,
+        output,
+        follow=follow,
+        as_table=format_ is Format.table,
     )
 
 
@@ -196,13 +210,14 @@ def status(
     id_: Annotated[str | None, typer.Argument(metavar="ID", help="A submission or a job.")] = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Show the queue with its workers, or a submission, or a job."""
     from producer import fetching
     from producer.place import Place
 
-    fetching.status(Place(redis_url, queue), id_, json_wanted=json)
+    fetching.status(Place(redis_url, queue, redis_password_file), id_, json_wanted=json)
 
 
 @app.command()
@@ -213,13 +228,14 @@ def wait(
         typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after this time."),
     ] = None,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Wait until a submission or a job has finished."""
     from producer import fetching
     from producer.place import Place
 
-    fetching.wait(Place(redis_url, queue), id_, timeout)
+    fetching.wait(Place(redis_url, queue, redis_password_file), id_, timeout)
 
 
 def main() -> None:

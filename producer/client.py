@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from broker import durability, server_settings
 from broker.connection import connect, server_errors
 from broker.dead_letters import DeadLetter, DeadLetters
 from broker.fetches import Fetches, FetchStatus
@@ -53,16 +54,26 @@ class Client:
     Every method raises ServerUnavailable if the server cannot be reached or refuses a command.
     """
 
-    def __init__(self, url: str | None = None, queue: str = "lorry") -> None:
-        """Use the server at ``url`` or ``REDIS_URL``; with neither, the embedded one."""
+    def __init__(
+        self,
+        url: str | None = None,
+        queue: str = "lorry",
+        password_file: Path | str | None = None,
+    ) -> None:
+        """Use the server at ``url`` or ``REDIS_URL``; with neither, the embedded one.
+
+        Its password stands in the URL, in ``password_file``, in the file that
+        ``REDIS_PASSWORD_FILE`` names, or in ``REDIS_PASSWORD``.
+        """
         if not re.fullmatch(QUEUE_NAME, queue):
             raise BadInput(
                 f"'{queue}' cannot name a queue: use up to 64 letters, digits and . _ -"
                 " beginning with a letter or digit."
             )
         with ExitStack() as stack:
-            server = stack.enter_context(use_server(url))
-            connection = stack.enter_context(connect(server.url, retries=RETRIES))
+            file = None if password_file is None else Path(password_file)
+            server = stack.enter_context(use_server(url, file))
+            connection = stack.enter_context(connect(server.url, queue, retries=RETRIES))
             self._stack = stack.pop_all()
         self._url = server.url
         self._job_queue = JobQueue(connection, queue)
@@ -88,25 +99,54 @@ class Client:
         """Disconnect, and end the embedded server if nobody else uses it."""
         self._stack.close()
 
-    def submit(self, jobs: Iterable[Line], *, lora: str | None = None, name: str = "<jobs>") -> str:
+    def submit(
+        self,
+        jobs: Iterable[Line],
+        *,
+        lora: str | None = None,
+        name: str = "<jobs>",
+        durable: bool = False,
+    ) -> str:
         """Send jobs once all of them are found valid; returns the submission's id.
 
         A job is a prompt, a mapping with the fields of a line, or a ``Job``. ``lora`` serves those
-        that name none; ``name`` is what errors and lists call the input. Raises BadInput with all
-        that is wrong; nothing was sent then.
+        that name none; ``name`` is what errors and lists call the input. If ``durable``, they are
+        on the server's disk on return. Raises BadInput with all that is wrong, or ServerUnavailable
+        if the server cannot promise that; nothing was sent then.
         """
-        with self.prepare(enumerate(jobs, start=1), lora=lora, name=name) as spool:
+        return self._submit(enumerate(jobs, start=1), lora=lora, name=name, durable=durable)
+
+    def submit_file(
+        self, path: Path | str, *, lora: str | None = None, durable: bool = False
+    ) -> str:
+        """``submit`` the lines of a prompts file, of any size, in constant memory."""
+        with Path(path).open("rb") as stream:
+            return self._submit(numbered_lines(stream), lora=lora, name=str(path), durable=durable)
+
+    def _submit(
+        self, lines: Iterable[tuple[int, Line]], *, lora: str | None, name: str, durable: bool
+    ) -> str:
+        if durable:
+            self.require_durability()
+        with self.prepare(lines, lora=lora, name=name) as spool:
             self.send(spool)
+            if durable:
+                self.sync(spool)
             return spool.submission
 
-    def submit_file(self, path: Path | str, *, lora: str | None = None) -> str:
-        """``submit`` the lines of a prompts file, of any size, in constant memory."""
-        with (
-            Path(path).open("rb") as stream,
-            self.prepare(numbered_lines(stream), lora=lora, name=str(path)) as spool,
-        ):
-            self.send(spool)
-            return spool.submission
+    def require_durability(self) -> None:
+        """Raises ServerUnavailable, with what to set, if the server cannot promise to keep what it
+        is sent."""
+        with self._errors():
+            durability.require_durability(self._job_queue.client)
+
+    def sync(self, spool: Spool) -> None:
+        """Return once all jobs of a spool, which has been sent, are on the server's disk."""
+        try:
+            with self._errors():
+                durability.sync(self._job_queue, spool.submission, spool.num_jobs)
+        except ServerUnavailable as error:
+            raise ServerUnavailable(f"{error} {_sent(spool, spool.num_jobs)}") from error
 
     def prepare(
         self, lines: Iterable[tuple[int, Line]], *, lora: str | None = None, name: str
@@ -133,6 +173,11 @@ class Client:
                 raise ServerUnavailable(f"{error} {_sent(spool, run.offset)}") from error
             if on_sent:
                 on_sent(run.offset + len(run.jobs))
+
+    def server_warnings(self) -> list[str]:
+        """By which settings the server may lose jobs, in sentences that say what to set."""
+        with self._errors():
+            return server_settings.warnings(server_settings.read_settings(self._job_queue.client))
 
     def warnings(self, adapters: Iterable[str | None] | None = None) -> list[str]:
         """Why jobs of the adapters may have to wait, in sentences: no worker, or none that serves

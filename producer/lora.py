@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from producer.options import Json, Queue, RedisUrl
+from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
 
 app = typer.Typer(
     name="lora",
@@ -46,13 +46,14 @@ def load(
     timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Load an adapter, or replace the one of that name: jobs that run go on with the old one."""
     from producer import loading
     from producer.place import Place
 
-    place = Place(redis_url, queue)
+    place = Place(redis_url, queue, redis_password_file)
     loading.load(place, name, path, pinned=pin, report=loading.Report(wait, timeout, json))
 
 
@@ -70,13 +71,14 @@ def unload(
     timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Unload an adapter; jobs that run are finished either way."""
     from producer import loading
     from producer.place import Place
 
-    place = Place(redis_url, queue)
+    place = Place(redis_url, queue, redis_password_file)
     loading.unload(place, name, force=force, report=loading.Report(wait, timeout, json))
 
 
@@ -87,13 +89,16 @@ def pin(
     timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Let an adapter keep a slot on every worker."""
     from producer import loading
     from producer.place import Place
 
-    loading.pin(Place(redis_url, queue), name, loading.Report(wait, timeout, json))
+    loading.pin(
+        Place(redis_url, queue, redis_password_file), name, loading.Report(wait, timeout, json)
+    )
 
 
 @app.command()
@@ -103,19 +108,27 @@ def unpin(
     timeout: Timeout = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Let an adapter give up its slot like any other."""
     from producer import loading
     from producer.place import Place
 
-    loading.unpin(Place(redis_url, queue), name, loading.Report(wait, timeout, json))
+    loading.unpin(
+        Place(redis_url, queue, redis_password_file), name, loading.Report(wait, timeout, json)
+    )
 
 
 @app.command("list")
-def list_(json: Json = False, redis_url: RedisUrl = None, queue: Queue = "lorry") -> None:
+def list_(
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
+    queue: Queue = "lorry",
+) -> None:
     """Show the adapters, where they are loaded, and what they have done."""
     from producer import loading
     from producer.place import Place
 
-    loading.list_adapters(Place(redis_url, queue), json_wanted=json)
+    loading.list_adapters(Place(redis_url, queue, redis_password_file), json_wanted=json)

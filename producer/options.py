@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,14 @@ RedisUrl = Annotated[
         "--redis-url",
         metavar="URL",
         help="Redis or Valkey server; else the one in REDIS_URL, else an embedded one.",
+    ),
+]
+RedisPasswordFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--redis-password-file",
+        metavar="FILE",
+        help="Its password; else REDIS_PASSWORD_FILE, REDIS_PASSWORD, or in the URL.",
     ),
 ]
 Queue = Annotated[str, typer.Option("--queue", metavar="NAME", help="Name of the queue.")]

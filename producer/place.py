@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from broker.connection import without_password
+from broker.address import has_password, without_password
 from producer.client import Client
-from producer.messages import notice
+from producer.messages import notice, warn
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,16 @@ class Place:
 
     redis_url: str | None
     queue: str
+    redis_password_file: Path | None = None
 
     @contextmanager
     def client(self) -> Iterator[Client]:
-        with Client(self.redis_url, self.queue) as client:
+        if has_password(self.redis_url):
+            warn(
+                "Every user of this machine can see the password in --redis-url, by ps."
+                " REDIS_URL, REDIS_PASSWORD and --redis-password-file keep it to yourself."
+            )
+        with Client(self.redis_url, self.queue, self.redis_password_file) as client:
             notice(f"Using {client.server}")
             yield client
 
@@ -31,4 +39,6 @@ class Place:
         if self.redis_url:
             is_public = without_password(self.redis_url) == self.redis_url
             url = f" --redis-url {self.redis_url if is_public else 'URL'}"
-        return f"`producer {text}{queue}{url}`"
+        file = self.redis_password_file
+        password = f" --redis-password-file {shlex.quote(str(file))}" if file else ""
+        return f"`producer {text}{queue}{url}{password}`"

@@ -15,7 +15,7 @@ from producer.advice import counted
 from producer.bars import Watcher, bar_for, shown
 from producer.client import Client
 from producer.lines import numbered_lines
-from producer.messages import notice, say
+from producer.messages import notice, say, warn
 from producer.output import Output
 from producer.place import Place
 from producer.spool import Spool
@@ -23,13 +23,13 @@ from producer.status import by_state, describe, require_all_done
 from schemas.errors import BadInput, NotFinished, NoWorker
 
 
-def submit(place: Place, file: str, lora: str | None, *, json_wanted: bool) -> None:
+def submit(place: Place, file: str, lora: str | None, *, durable: bool, json_wanted: bool) -> None:
     """Send a file and say what to type next."""
-    with _sent(place, file, lora) as (client, spool):
+    with _sent(place, file, lora, durable=durable) as (client, spool):
         if json_wanted:
             typer.echo(json.dumps(_summary(client, spool)))
         else:
-            typer.echo(f"Submitted {counted(spool.num_jobs)} as {spool.submission}")
+            typer.echo(_submitted(spool, durable))
             typer.echo(f"Results: {place.command(f'results {spool.submission} --follow')}")
         Watcher(client, spool.num_jobs_by_adapter).look()
 
@@ -41,14 +41,15 @@ def submit_and_wait(
     path: Path | None,
     *,
     timeout: float | None,
+    durable: bool,
     json_wanted: bool,
 ) -> None:
     """Send a file and write its results in input order, each as soon as those before it are, for
     at most ``timeout`` seconds after it was sent."""
     _refuse_overwriting(file, path)
-    with Output(path) as output, _sent(place, file, lora) as (client, spool):
+    with Output(path) as output, _sent(place, file, lora, durable=durable) as (client, spool):
         try:
-            say(f"Submitted {counted(spool.num_jobs)} as {spool.submission}")
+            say(_submitted(spool, durable))
             _write_in_order(client, spool, output, timeout)
         except (KeyboardInterrupt, NotFinished, NoWorker):
             say(f"The jobs go on: {place.command(f'results {spool.submission} --follow')}")
@@ -61,14 +62,27 @@ def submit_and_wait(
 
 
 @contextmanager
-def _sent(place: Place, file: str, lora: str | None) -> Iterator[tuple[Client, Spool]]:
+def _sent(
+    place: Place, file: str, lora: str | None, *, durable: bool
+) -> Iterator[tuple[Client, Spool]]:
     """A client, and the spool of a file whose jobs it has sent."""
     with _open_input(file) as (stream, name), place.client() as client:
+        if durable:
+            client.require_durability()
+        for sentence in client.server_warnings():
+            warn(sentence)
         with bar_for("checking") as bar:
             spool = client.prepare(shown(numbered_lines(stream), bar), lora=lora, name=name)
         with spool:
             _send(client, spool)
+            if durable:
+                client.sync(spool)
             yield client, spool
+
+
+def _submitted(spool: Spool, durable: bool) -> str:
+    on_disk = ", on the server's disk" if durable else ""
+    return f"Submitted {counted(spool.num_jobs)} as {spool.submission}{on_disk}"
 
 
 def _send(client: Client, spool: Spool) -> None:

@@ -133,11 +133,11 @@ def test_worker_has_time_to_finish_and_deliver_before_it_is_killed() -> None:
 @needs_compose
 @pytest.mark.parametrize("service", ["worker", "producer", "fetcher"])
 def test_service_uses_the_redis_beside_it(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from broker.connection import url_from_environment
+    from broker.address import resolve_url
 
     for name, value in services()[service]["environment"].items():
         monkeypatch.setenv(name, value)
-    assert url_from_environment() == "redis://redis:6379"
+    assert resolve_url(None) == "redis://redis:6379"
 
 
 @needs_compose

@@ -11,7 +11,7 @@ import pytest
 from broker.job_queue import Claim, ClaimRequest, ConflictError, JobQueue, Lease
 from broker.queue_reader import QueueReader
 from schemas.adapter import AdapterRecord
-from schemas.errors import LorryError
+from schemas.errors import LorryError, ServerUnavailable
 from schemas.job import Job
 from schemas.keys import GROUP
 from schemas.result import Result, Timings
@@ -121,7 +121,7 @@ def test_a_job_sent_by_two_submissions_runs_once_and_counts_in_both(
 
 
 def test_a_run_that_does_not_follow_on_is_refused(queue: JobQueue) -> None:
-    with pytest.raises(ValueError, match="holds 0 jobs, not 5"):
+    with pytest.raises(ServerUnavailable, match="it holds 0 of sub, not 5"):
         queue.submit("sub", "file", 10, 5, jobs(5))
 
 

@@ -437,5 +437,5 @@ def test_a_worker_waits_for_a_server_that_refuses_writes(
         exit_status = worker.run()
     end_of_trouble.join()
     assert exit_status == 0
-    assert ("redis_away", "publish") in {(entry["event"], entry.get("thread")) for entry in logs}
+    assert ("redis_away", "publish") in {(entry["event"], entry.get("at")) for entry in logs}
     assert client.status(submission).counts["done"] == 40

@@ -1,27 +1,50 @@
-"""Threads that talk to Redis while the engine computes."""
+"""What talks to Redis while the engine computes, and goes on trying while Redis is away."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from typing import TypeVar
 
+import redis
 import structlog
 import torch
+from redis.backoff import ExponentialWithJitterBackoff
 
-from broker.connection import may_pass
+from broker.connection import is_refusal, may_pass
 
 log = structlog.get_logger()
 
-#: Seconds to the next try while the server cannot be used: doubled from the first to the last.
-_FIRST_PAUSE, LAST_PAUSE = 0.2, 5.0
+T = TypeVar("T")
+
+#: Seconds to the next try while the server cannot be used: drawn below a bound that doubles from
+#: try to try up to the cap, so that a server which comes back is not met by all at once.
+_PAUSES = ExponentialWithJitterBackoff(base=0.2, cap=5.0)
+
+
+def keep_trying(action: Callable[[], T], *, at: str) -> T:
+    """The action's result, once the server can be used; ``at`` says in the log what waits.
+
+    Raises what is no use to wait for: a login, a right or a certificate that is refused.
+    """
+    failures = 0
+    while True:
+        try:
+            return action()
+        except redis.RedisError as error:
+            if is_refusal(error):
+                raise
+            failures += 1
+            time.sleep(_pause(failures, error, at=at))
 
 
 class BackgroundLoop(threading.Thread):
     """Calls ``turn`` again and again, ``interval`` seconds after its end, until it is stopped.
 
     While Redis is away, full or read-only it keeps trying; what the engine has goes on. Any other
-    error is a bug: it is kept in ``failure`` and ``on_failure`` is called, so that the worker ends
-    instead of hanging.
+    error is kept in ``failure``, and ``on_failure`` is called, so that the worker ends instead of
+    hanging.
     """
 
     def __init__(
@@ -41,22 +64,34 @@ class BackgroundLoop(threading.Thread):
 
     def run(self) -> None:
         torch.set_num_threads(1)  # Of this thread: the engine's need the cores.
-        pause = _FIRST_PAUSE
+        failures = 0
         while not self._stopping.is_set():
             try:
                 self._turn()
-                pause = _FIRST_PAUSE
+                failures = 0
                 self._stopping.wait(self._interval)
             except Exception as error:
                 if not may_pass(error):
-                    log.exception("thread_failed", thread=self.name)
-                    self.failure = error
-                    self._on_failure()
+                    self._fail(error)
                     return
-                log.warning("redis_away", thread=self.name, error=str(error), next_try_in=pause)
-                self._stopping.wait(pause)
-                pause = min(2 * pause, LAST_PAUSE)
+                failures += 1
+                self._stopping.wait(_pause(failures, error, at=self.name))
 
     def stop(self) -> None:
         """Ask for the end; ``join`` waits for it."""
         self._stopping.set()
+
+    def _fail(self, error: Exception) -> None:
+        if isinstance(error, redis.RedisError):  # The server's words say it: no right, most likely.
+            log.error("redis_refused", thread=self.name, error=str(error))
+        else:
+            log.exception("thread_failed", thread=self.name)
+        self.failure = error
+        self._on_failure()
+
+
+def _pause(failures: int, error: Exception, *, at: str) -> float:
+    """Seconds to the next try, which are logged."""
+    seconds = round(_PAUSES.compute(failures), 2)
+    log.warning("redis_away", at=at, error=str(error), next_try_in=seconds)
+    return seconds

@@ -137,6 +137,12 @@ def _add_queue_flags(queue: argparse._ArgumentGroup) -> None:
         help="Redis or Valkey server (REDIS_URL; with neither, an embedded server)",
     )
     queue.add_argument(
+        "--redis-password-file",
+        type=Path,
+        metavar="FILE",
+        help="its password (REDIS_PASSWORD_FILE, REDIS_PASSWORD, or in the URL)",
+    )
+    queue.add_argument(
         "--lease-seconds",
         type=float,
         metavar="S",
@@ -164,9 +170,12 @@ def main() -> None:
 
 def _run(flags: dict[str, object]) -> int:
     # Only now, since importing torch takes seconds and --help should not.
+    from broker.address import has_password
     from broker.connection import server_errors
-    from broker.server import use_server
+    from broker.server import find_server
+    from broker.server_settings import warnings
     from schemas.errors import LorryError
+    from worker.background import keep_trying
     from worker.config import WorkerConfig
     from worker.engine import Engine
     from worker.host_memory import keep_freed_memory
@@ -178,8 +187,14 @@ def _run(flags: dict[str, object]) -> int:
     keep_freed_memory()
     try:
         config = WorkerConfig.from_flags(flags)
-        with use_server(config.redis_url) as server:
+        with find_server(config.redis_url, config.redis_password_file) as server:
             log.info("queue_server", server=server.description)
+            if has_password(config.redis_url):
+                log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
+            with server_errors(server.url):
+                settings = keep_trying(server.settings, at="start")
+            for sentence in warnings(settings):
+                log.warning("server_settings", problem=sentence)
             engine = Engine(config)
             worker = Worker(config, engine, server.url)
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -158,6 +158,7 @@ class WorkerConfig(BaseModel):
     queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
     redis_url: str | None = None
     max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
+    redis_password_file: Path | None = None
     lease_seconds: Annotated[float, Field(ge=1, le=86400)] = 30.0
     burst: bool = False
 

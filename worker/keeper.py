@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 
 import structlog
 
-from broker.connection import SOCKET_TIMEOUT
 from broker.job_queue import JobQueue, Lease
 from schemas.worker_state import WorkerState
-from worker.background import LAST_PAUSE
 from worker.leases import Leases
 
 log = structlog.get_logger()
@@ -19,9 +18,9 @@ log = structlog.get_logger()
 #: Seconds between two signs of life, and after which a silent worker counts as gone.
 HEARTBEAT_SECONDS, ALIVE_SECONDS = 2.0, 10.0
 
-#: Seconds for which a worker that could not reach the server sweeps nothing: others could not
-#: either, and each has tried again by then and renewed its leases.
-_GRACE_SECONDS = SOCKET_TIMEOUT + LAST_PAUSE
+#: Seconds for which a worker that comes back from an outage leaves leases alone that have expired,
+#: at most: other workers, which pause for up to 5 s between their tries, come back to renew theirs.
+OUTAGE_GRACE_SECONDS = 10.0
 
 
 class Keeper:
@@ -44,24 +43,19 @@ class Keeper:
         self.interval = min(lease_seconds / 3, HEARTBEAT_SECONDS)
         """Seconds between two turns."""
         self._next_renewal = time.monotonic() + lease_seconds / 3
-        self._is_away = False
-        """Whether the last turn failed."""
-        self._last_turn = self._next_sweep = time.monotonic()
+        self._last_turn = math.inf
+        self._sweeps_from = 0.0
         self._lost: set[Lease] = set()
         self._lost_lock = threading.Lock()
 
     def turn(self) -> None:
         """Report, renew if it is time, sweep."""
-        was_away, self._is_away = self._is_away, True  # Until the end of this turn.
         self.report()
+        self._note_outage()
         if time.monotonic() >= self._next_renewal:
             self._renew()
-        now = time.monotonic()
-        if was_away and now - self._last_turn > self._lease_seconds / 2:
-            self._next_sweep = now + _GRACE_SECONDS
-        if now >= self._next_sweep:
+        if time.monotonic() >= self._sweeps_from:
             self._sweep()
-        self._is_away, self._last_turn = False, now
 
     def report(self) -> None:
         """Write the worker's observed state, its sign of life."""
@@ -74,6 +68,18 @@ class Keeper:
         with self._lost_lock:
             lost, self._lost = self._lost, set()
         return lost
+
+    def _note_outage(self) -> None:
+        """Put off sweeping if the last turn is so long ago that leases have expired which their
+        workers could not renew: Redis was away, and most likely for all of them."""
+        now = time.monotonic()
+        away = now - self._last_turn
+        # A lease has at least two thirds of its time left when it was renewed as it should be.
+        if away > self._lease_seconds * 2 / 3:
+            grace = min(OUTAGE_GRACE_SECONDS, self._lease_seconds)
+            log.info("outage_over", seconds=round(away), sweeps_in=grace)
+            self._sweeps_from = now + grace
+        self._last_turn = now
 
     def _renew(self) -> None:
         held = self._leases.held()

@@ -15,7 +15,7 @@ from broker.job_queue import Claim, JobQueue, Lease
 from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
-from worker.background import BackgroundLoop
+from worker.background import BackgroundLoop, keep_trying
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
 from worker.device_memory import free_memory, is_out_of_memory
@@ -54,7 +54,7 @@ class Worker:
         self._engine = engine
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
-        queues = [JobQueue(connect(redis_url), config.queue) for _ in range(5)]
+        queues = [JobQueue(connect(redis_url, config.queue), config.queue) for _ in range(5)]
         self._queue, self._claim_queue, publish_queue, keep_queue, follow_queue = queues
         # A few more than can run, so that the next ones are ready when others finish.
         self._num_ahead = max(4, config.running_limit // 8)
@@ -106,11 +106,7 @@ class Worker:
 
     def run(self) -> int:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
-        if self._config.max_attempts is not None:
-            self._set_max_attempts(self._config.max_attempts)
-        self._follower.announce()
-        self._follower.follow()
-        self._keeper.report()
+        keep_trying(self._join, at="join")
         log.info("worker_ready", worker=self.id, queue=self._config.queue)
         for loop in (self._claim_loop, self._publish_loop, self._keep_loop, self._follow_loop):
             loop.start()
@@ -123,6 +119,16 @@ class Worker:
             self._failed = True
             self._end_attempts(f"the engine failed ({type(error).__name__})")
         return self._end()
+
+    def _join(self) -> None:
+        """Become known to the queue, and serve what it wants; may be repeated."""
+        if self._stop_by is not None:
+            return  # Asked to end while Redis was away.
+        if self._config.max_attempts is not None:
+            self._set_max_attempts(self._config.max_attempts)
+        self._follower.announce()
+        self._follower.follow()
+        self._keeper.report()
 
     def step(self) -> None:
         """One turn of the way of data: claims, sequences, batch, forward, tokens, results."""
