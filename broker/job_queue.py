@@ -18,7 +18,7 @@ from redis.commands.core import Script
 from broker.records import read_adapters
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
-from schemas.job import Job
+from schemas.job import PRIORITIES, Job
 from schemas.keys import BASE, GROUP, KEY_NAMES, Keys
 from schemas.result import Result
 from schemas.worker_state import WorkerState
@@ -101,6 +101,7 @@ class JobQueue:
                 *("submit", "claim", "commit", "renew", "release", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter"),
+                "expire_jobs",
             )
         }
 
@@ -112,7 +113,9 @@ class JobQueue:
         Safe to repeat. Raises ConflictError, with indices into ``jobs``, and stores none of them
         if the id of one already names a job of other content.
         """
-        fields = chain.from_iterable((job.id, job.lora or BASE, job.to_wire()) for job in jobs)
+        fields = chain.from_iterable(
+            (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire()) for job in jobs
+        )
         status, *details = self._run("submit", submission, name, total, offset, *fields)
         if status == "conflict":
             raise ConflictError(details)
@@ -189,6 +192,10 @@ class JobQueue:
         again, given_up = self._run("sweep", max_attempts, SWEEP_LIMIT)
         return again, given_up
 
+    def expire_jobs(self) -> int:
+        """End waiting jobs whose deadline has come; returns how many. Safe to repeat."""
+        return int(self._run("expire_jobs", SWEEP_LIMIT))
+
     def heartbeat(self, state: WorkerState, *, alive_seconds: float) -> None:
         """Write a worker's observed state; it counts as alive for ``alive_seconds``."""
         alive_ms = round(alive_seconds * 1000)
@@ -254,6 +261,14 @@ class JobQueue:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
 
 
+def _deadline(job: Job) -> str:
+    """As ``submit.lua`` takes it: a moment in ms, "+" and ms from then on, or nothing."""
+    if isinstance(job.deadline, float):
+        return f"+{round(job.deadline * 1000)}"
+    moment = job.deadline_moment
+    return "" if moment is None else str(round(moment * 1000))
+
+
 def _version(reply: int | None) -> int | None:
     return None if reply is None else int(reply)
 
@@ -270,6 +285,7 @@ def script_text(name: str) -> str:
     constants = [
         f"local GROUP = '{GROUP}'",
         f"local BASE = '{BASE}'",
+        f"local PRIORITIES = {{ {', '.join(repr(name) for name in PRIORITIES)} }}",
         f"local WIRE_VERSION = {WIRE_VERSION}",
     ]
     folder = files("broker") / "lua"

@@ -14,7 +14,7 @@ from broker.connection import BLOCK_SECONDS
 from broker.records import read_adapter, read_adapters, read_record
 from schemas.adapter import AdapterRecord
 from schemas.errors import UnknownId
-from schemas.keys import GROUP, Keys
+from schemas.keys import Keys
 from schemas.result import STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
 from schemas.worker_state import WorkerState
 
@@ -187,33 +187,24 @@ class QueueReader:
             read_record(WorkerState, state, "The state of a worker") for state in states if state
         ]
 
-    def waiting_by_adapter(self) -> dict[str, int]:
-        """Waiting and running jobs of every adapter that has waiting ones, longest unserved
-        first. The base model is called ``schemas.keys.BASE``."""
-        return {name: number for name, (number, _) in self._jobs_of_ready_adapters().items()}
+    def unfinished_by_adapter(self) -> dict[str, int]:
+        """Waiting and running jobs of every adapter that has waiting ones, most first. The base
+        model is called ``schemas.keys.BASE``."""
+        running = _numbers(self.client.hgetall(self.keys.running))
+        waiting = self.num_waiting_by_adapter()
+        unfinished = {name: number + running.get(name, 0) for name, number in waiting.items()}
+        return dict(sorted(unfinished.items(), key=lambda item: (-item[1], item[0])))
 
     def num_waiting_by_adapter(self) -> dict[str, int]:
-        """Jobs that nobody has claimed, of every adapter that has such, longest unserved first."""
-        found = self._jobs_of_ready_adapters()
-        return {name: number - num_claimed for name, (number, num_claimed) in found.items()}
+        """Jobs that nobody has claimed, of every adapter that has such."""
+        return _numbers(self.client.hgetall(self.keys.waiting))
 
     def num_jobs_of(self, adapter: str) -> int:
         """Waiting and running jobs of an adapter."""
-        return int(self.client.xlen(self.keys.stream(adapter)))
-
-    def _jobs_of_ready_adapters(self) -> dict[str, tuple[int, int]]:
-        """(all, running) jobs of every adapter that has waiting ones, in two round trips."""
-        names: list[str] = self.client.zrange(self.keys.ready, 0, -1)
-        with self.client.pipeline(transaction=False) as pipeline:
-            for name in names:
-                pipeline.xlen(self.keys.stream(name))
-                pipeline.xpending(self.keys.stream(name), GROUP)
-            # A stream that nobody has read yet has no group, and none of its jobs runs.
-            replies = pipeline.execute(raise_on_error=False)
-        pending = [
-            0 if isinstance(reply, Exception) else reply["pending"] for reply in replies[1::2]
-        ]
-        return dict(zip(names, zip(replies[::2], pending, strict=True), strict=True))
+        with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.hget(self.keys.waiting, adapter)
+            pipeline.hget(self.keys.running, adapter)
+            return sum(int(number or 0) for number in pipeline.execute())
 
     def _result(self, job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
         if fields["state"] is None:
@@ -236,6 +227,10 @@ class QueueReader:
             worker=fields["worker"],
             metadata=job.get("metadata"),
         )
+
+
+def _numbers(fields: Mapping[str, str]) -> dict[str, int]:
+    return {name: int(number) for name, number in fields.items()}
 
 
 def _seconds(milliseconds: str | None) -> float | None:

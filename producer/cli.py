@@ -43,6 +43,12 @@ class Format(StrEnum):
     table = "table"
 
 
+class PriorityName(StrEnum):
+    high = "high"
+    normal = "normal"
+    low = "low"
+
+
 class Commands(TyperGroup):
     """Answers a person's mistake, or the world's, with a sentence instead of a traceback."""
 
@@ -123,6 +129,19 @@ def submit(
         str | None,
         typer.Option("--lora", metavar="NAME", help="Adapter for the lines that name none."),
     ] = None,
+    priority: Annotated[
+        PriorityName,
+        typer.Option("--priority", help="Which jobs go first, for the lines that give none."),
+    ] = PriorityName.normal,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            "--deadline",
+            metavar="WHEN",
+            help="Until when jobs must have begun: how long from now (600, 15m, 2h, 1d), or a"
+            " moment (2026-12-24T18:00). One that has not begun by then is not run.",
+        ),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait, and write the results in input order.")
     ] = False,
@@ -140,26 +159,33 @@ def submit(
     """Send the prompts of FILE, once every line is found valid.
 
     A line holds exactly one of prompt, messages, prompt_token_ids, and may hold id, lora,
-    max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, metadata. A job whose line
-    gives no id is called SUBMISSION.LINE, with the number of its line.
+    max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, priority, deadline, metadata.
+    A job whose line gives no id is called SUBMISSION.LINE, with the number of its line.
     """
     from producer import submitting
+    from producer.moments import parse_deadline
     from producer.place import Place
+    from producer.terms import Terms
 
     place = Place(redis_url, queue)
     output = None if output == Path("-") else output
+    terms = Terms(
+        lora=lora,
+        priority=priority.value,
+        deadline=None if deadline is None else parse_deadline(deadline),
+    )
     if not wait:
         if output:
             raise BadInput("-o takes results, and only --wait brings them.")
         if timeout is not None:
             raise BadInput("--timeout bounds a wait, and only --wait waits.")
-        submitting.submit(place, file, lora, json_wanted=json)
+        submitting.submit(place, file, terms, json_wanted=json)
         return
     if timeout is not None and not timeout >= 0:  # NaN, which is not below the least.
         raise BadInput(f"--timeout takes a number of seconds, not {timeout}.")
     if json and not output:
         raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
-    submitting.submit_and_wait(place, file, lora, output, timeout=timeout, json_wanted=json)
+    submitting.submit_and_wait(place, file, terms, output, timeout=timeout, json_wanted=json)
 
 
 @app.command()

@@ -14,11 +14,14 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Unpack
 
-from broker.connection import connect, server_errors
+import redis
+
+from broker.connection import BLOCK_SECONDS, connect, server_errors
 from broker.job_queue import ConflictError, JobQueue
 from broker.queue_reader import QueueReader
 from broker.server import use_server
@@ -29,6 +32,7 @@ from producer.intake import Line, prepare
 from producer.lines import numbered_lines
 from producer.spool import Run, Spool
 from producer.status import Overview, Status, describe, is_finished, read_overview
+from producer.terms import Terms
 from schemas.errors import (
     BadInput,
     LorryError,
@@ -64,6 +68,7 @@ class Client:
         self._url = server.url
         self._job_queue = JobQueue(connection, queue)
         self._reader = QueueReader(connection, queue)
+        self._next_tidying = 0.0
         self.queue = queue
         #: How to speak of the server to a person.
         self.server = server.description
@@ -83,32 +88,32 @@ class Client:
         """Disconnect, and end the embedded server if nobody else uses it."""
         self._stack.close()
 
-    def submit(self, jobs: Iterable[Line], *, lora: str | None = None, name: str = "<jobs>") -> str:
+    def submit(self, jobs: Iterable[Line], *, name: str = "<jobs>", **terms: Unpack[Terms]) -> str:
         """Send jobs once all of them are found valid; returns the submission's id.
 
-        A job is a prompt, a mapping with the fields of a line, or a ``Job``. ``lora`` serves those
-        that name none; ``name`` is what errors and lists call the input. Raises BadInput with all
-        that is wrong; nothing was sent then.
+        A job is a prompt, a mapping with the fields of a line, or a ``Job``; ``terms`` are what
+        holds for all of them (``producer.terms``). ``name`` is what errors and lists call the
+        input. Raises BadInput with all that is wrong; nothing was sent then.
         """
-        with self.prepare(enumerate(jobs, start=1), lora=lora, name=name) as spool:
+        with self.prepare(enumerate(jobs, start=1), name=name, **terms) as spool:
             self.send(spool)
             return spool.submission
 
-    def submit_file(self, path: Path | str, *, lora: str | None = None) -> str:
+    def submit_file(self, path: Path | str, **terms: Unpack[Terms]) -> str:
         """``submit`` the lines of a prompts file, of any size, in constant memory."""
         with (
             Path(path).open("rb") as stream,
-            self.prepare(numbered_lines(stream), lora=lora, name=str(path)) as spool,
+            self.prepare(numbered_lines(stream), name=str(path), **terms) as spool,
         ):
             self.send(spool)
             return spool.submission
 
     def prepare(
-        self, lines: Iterable[tuple[int, Line]], *, lora: str | None = None, name: str
+        self, lines: Iterable[tuple[int, Line]], *, name: str, **terms: Unpack[Terms]
     ) -> Spool:
         """The first half of ``submit``: checks numbered lines, sends nothing. Close the spool."""
         with self._errors():
-            return prepare(self._reader, lines, lora=lora, name=name)
+            return prepare(self._reader, lines, terms, name=name)
 
     def send(self, spool: Spool, on_sent: Callable[[int], None] | None = None) -> None:
         """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent.
@@ -147,11 +152,13 @@ class Client:
     def overview(self) -> Overview:
         """The queue at this moment."""
         with self._errors():
+            self._tidy()
             return read_overview(self._reader)
 
     def status(self, id_: str) -> Status:
         """A submission's counts by state, or what is known of a job. Raises UnknownId."""
         with self._errors():
+            self._tidy()
             if self._is_submission(id_):
                 return self._reader.submission(id_)
             return next(self._reader.results([id_]))
@@ -168,6 +175,7 @@ class Client:
         the first result if the queue does not hold one of the ids.
         """
         with self._errors():
+            self._tidy()
             kinds = {id_: self._is_submission(id_) for id_ in ids}
             for id_, is_submission in kinds.items():
                 job_ids = self._reader.job_ids(id_) if is_submission else [id_]
@@ -181,7 +189,7 @@ class Client:
                 self._reader,
                 [id_ for id_, is_submission in kinds.items() if is_submission],
                 [id_ for id_, is_submission in kinds.items() if not is_submission],
-                on_wake or _ignore,
+                self._tidy_and(on_wake),
             )
 
     def follow_in_order(
@@ -195,7 +203,7 @@ class Client:
         deadline = _deadline(timeout)
         with self._errors():
             yield from following.in_input_order(
-                self._reader, submission, on_wake or _ignore, deadline
+                self._reader, submission, self._tidy_and(on_wake), deadline
             )
         if deadline is not None and not is_finished(status := self.status(submission)):
             raise self.not_finished(f"{describe(status)} after {timeout:g} s")
@@ -279,6 +287,22 @@ class Client:
             return NotFinished(f"{what}.")
         return NoWorker(f"{what}. {advice.no_worker(self.queue)}")
 
+    def _tidy(self) -> None:
+        """End what has come to its time, as workers do, since there may be none alive."""
+        if time.monotonic() < self._next_tidying:
+            return
+        self._next_tidying = time.monotonic() + BLOCK_SECONDS
+        with suppress(redis.exceptions.NoPermissionError):  # Who may only read leaves it to others.
+            self._job_queue.expire_jobs()
+
+    def _tidy_and(self, on_wake: OnWake | None) -> OnWake:
+        def tidy_and_wake() -> None:
+            self._tidy()
+            if on_wake:
+                on_wake()
+
+        return tidy_and_wake
+
     def _is_submission(self, id_: str) -> bool:
         try:
             id_.encode()
@@ -297,10 +321,6 @@ def _deadline(timeout: float | None) -> float | None:
     if not timeout >= 0:  # Written so that it refuses NaN too.
         raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
     return time.monotonic() + timeout
-
-
-def _ignore() -> None:
-    pass
 
 
 def _ignore_jobs_left(number: int) -> None:

@@ -38,7 +38,7 @@ def read_overview(reader: QueueReader) -> Overview:
         reader.submissions(MAX_LISTED),
         reader.workers(),
         list(reader.adapters()),
-        reader.waiting_by_adapter(),
+        reader.unfinished_by_adapter(),
     )
 
 

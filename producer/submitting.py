@@ -20,12 +20,13 @@ from producer.output import Output
 from producer.place import Place
 from producer.spool import Spool
 from producer.status import by_state, describe, require_all_done
+from producer.terms import Terms
 from schemas.errors import BadInput, NotFinished, NoWorker
 
 
-def submit(place: Place, file: str, lora: str | None, *, json_wanted: bool) -> None:
+def submit(place: Place, file: str, terms: Terms, *, json_wanted: bool) -> None:
     """Send a file and say what to type next."""
-    with _sent(place, file, lora) as (client, spool):
+    with _sent(place, file, terms) as (client, spool):
         if json_wanted:
             typer.echo(json.dumps(_summary(client, spool)))
         else:
@@ -37,7 +38,7 @@ def submit(place: Place, file: str, lora: str | None, *, json_wanted: bool) -> N
 def submit_and_wait(
     place: Place,
     file: str,
-    lora: str | None,
+    terms: Terms,
     path: Path | None,
     *,
     timeout: float | None,
@@ -46,7 +47,7 @@ def submit_and_wait(
     """Send a file and write its results in input order, each as soon as those before it are, for
     at most ``timeout`` seconds after it was sent."""
     _refuse_overwriting(file, path)
-    with Output(path) as output, _sent(place, file, lora) as (client, spool):
+    with Output(path) as output, _sent(place, file, terms) as (client, spool):
         try:
             say(f"Submitted {counted(spool.num_jobs)} as {spool.submission}")
             _write_in_order(client, spool, output, timeout)
@@ -61,11 +62,11 @@ def submit_and_wait(
 
 
 @contextmanager
-def _sent(place: Place, file: str, lora: str | None) -> Iterator[tuple[Client, Spool]]:
+def _sent(place: Place, file: str, terms: Terms) -> Iterator[tuple[Client, Spool]]:
     """A client, and the spool of a file whose jobs it has sent."""
     with _open_input(file) as (stream, name), place.client() as client:
         with bar_for("checking") as bar:
-            spool = client.prepare(shown(numbered_lines(stream), bar), lora=lora, name=name)
+            spool = client.prepare(shown(numbered_lines(stream), bar), name=name, **terms)
         with spool:
             _send(client, spool)
             yield client, spool

@@ -3,17 +3,27 @@
 All keys of a queue begin with the hash tag ``{queue}``, so that they share one slot of a Redis
 Cluster and one Lua script may touch several of them. The Lua scripts get the same names: a
 preamble made from ``KEY_NAMES`` defines each as a Lua local of that name.
+
+A band, ``<adapter>:<priority>``, is what waits for one adapter at one priority; a lane,
+``<band>:<submission>``, is what one submission has there, a stream of its own.
 """
 
 from __future__ import annotations
 
+from schemas.job import Priority
+
 #: Field or key name after the hash tag. Names that end in ``:`` are completed by an id.
 KEY_NAMES = {
     "JOB": "job:",  # hash: one job, its state and its result
-    "STREAM": "stream:",  # stream: ids of the jobs waiting or in flight for one adapter
-    "READY": "ready",  # sorted set: adapters with waiting jobs, by the time they wait unserved
+    "STREAM": "stream:",  # stream: ids of the jobs of one lane that wait or are in flight
+    "LANES": "lanes:",  # sorted set: submissions with jobs in one band, since when unserved
+    "READY": "ready:",  # sorted set: adapters with jobs of one priority, since when unserved
+    "WAITING": "waiting",  # hash: number of waiting jobs by adapter
+    "RUNNING": "running",  # hash: number of running jobs by adapter
+    "BACKLOG": "backlog",  # hash: jobs that wait, and the bytes of their records
     "SUBMISSION": "submission:",  # hash: counts by state; + ":jobs" list, + ":finished" stream
     "SUBMISSIONS": "submissions",  # sorted set: submission ids by the time they were sent
+    "DEADLINES": "deadlines",  # sorted set: ids of the waiting jobs that have a deadline, by it
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
     "ADAPTERS_VERSION": "adapters:version",  # counter: raised by every change of the desired state
@@ -39,7 +49,9 @@ class Keys:
 
     def __init__(self, queue: str) -> None:
         self.prefix = f"{{{queue}}}:"
-        self.ready = self._name("READY")
+        self.waiting = self._name("WAITING")
+        self.running = self._name("RUNNING")
+        self.backlog = self._name("BACKLOG")
         self.submissions = self._name("SUBMISSIONS")
         self.leases = self._name("LEASES")
         self.adapters = self._name("ADAPTERS")
@@ -52,8 +64,8 @@ class Keys:
     def job(self, job_id: str) -> str:
         return self._name("JOB") + job_id
 
-    def stream(self, adapter: str | None) -> str:
-        return self._name("STREAM") + (adapter or BASE)
+    def stream(self, adapter: str | None, priority: Priority, submission: str) -> str:
+        return f"{self._name('STREAM')}{adapter or BASE}:{priority}:{submission}"
 
     def submission(self, submission_id: str) -> str:
         return self._name("SUBMISSION") + submission_id

@@ -24,7 +24,7 @@ FLAGS = {
     *("--lora-eviction-policy", "--lora-backend", "--max-running-requests"),
     *("--max-total-tokens", "--mem-fraction-static", "--chunked-prefill-size"),
     *("--context-length", "--device", "--dtype", "--load-format"),
-    *("--queue", "--redis-url", "--lease-seconds", "--burst"),
+    *("--queue", "--redis-url", "--lease-seconds", "--patience", "--burst"),
 }
 MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
 

@@ -14,7 +14,6 @@ from schemas.errors import JobError
 from schemas.job import Job
 from worker.leases import Leases
 from worker.publisher import Failed, Publisher
-from worker.scheduler import PATIENCE
 from worker.sequence import Sequence
 
 log = structlog.get_logger()
@@ -37,6 +36,7 @@ class Claimer:
         resident: Callable[[], Collection[str]],
         *,
         lease_seconds: float,
+        patience: float,
     ) -> None:
         """``sequence_of`` prepares a job to run or raises JobError; ``resident`` names the
         adapters whose weights stand in a slot."""
@@ -47,6 +47,7 @@ class Claimer:
         self._sequence_of = sequence_of
         self._resident = resident
         self._lease_seconds = lease_seconds
+        self._patience = patience
         self._ready: SimpleQueue[tuple[Claim, Sequence]] = SimpleQueue()
         self._wake = queue.client.pubsub(ignore_subscribe_messages=True)
         self.found_nothing = False
@@ -75,7 +76,7 @@ class Claimer:
         if not request.num_jobs:
             return False
         claims = self._queue.claim(
-            self._worker_id, request, lease_seconds=self._lease_seconds, patience=PATIENCE
+            self._worker_id, request, lease_seconds=self._lease_seconds, patience=self._patience
         )
         self.found_nothing = holds_nothing and not claims.jobs
         if drained := self._leases.drain_for(claims.starving):

@@ -125,6 +125,12 @@ def _add_queue_flags(queue: argparse._ArgumentGroup) -> None:
         metavar="S",
         help="after which the jobs of a worker that died go to another one (30)",
     )
+    queue.add_argument(
+        "--patience",
+        type=float,
+        metavar="S",
+        help="after which an adapter, priority or submission that waits unserved comes first (30)",
+    )
     queue.add_argument("--burst", action="store_true", help="end when no job is left")
 
 

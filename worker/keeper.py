@@ -75,6 +75,8 @@ class Keeper:
                 self._lost |= lost
 
     def _sweep(self) -> None:
+        if expired := self._queue.expire_jobs():
+            log.info("jobs_expired", jobs=expired)
         again, given_up = self._queue.sweep(max_attempts=MAX_ATTEMPTS)
         if again or given_up:
             log.warning("leases_expired", waiting_again=again, given_up=given_up)

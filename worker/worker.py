@@ -64,6 +64,7 @@ class Worker:
             engine.sequence_of,
             lambda: engine.resident,
             lease_seconds=config.lease_seconds,
+            patience=config.patience,
         )
         self._keeper = Keeper(
             keep_queue, self.id, self._leases, self._state, lease_seconds=config.lease_seconds

@@ -6,10 +6,9 @@ local worker, id, entry, state, result = unpack(ARGV)
 if not holds_lease(worker, id, entry) then
   return redis.call('HGET', JOB .. id, 'result') == result and 1 or 0
 end
-local adapter = redis.call('HGET', JOB .. id, 'adapter')
 redis.call('HSET', JOB .. id, 'result', result)
 redis.call('HDEL', JOB .. id, 'entry')
 set_state(id, state)
 redis.call('ZREM', LEASES, id)
-drop_entry(adapter, entry)
+drop_entry(lane_of(id), entry)
 return 1

@@ -1,7 +1,8 @@
--- Shared by every script of this folder; the key names (JOB, STREAM, ...) and GROUP are defined
--- above it from schemas/keys.py.
+-- Shared by every script of this folder; the key names (JOB, STREAM, ...), GROUP and PRIORITIES are
+-- defined above it from schemas/.
 
--- READY is scored in microseconds, so that adapters served within one millisecond keep their turn.
+-- READY and LANES are scored in microseconds, so that those served within one millisecond keep their
+-- turn.
 local function now_us()
   local time = redis.call('TIME')
   return time[1] * 1000000 + time[2]
@@ -18,17 +19,68 @@ end
 
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 
--- Changes a job's state and the counts of every submission it belongs to. A submission that sent
--- the job twice is named twice, so its counts always add up to its number of lines.
-local function set_state(id, to)
-  local from, submissions = unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions'))
-  redis.call('HSET', JOB .. id, 'state', to)
+-- Counts jobs that came to be in a state, or left it (a negative number), and the bytes of their
+-- records if that is `waiting`. What came down to nothing is deleted.
+local function count(state, adapter, number, bytes)
+  local by_adapter = ({ waiting = WAITING, running = RUNNING })[state]
+  if not by_adapter then return end
+  if redis.call('HINCRBY', by_adapter, adapter, number) <= 0 then
+    redis.call('HDEL', by_adapter, adapter)
+  end
+  if state ~= 'waiting' then return end
+  redis.call('HINCRBY', BACKLOG, 'bytes', number < 0 and -bytes or bytes)
+  if redis.call('HINCRBY', BACKLOG, 'jobs', number) <= 0 then redis.call('DEL', BACKLOG) end
+end
+
+-- Counts the change of a job's state in every submission it belongs to. One that sent the job twice
+-- is named twice, so its counts always add up to its number of lines.
+local function tell_submissions(id, submissions, from, to)
   for submission in string.gmatch(submissions, '%S+') do
     redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
     redis.call('HINCRBY', SUBMISSION .. submission, to, 1)
     if TERMINAL[to] then
       redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
     end
+  end
+end
+
+-- Changes a job's state, the counts of every submission it belongs to and those of its adapter.
+local function set_state(id, to)
+  local from, submissions, adapter =
+    unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions', 'adapter'))
+  local bytes = (from == 'waiting' or to == 'waiting') and redis.call('HSTRLEN', JOB .. id, 'job')
+  redis.call('HSET', JOB .. id, 'state', to)
+  count(from, adapter, -1, bytes)
+  count(to, adapter, 1, bytes)
+  tell_submissions(id, submissions, from, to)
+end
+
+-- The lane that a job waits or runs in. Of several submissions that sent it the first one counts.
+local function lane_in(adapter, priority, submission)
+  local band = adapter .. ':' .. priority
+  return {
+    adapter = adapter, priority = priority, submission = submission, band = band,
+    stream = STREAM .. band .. ':' .. submission,
+  }
+end
+
+local function lane_of(id)
+  local adapter, priority, submissions =
+    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'priority', 'submissions'))
+  return lane_in(adapter, priority, string.match(submissions, '%S+'))
+end
+
+-- A lane has waiting jobs: it takes its turn in its band, and its adapter among the others.
+local function open_lane(lane)
+  local now = text(now_us())
+  redis.call('ZADD', LANES .. lane.band, 'NX', now, lane.submission)
+  redis.call('ZADD', READY .. lane.priority, 'NX', now, lane.adapter)
+end
+
+local function close_lane(lane)
+  local was_open = redis.call('ZREM', LANES .. lane.band, lane.submission) == 1
+  if was_open and redis.call('EXISTS', LANES .. lane.band) == 0 then
+    redis.call('ZREM', READY .. lane.priority, lane.adapter)
   end
 end
 
@@ -39,59 +91,81 @@ local function holds_lease(worker, id, entry)
   return state == 'running' and holder == worker and current == entry
 end
 
--- Ends a delivery: the entry is deleted when it is acknowledged, so XLEN is waiting + in flight.
-local function drop_entry(adapter, entry)
-  local stream = STREAM .. adapter
-  redis.call('XACK', stream, GROUP, entry)
-  redis.call('XDEL', stream, entry)
-  if redis.call('XLEN', stream) == 0 then
-    redis.call('DEL', stream)
+-- Takes an entry out of its lane: deleted when it is acknowledged, so XLEN is waiting + in flight.
+local function drop_entry(lane, entry)
+  redis.call('XACK', lane.stream, GROUP, entry)
+  redis.call('XDEL', lane.stream, entry)
+  if redis.call('XLEN', lane.stream) == 0 then
+    redis.call('DEL', lane.stream)
+    close_lane(lane)
   end
 end
 
--- The first entries of an adapter's stream that nobody has been given, up to `count`; they are
--- given to `worker` now. The group is made on first use, and again after a FLUSHALL.
-local function read_entries(adapter, worker, count)
-  local stream = STREAM .. adapter
+-- The first entries of a lane that nobody has been given, up to `count`; they are given to `worker`
+-- now. The group is made on first use, and again after a FLUSHALL.
+local function read_entries(lane, worker, count)
   local function group_read()
-    return redis.pcall('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', stream, '>')
+    return redis.pcall('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count,
+      'STREAMS', lane.stream, '>')
   end
   local found = group_read()
   if type(found) == 'table' and found.err then
     if not string.find(found.err, 'NOGROUP', 1, true) then error(found) end
-    redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+    if redis.pcall('XGROUP', 'CREATE', lane.stream, GROUP, '0').err then return {} end -- No stream.
     found = group_read()
   end
   return found and found[1] and found[1][2] or {}
 end
 
--- Puts a job at the end of its adapter's stream and makes the adapter ready.
-local function enqueue(id, adapter)
-  redis.call('XADD', STREAM .. adapter, '*', 'id', id)
-  redis.call('ZADD', READY, 'NX', text(now_us()), adapter)
+-- Puts a job at the end of its lane.
+local function enqueue(id)
+  local lane, deadline = lane_of(id), redis.call('HGET', JOB .. id, 'deadline')
+  if deadline then redis.call('ZADD', DEADLINES, deadline, id) end
+  redis.call('HSET', JOB .. id, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
+  open_lane(lane)
 end
 
 -- Takes a job away from its worker and lets another one have it.
 local function requeue(id)
-  local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
-  enqueue(id, adapter) -- Before the old entry goes, so that the new one differs from it.
-  drop_entry(adapter, entry)
+  local entry = redis.call('HGET', JOB .. id, 'entry')
+  enqueue(id) -- Before the old entry goes, so that the new one differs from it.
+  drop_entry(lane_of(id), entry)
   redis.call('ZREM', LEASES, id)
-  redis.call('HDEL', JOB .. id, 'worker', 'entry', 'claimed')
+  redis.call('HDEL', JOB .. id, 'worker', 'claimed')
   set_state(id, 'waiting')
+end
+
+-- Ends a job that waits or runs without a result of a worker's.
+local function end_job(id, state, code, message)
+  local entry = redis.call('HGET', JOB .. id, 'entry')
+  redis.call('HSET', JOB .. id, 'error_code', code, 'error_message', message,
+    'finished', text(now_ms()))
+  redis.call('HDEL', JOB .. id, 'entry')
+  redis.call('ZREM', LEASES, id)
+  redis.call('ZREM', DEADLINES, id)
+  set_state(id, state)
+  if entry then drop_entry(lane_of(id), entry) end
+end
+
+-- Ends a waiting job whose deadline has come.
+local function expire(id)
+  local queued, deadline = unpack(redis.call('HMGET', JOB .. id, 'queued', 'deadline'))
+  local seconds = (deadline - queued) / 1000
+  local when = seconds < 0 and ' s before it was sent' or ' s after it was sent, came while it waited'
+  end_job(id, 'expired', 'expired',
+    string.format('not run: its deadline, %.1f', math.abs(seconds)) .. when)
 end
 
 -- Ends a job that has been tried often enough.
 local function give_up(id)
-  local adapter, entry, attempts =
-    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry', 'attempts'))
+  local entry, attempts = unpack(redis.call('HMGET', JOB .. id, 'entry', 'attempts'))
   local message = 'given up after ' .. attempts ..
     ' attempts: each time its worker ended or stalled before the result was recorded'
   redis.call('HSET', JOB .. id, 'error_code', 'attempts_exhausted', 'error_message', message,
     'finished', text(now_ms()))
   set_state(id, 'dead')
   redis.call('ZREM', LEASES, id)
-  drop_entry(adapter, entry)
+  drop_entry(lane_of(id), entry)
   redis.call('XADD', DEAD, '*', 'id', id, 'reason', message, 'attempts', attempts)
 end
 
