@@ -88,6 +88,31 @@ class ConflictError(Exception):
         self.indices = indices
 
 
+class SubmissionCancelled(Exception):
+    """The submission was cancelled while it was sent, after ``num_sent`` of its jobs."""
+
+    def __init__(self, num_sent: int) -> None:
+        super().__init__(f"cancelled after {num_sent} jobs")
+        self.num_sent = num_sent
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """What became of jobs that were to be cancelled."""
+
+    waiting: int = 0
+    """Cancelled before they ran."""
+    running: int = 0
+    """Cancelled while they ran."""
+    ended: int = 0
+    """Those that had ended before, and keep their result."""
+
+    def __add__(self, other: Cancelled) -> Cancelled:
+        return Cancelled(
+            self.waiting + other.waiting, self.running + other.running, self.ended + other.ended
+        )
+
+
 class JobQueue:
     """One queue on one server."""
 
@@ -101,7 +126,7 @@ class JobQueue:
                 *("submit", "claim", "commit", "renew", "release", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter"),
-                "expire_jobs",
+                *("expire_jobs", "cancel", "close_submission"),
             )
         }
 
@@ -111,7 +136,7 @@ class JobQueue:
         """Store the jobs number ``offset`` and following of a submission of ``total`` jobs.
 
         Safe to repeat. Raises ConflictError, with indices into ``jobs``, and stores none of them
-        if the id of one already names a job of other content.
+        if the id of one already names a job of other content; or SubmissionCancelled.
         """
         fields = chain.from_iterable(
             (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire()) for job in jobs
@@ -119,6 +144,8 @@ class JobQueue:
         status, *details = self._run("submit", submission, name, total, offset, *fields)
         if status == "conflict":
             raise ConflictError(details)
+        if status == "cancelled":
+            raise SubmissionCancelled(details[0])
         if status == "gap":
             raise ValueError(f"submission {submission} holds {details[0]} jobs, not {offset}")
 
@@ -191,6 +218,17 @@ class JobQueue:
         times; returns the two numbers."""
         again, given_up = self._run("sweep", max_attempts, SWEEP_LIMIT)
         return again, given_up
+
+    def cancel(self, job_ids: Iterable[str]) -> Cancelled:
+        """End jobs as cancelled, also running ones. Safe to repeat.
+
+        One script takes all of them: some hundreds at a time leave room for others.
+        """
+        return Cancelled(*self._run("cancel", *job_ids))
+
+    def close_submission(self, submission: str) -> None:
+        """Let a submission take no more jobs; what it holds by now is its total. Safe to repeat."""
+        self._run("close_submission", submission)
 
     def expire_jobs(self) -> int:
         """End waiting jobs whose deadline has come; returns how many. Safe to repeat."""

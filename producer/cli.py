@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from producer.controls import app as controls_app
 from producer.lora import app as lora_app
 from producer.messages import fail
 from producer.options import Json, Queue, RedisUrl
@@ -82,6 +83,7 @@ app = typer.Typer(
 )
 
 app.add_typer(lora_app)
+app.add_typer(controls_app)
 
 OutputFile = Annotated[
     Path | None,

@@ -22,11 +22,12 @@ from typing import Unpack
 import redis
 
 from broker.connection import BLOCK_SECONDS, connect, server_errors
-from broker.job_queue import ConflictError, JobQueue
+from broker.job_queue import Cancelled, ConflictError, JobQueue, SubmissionCancelled
 from broker.queue_reader import QueueReader
 from broker.server import use_server
-from producer import adapters, advice, following
+from producer import adapters, advice, cancelling, following
 from producer.adapters import AdapterStatus, Answer, Change, OnPause
+from producer.cancelling import OnProgress
 from producer.following import OnWake
 from producer.intake import Line, prepare
 from producer.lines import numbered_lines
@@ -118,7 +119,8 @@ class Client:
     def send(self, spool: Spool, on_sent: Callable[[int], None] | None = None) -> None:
         """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent.
 
-        Raises BadInput if somebody else has meanwhile sent another job under the id of one.
+        Raises BadInput if somebody else has meanwhile sent another job under the id of one, and
+        LorryError if the submission is cancelled meanwhile.
         """
         name = spool.name.encode(errors="replace").decode()  # A file name need not be UTF-8.
         for run in spool.runs():
@@ -129,6 +131,11 @@ class Client:
                     )
             except ConflictError as error:
                 raise BadInput(_conflict(spool, run, error.indices)) from error
+            except SubmissionCancelled as error:
+                raise LorryError(
+                    f"Submission {spool.submission} was cancelled while it was sent:"
+                    f" {error.num_sent} of {advice.counted(spool.num_jobs)} had been."
+                ) from error
             except ServerUnavailable as error:
                 raise ServerUnavailable(f"{error} {_sent(spool, run.offset)}") from error
             if on_sent:
@@ -230,6 +237,18 @@ class Client:
         """``watch`` to the end; returns the last status."""
         return deque(self.watch(id_, timeout), maxlen=1).pop()
 
+    def cancel(self, *ids: str, on_progress: OnProgress | None = None) -> Cancelled:
+        """End the jobs, and all jobs of the submissions, that have not ended: their results have
+        the status ``cancelled``. The worker of one that runs drops it within a few steps.
+
+        A job that several submissions sent ends for all of them. A submission that is still being
+        sent takes no more jobs. ``on_progress`` is called with the number of jobs looked at so far.
+        Raises UnknownId before the first job is cancelled.
+        """
+        with self._errors():
+            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            return cancelling.cancel(self._job_queue, self._reader, kinds, on_progress or _ignore)
+
     def load_adapter(self, name: str, source: Path | str, *, pinned: bool = False) -> Change:
         """Let every worker load an adapter, in place of one of that name: jobs that run go on with
         the old one. Returns at once; ``answers`` waits for the workers.
@@ -272,7 +291,7 @@ class Client:
         """
         with self._errors():
             return adapters.answers(
-                self._reader, change, timeout=timeout, on_pause=on_pause or _ignore_jobs_left
+                self._reader, change, timeout=timeout, on_pause=on_pause or _ignore
             )
 
     def adapters(self) -> list[AdapterStatus]:
@@ -323,7 +342,7 @@ def _deadline(timeout: float | None) -> float | None:
     return time.monotonic() + timeout
 
 
-def _ignore_jobs_left(number: int) -> None:
+def _ignore(number: int) -> None:
     pass
 
 

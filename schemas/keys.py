@@ -30,6 +30,7 @@ KEY_NAMES = {
     "WORKERS": "workers",  # sorted set: worker ids by their last heartbeat
     "WORKER": "worker:",  # hash: the observed state of one worker; + ":adapters" set
     "WAKE": "wake",  # channel: new work has come
+    "CANCELLED": "cancelled",  # channel: ids of running jobs that have just been cancelled
     "CONTROL": "control",  # channel: the desired state has changed
     "DEAD": "dead",  # stream: jobs given up on
 }
@@ -58,6 +59,7 @@ class Keys:
         self.adapters_version = self._name("ADAPTERS_VERSION")
         self.workers = self._name("WORKERS")
         self.wake = self._name("WAKE")
+        self.cancelled = self._name("CANCELLED")
         self.control = self._name("CONTROL")
         self.dead = self._name("DEAD")
 

@@ -23,8 +23,8 @@ from worker.model.config import LINEAR_MODULES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-#: Seconds for which who waits unserved has patience: an adapter until one with a slot makes room for
-#: it, jobs of a low priority until they get a turn beside the highest.
+#: Seconds for which who waits unserved has patience: an adapter until one with a slot makes room
+#: for it, jobs of a low priority until they get a turn beside the highest.
 PATIENCE = 30.0
 
 

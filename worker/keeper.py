@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
 import structlog
 
-from broker.job_queue import JobQueue, Lease
+from broker.job_queue import JobQueue
 from schemas.worker_state import WorkerState
 from worker.leases import Leases
 
@@ -41,8 +40,6 @@ class Keeper:
         self.interval = min(lease_seconds / 3, HEARTBEAT_SECONDS)
         """Seconds between two turns."""
         self._next_renewal = time.monotonic() + lease_seconds / 3
-        self._lost: set[Lease] = set()
-        self._lost_lock = threading.Lock()
 
     def turn(self) -> None:
         """Report, renew if it is time, sweep."""
@@ -55,24 +52,13 @@ class Keeper:
         """Write the worker's observed state, its sign of life."""
         self._queue.heartbeat(self._state(), alive_seconds=ALIVE_SECONDS)
 
-    def take_lost(self) -> set[Lease]:
-        """The leases that were lost since the last call."""
-        if not self._lost:
-            return set()
-        with self._lost_lock:
-            lost, self._lost = self._lost, set()
-        return lost
-
     def _renew(self) -> None:
         held = self._leases.held()
         lost = self._queue.renew(self._worker_id, held, lease_seconds=self._lease_seconds)
         self._next_renewal = time.monotonic() + self._lease_seconds / 3
         # One committed since `held` was read is not lost.
-        lost = self._leases.remove(lost)
-        if lost:
+        if lost := self._leases.lose(lost):
             log.warning("leases_lost", jobs=sorted(lease.job_id for lease in lost))
-            with self._lost_lock:
-                self._lost |= lost
 
     def _sweep(self) -> None:
         if expired := self._queue.expire_jobs():

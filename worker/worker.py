@@ -15,6 +15,7 @@ from broker.job_queue import Claim, JobQueue, Lease
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
 from worker.background import BackgroundLoop
+from worker.cancellations import Cancellations
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
 from worker.engine import Engine
@@ -46,8 +47,8 @@ class Worker:
         self._engine = engine
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
-        queues = [JobQueue(connect(redis_url), config.queue) for _ in range(5)]
-        self._queue, claim_queue, publish_queue, keep_queue, follow_queue = queues
+        queues = [JobQueue(connect(redis_url), config.queue) for _ in range(6)]
+        self._queue, claim_queue, publish_queue, keep_queue, follow_queue, cancel_queue = queues
         self._leases = Leases(
             # A few more than can run, so that the next ones are ready when others finish.
             max_jobs=config.running_limit + max(4, config.running_limit // 8),
@@ -84,6 +85,9 @@ class Worker:
             "keep", self._keeper.turn, self._thread_failed, interval=self._keeper.interval
         )
         self._follow_loop = BackgroundLoop("follow", self._follower.turn, self._thread_failed)
+        self._cancel_loop = BackgroundLoop(
+            "cancel", Cancellations(cancel_queue, self._leases).turn, self._thread_failed
+        )
         self._sequences: dict[str, tuple[Claim, Sequence]] = {}
         """By job id, from the engine's taking it in to its end."""
         self._summary = StepSummary(engine)
@@ -96,7 +100,10 @@ class Worker:
         self._follower.follow()
         self._keeper.report()
         log.info("worker_ready", worker=self.id, queue=self._config.queue)
-        for loop in (self._claim_loop, self._publish_loop, self._keep_loop, self._follow_loop):
+        for loop in (
+            *(self._claim_loop, self._publish_loop, self._keep_loop),
+            *(self._follow_loop, self._cancel_loop),
+        ):
             loop.start()
         try:
             while not self._failed and self._stop_by is None and not self._is_drained():
@@ -110,7 +117,7 @@ class Worker:
     def step(self) -> None:
         """One turn of the way of data: claims, sequences, batch, forward, tokens, results."""
         self._take_in(wait=0.0 if self._sequences else _IDLE_WAIT)
-        for lease in self._keeper.take_lost():
+        for lease in self._leases.take_lost():
             self._drop(lease)
         batch = self._engine.schedule()
         if batch:
@@ -141,6 +148,7 @@ class Worker:
         self._stop_claiming()
         _stop(self._follow_loop)
         _stop(self._keep_loop)
+        _stop(self._cancel_loop)
         # What is left here ran when the engine failed, and may be to blame. The attempt counts, so
         # that no job goes round for ever.
         self._hand_back(self._claims(), attempt_counts=True)
@@ -158,6 +166,8 @@ class Worker:
     def _take_in(self, *, wait: float = 0.0) -> None:
         """Move claimed jobs into the engine; if there are none, wait up to so many seconds."""
         for claim, sequence in self._claimer.take(wait=wait):
+            if not self._leases.holds(claim.lease):
+                continue  # It was cancelled, or lost, before it could begin.
             # A job that was lost and claimed again may still run under its former lease.
             if former := self._sequences.get(sequence.job.id):
                 self._drop(former[0].lease)

@@ -3,7 +3,8 @@
 --         then (id, adapter, priority, deadline, payload) a job; a
 --         deadline is '', a moment in ms, or with a '+' before it ms from now
 --   Returns {'ok'} | {'conflict', index, ...}: indices (from 0) of jobs whose id is taken by a
---   job of other content | {'gap', sent}: jobs before the offset are missing.
+--   job of other content | {'gap', sent}: jobs before the offset are missing | {'cancelled', sent}:
+--   the submission was cancelled meanwhile.
 -- Safe to repeat: a run that the submission already holds is not added again.
 local submission, name, total, offset = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local num_jobs = (#ARGV - 4) / 5
@@ -11,6 +12,9 @@ local jobs = SUBMISSION .. submission .. ':jobs'
 
 local sent = redis.call('LLEN', jobs)
 if sent >= offset + num_jobs then return { 'ok' } end
+if redis.call('HEXISTS', SUBMISSION .. submission, 'closed') == 1 then
+  return { 'cancelled', sent }
+end
 if sent ~= offset then return { 'gap', sent } end
 
 local reply, payloads = { 'conflict' }, {}
