@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from redis.commands.core import Script
@@ -19,12 +19,15 @@ from broker.records import read_adapters
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
 from schemas.job import PRIORITIES, Job
-from schemas.keys import BASE, GROUP, KEY_NAMES, Keys
-from schemas.result import Result
+from schemas.keys import BASE, GROUP, KEY_NAMES, WHOLE_QUEUE, Keys
+from schemas.result import RESULT_TTL, Result
 from schemas.worker_state import WorkerState
 
 #: How many jobs one sweep looks at; the next one follows within a second if there are more.
 SWEEP_LIMIT = 1000
+
+#: Milliseconds for which the counts of a submission stay when its results have expired: 30 days.
+COUNTS_STAY_MS = 30 * 86400 * 1000
 
 #: How many jobs of an adapter that is unloaded by force one script fails.
 RETIRE_LIMIT = 500
@@ -88,6 +91,34 @@ class ConflictError(Exception):
         self.indices = indices
 
 
+class Size(NamedTuple):
+    """A number of jobs, and of the bytes of their records."""
+
+    jobs: int
+    bytes: int
+
+
+NOTHING = Size(0, 0)
+
+
+class Limits(NamedTuple):
+    """How many jobs and bytes may wait in a queue; None is any number."""
+
+    jobs: int | None = None
+    bytes: int | None = None
+
+
+class FullError(Exception):
+    """The queue has no room for jobs; nothing of the run was stored."""
+
+    def __init__(self, num_fitting: int, waiting: Size, limits: Limits) -> None:
+        super().__init__(f"{waiting.jobs} jobs wait")
+        self.num_fitting = num_fitting
+        """So many of the run, the first ones, would find room."""
+        self.waiting = waiting
+        self.limits = limits
+
+
 class SubmissionCancelled(Exception):
     """The submission was cancelled while it was sent, after ``num_sent`` of its jobs."""
 
@@ -126,24 +157,40 @@ class JobQueue:
                 *("submit", "claim", "commit", "renew", "release", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter"),
-                *("expire_jobs", "cancel", "close_submission"),
+                *("expire_jobs", "expire_submissions", "cancel", "close_submission"),
+                *("pause", "resume"),
             )
         }
 
     def submit(
-        self, submission: str, name: str, total: int, offset: int, jobs: Sequence[Job]
+        self,
+        submission: str,
+        name: str,
+        total: int,
+        offset: int,
+        jobs: Sequence[Job],
+        *,
+        result_ttl: float = RESULT_TTL,
+        rest: Size = NOTHING,
     ) -> None:
         """Store the jobs number ``offset`` and following of a submission of ``total`` jobs.
 
-        Safe to repeat. Raises ConflictError, with indices into ``jobs``, and stores none of them
-        if the id of one already names a job of other content; or SubmissionCancelled.
+        ``rest`` is what comes behind them and must find room too. Safe to repeat. Stores none of
+        them and raises ConflictError, with indices into ``jobs``, if the id of one already names a
+        job of other content; FullError if they find no room; or SubmissionCancelled.
         """
         fields = chain.from_iterable(
             (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire()) for job in jobs
         )
-        status, *details = self._run("submit", submission, name, total, offset, *fields)
+        status, *details = self._run(
+            *("submit", submission, name, total, offset, round(result_ttl * 1000)),
+            *(rest.jobs, rest.bytes, *fields),
+        )
         if status == "conflict":
             raise ConflictError(details)
+        if status == "full":
+            num_fitting, num_waiting, num_bytes, *limits = details
+            raise FullError(num_fitting, Size(num_waiting, num_bytes), _limits(*limits))
         if status == "cancelled":
             raise SubmissionCancelled(details[0])
         if status == "gap":
@@ -230,8 +277,32 @@ class JobQueue:
         """Let a submission take no more jobs; what it holds by now is its total. Safe to repeat."""
         self._run("close_submission", submission)
 
+    def pause(self, adapter: str | None = None) -> bool:
+        """Let nothing new be claimed of the queue, or of an adapter (``schemas.keys.BASE`` is the
+        base model); what runs is finished. False if that was so already. Safe to repeat."""
+        return bool(self._run("pause", adapter or WHOLE_QUEUE))
+
+    def resume(self, adapter: str | None = None) -> bool:
+        """End a pause; False if there was none. Safe to repeat."""
+        return bool(self._run("resume", adapter or WHOLE_QUEUE))
+
+    def set_limits(self, limits: Limits) -> None:
+        """Bound what may wait in the queue; whoever submits obeys at once. Safe to repeat."""
+        with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.delete(self.keys.limits)
+            for field, limit in limits._asdict().items():
+                if limit is not None:
+                    pipeline.hset(self.keys.limits, field, limit)
+            pipeline.execute()
+
+    def expire_submissions(self) -> int:
+        """Delete jobs and results of submissions that have expired; returns how many it looked at,
+        ``SWEEP_LIMIT`` if some may be left. Safe to repeat."""
+        return int(self._run("expire_submissions", SWEEP_LIMIT, COUNTS_STAY_MS))
+
     def expire_jobs(self) -> int:
-        """End waiting jobs whose deadline has come; returns how many. Safe to repeat."""
+        """End waiting jobs whose deadline has come; returns how many, ``SWEEP_LIMIT`` if some may
+        be left. Safe to repeat."""
         return int(self._run("expire_jobs", SWEEP_LIMIT))
 
     def heartbeat(self, state: WorkerState, *, alive_seconds: float) -> None:
@@ -305,6 +376,10 @@ def _deadline(job: Job) -> str:
         return f"+{round(job.deadline * 1000)}"
     moment = job.deadline_moment
     return "" if moment is None else str(round(moment * 1000))
+
+
+def _limits(jobs: str, num_bytes: str) -> Limits:
+    return Limits(int(jobs) if jobs else None, int(num_bytes) if num_bytes else None)
 
 
 def _version(reply: int | None) -> int | None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
 import redis
 
 from broker.connection import BLOCK_SECONDS
+from broker.job_queue import Limits, Size
 from broker.records import read_adapter, read_adapters, read_record
 from schemas.adapter import AdapterRecord
 from schemas.errors import UnknownId
 from schemas.keys import Keys
-from schemas.result import STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
+from schemas.result import RESULT_TTL, STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
 from schemas.worker_state import WorkerState
 
 #: Jobs read in one round trip.
@@ -36,6 +38,10 @@ class SubmissionStatus:
     total: int
     created: float
     counts: dict[str, int]
+    result_ttl: float = RESULT_TTL
+    """Seconds for which results are kept after the last job has ended."""
+    expired: float | None = None
+    """When they were deleted."""
 
     @property
     def sent(self) -> int:
@@ -79,7 +85,8 @@ class QueueReader:
             return False
         raise UnknownId(
             f"Queue '{self.name}' holds no job and no submission with the id '{id_}'."
-            " `producer status` lists the submissions; --queue names another queue."
+            " `producer status` lists the submissions; --queue names another queue; results expire"
+            " some time after their submission has ended, see `submit --result-ttl`."
         )
 
     def submissions(self, last: int) -> list[SubmissionStatus]:
@@ -101,7 +108,20 @@ class QueueReader:
             int(fields["total"]),
             int(fields["created"]) / 1000,
             {state: int(fields.get(state, 0)) for state in STATES},
+            int(fields.get("result_ttl", RESULT_TTL * 1000)) / 1000,
+            _seconds(fields.get("expired_at")),
         )
+
+    def require_results(self, submission: str) -> None:
+        """Raises UnknownId if the results of a submission have expired."""
+        status = self.submission(submission)
+        if status.expired is not None:
+            raise UnknownId(
+                f"The results of submission '{submission}' ({status.name}) are no longer kept: they"
+                f" expired at {_moment(status.expired)}, {_duration(status.result_ttl)} after its"
+                " last job had ended. `producer status` shows its counts; `submit --result-ttl`"
+                " keeps results longer."
+            )
 
     def job_ids(self, submission: str) -> Iterator[str]:
         """A submission's job ids in input order."""
@@ -187,6 +207,23 @@ class QueueReader:
             read_record(WorkerState, state, "The state of a worker") for state in states if state
         ]
 
+    def paused(self) -> dict[str, float]:
+        """Adapters that nothing is claimed of, and since when; ``schemas.keys.WHOLE_QUEUE`` if that
+        is so for all."""
+        return {
+            name: int(since) / 1000 for name, since in self.client.hgetall(self.keys.paused).items()
+        }
+
+    def backlog(self) -> Size:
+        """What waits in the queue."""
+        jobs, num_bytes = self.client.hmget(self.keys.backlog, "jobs", "bytes")
+        return Size(int(jobs or 0), int(num_bytes or 0))
+
+    def limits(self) -> Limits:
+        """What may wait at most."""
+        limits = self.client.hmget(self.keys.limits, "jobs", "bytes")
+        return Limits(*(None if limit is None else int(limit) for limit in limits))
+
     def unfinished_by_adapter(self) -> dict[str, int]:
         """Waiting and running jobs of every adapter that has waiting ones, most first. The base
         model is called ``schemas.keys.BASE``."""
@@ -231,6 +268,14 @@ class QueueReader:
 
 def _numbers(fields: Mapping[str, str]) -> dict[str, int]:
     return {name: int(number) for name, number in fields.items()}
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 86400:g} days" if seconds >= 86400 else f"{seconds:g} s"
 
 
 def _seconds(milliseconds: str | None) -> float | None:

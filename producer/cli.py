@@ -32,6 +32,7 @@ EXIT_CODES = """\
 - 4: no server
 - 5: not finished
 - 6: not finished, or told to nobody (lora), and no worker is alive
+- 7: the queue is full (submit --when-full refuse)
 - 130: interrupted by Ctrl-C; what was sent goes on
 """
 
@@ -48,6 +49,11 @@ class PriorityName(StrEnum):
     high = "high"
     normal = "normal"
     low = "low"
+
+
+class WhenFullName(StrEnum):
+    wait = "wait"
+    refuse = "refuse"
 
 
 class Commands(TyperGroup):
@@ -144,6 +150,21 @@ def submit(
             " moment (2026-12-24T18:00). One that has not begun by then is not run.",
         ),
     ] = None,
+    result_ttl: Annotated[
+        str,
+        typer.Option(
+            "--result-ttl",
+            metavar="TIME",
+            help="How long results are kept once the last job has ended (3600, 12h, 30d).",
+        ),
+    ] = "7d",
+    when_full: Annotated[
+        WhenFullName,
+        typer.Option(
+            "--when-full",
+            help="Where `producer limits` leaves no room: wait for it, or send nothing.",
+        ),
+    ] = WhenFullName.wait,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait, and write the results in input order.")
     ] = False,
@@ -165,8 +186,8 @@ def submit(
     A job whose line gives no id is called SUBMISSION.LINE, with the number of its line.
     """
     from producer import submitting
-    from producer.moments import parse_deadline
     from producer.place import Place
+    from producer.quantities import parse_deadline, parse_duration
     from producer.terms import Terms
 
     place = Place(redis_url, queue)
@@ -175,6 +196,8 @@ def submit(
         lora=lora,
         priority=priority.value,
         deadline=None if deadline is None else parse_deadline(deadline),
+        result_ttl=parse_duration(result_ttl, "--result-ttl"),
+        when_full=when_full.value,
     )
     if not wait:
         if output:

@@ -22,16 +22,17 @@ from typing import Unpack
 import redis
 
 from broker.connection import BLOCK_SECONDS, connect, server_errors
-from broker.job_queue import Cancelled, ConflictError, JobQueue, SubmissionCancelled
+from broker.job_queue import Cancelled, JobQueue, Limits
 from broker.queue_reader import QueueReader
 from broker.server import use_server
-from producer import adapters, advice, cancelling, following
+from producer import adapters, advice, cancelling, following, limiting, pausing, sending
 from producer.adapters import AdapterStatus, Answer, Change, OnPause
 from producer.cancelling import OnProgress
 from producer.following import OnWake
 from producer.intake import Line, prepare
 from producer.lines import numbered_lines
-from producer.spool import Run, Spool
+from producer.sending import OnFull
+from producer.spool import Spool
 from producer.status import Overview, Status, describe, is_finished, read_overview
 from producer.terms import Terms
 from schemas.errors import (
@@ -116,40 +117,43 @@ class Client:
         with self._errors():
             return prepare(self._reader, lines, terms, name=name)
 
-    def send(self, spool: Spool, on_sent: Callable[[int], None] | None = None) -> None:
-        """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent.
+    def send(
+        self,
+        spool: Spool,
+        on_sent: Callable[[int], None] | None = None,
+        on_full: OnFull | None = None,
+    ) -> None:
+        """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent, and
+        ``on_full`` with the reason, again and again, while the queue has no room.
 
-        Raises BadInput if somebody else has meanwhile sent another job under the id of one, and
-        LorryError if the submission is cancelled meanwhile.
+        Raises BadInput if somebody else has meanwhile sent another job under the id of one, or if
+        one is larger than all that may wait; QueueFull if there is no room and nobody is to wait
+        for it; and LorryError if the submission is cancelled meanwhile. Each says how many jobs
+        were sent; those will run.
         """
-        name = spool.name.encode(errors="replace").decode()  # A file name need not be UTF-8.
         for run in spool.runs():
             try:
                 with self._errors():
-                    self._job_queue.submit(
-                        *(spool.submission, name, spool.num_jobs), run.offset, run.jobs
-                    )
-            except ConflictError as error:
-                raise BadInput(_conflict(spool, run, error.indices)) from error
-            except SubmissionCancelled as error:
-                raise LorryError(
-                    f"Submission {spool.submission} was cancelled while it was sent:"
-                    f" {error.num_sent} of {advice.counted(spool.num_jobs)} had been."
-                ) from error
+                    sending.send_run(self._job_queue, spool, run, on_full)
             except ServerUnavailable as error:
-                raise ServerUnavailable(f"{error} {_sent(spool, run.offset)}") from error
+                raise ServerUnavailable(f"{error} {sending.sent(spool, run.offset)}") from error
             if on_sent:
                 on_sent(run.offset + len(run.jobs))
 
     def warnings(self, adapters: Iterable[str | None] | None = None) -> list[str]:
-        """Why jobs of the adapters may have to wait, in sentences: no worker, or none that serves
-        one of them, and why not. None is the base model. Left out, they are those of the waiting
-        jobs."""
+        """Why jobs of the adapters may have to wait, in sentences: a pause, no worker, or none that
+        serves one of them, and why not. None is the base model. Left out, they are those of the
+        waiting jobs."""
         with self._errors():
             if adapters is None:
                 waiting = self._reader.num_waiting_by_adapter()
-                adapters = [name for name, number in waiting.items() if number and name != BASE]
-            return advice.warnings(self._reader, adapters)
+                adapters = [None if name == BASE else name for name in waiting]
+            names = list(adapters)
+            paused = pausing.of_adapters(self._reader.paused(), names)
+            return [
+                *pausing.sentences(self.queue, paused),
+                *advice.warnings(self._reader, names),
+            ]
 
     def has_worker(self) -> bool:
         """Whether a worker is alive."""
@@ -183,7 +187,7 @@ class Client:
         """
         with self._errors():
             self._tidy()
-            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            kinds = self._kinds_with_results(ids)
             for id_, is_submission in kinds.items():
                 job_ids = self._reader.job_ids(id_) if is_submission else [id_]
                 yield from self._reader.results(job_ids)
@@ -191,7 +195,7 @@ class Client:
     def follow(self, *ids: str, on_wake: OnWake | None = None) -> Iterator[Result]:
         """The results of the submissions and jobs as they finish, until all have."""
         with self._errors():
-            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            kinds = self._kinds_with_results(ids)
             yield from following.in_completion_order(
                 self._reader,
                 [id_ for id_, is_submission in kinds.items() if is_submission],
@@ -248,6 +252,31 @@ class Client:
         with self._errors():
             kinds = {id_: self._is_submission(id_) for id_ in ids}
             return cancelling.cancel(self._job_queue, self._reader, kinds, on_progress or _ignore)
+
+    def pause(self, adapter: str | None = None) -> bool:
+        """Let workers claim nothing new of the queue, or of an adapter ("@base" is the base model);
+        they finish what runs, and jobs may still be sent. False if that was so already.
+
+        Raises UnknownId for an adapter that the queue does not know.
+        """
+        with self._errors():
+            return pausing.pause(self._job_queue, self._reader, adapter)
+
+    def resume(self, adapter: str | None = None) -> bool:
+        """End a pause of the queue, or of an adapter; False if there was none."""
+        with self._errors():
+            return self._job_queue.resume(adapter)
+
+    def limits(self) -> Limits:
+        """How many jobs, and bytes of them, may wait in the queue."""
+        with self._errors():
+            return self._reader.limits()
+
+    def set_limits(self, limits: Limits) -> None:
+        """Bound what may wait in the queue, for all who submit; None is any number. What waits
+        already stays."""
+        with self._errors():
+            limiting.set_limits(self._job_queue, limits)
 
     def load_adapter(self, name: str, source: Path | str, *, pinned: bool = False) -> Change:
         """Let every worker load an adapter, in place of one of that name: jobs that run go on with
@@ -306,6 +335,14 @@ class Client:
             return NotFinished(f"{what}.")
         return NoWorker(f"{what}. {advice.no_worker(self.queue)}")
 
+    def _kinds_with_results(self, ids: Iterable[str]) -> dict[str, bool]:
+        """Whether each is a submission or a job; raises UnknownId, also for one that expired."""
+        kinds = {id_: self._is_submission(id_) for id_ in ids}
+        for id_, is_submission in kinds.items():
+            if is_submission:
+                self._reader.require_results(id_)
+        return kinds
+
     def _tidy(self) -> None:
         """End what has come to its time, as workers do, since there may be none alive."""
         if time.monotonic() < self._next_tidying:
@@ -313,6 +350,7 @@ class Client:
         self._next_tidying = time.monotonic() + BLOCK_SECONDS
         with suppress(redis.exceptions.NoPermissionError):  # Who may only read leaves it to others.
             self._job_queue.expire_jobs()
+            self._job_queue.expire_submissions()
 
     def _tidy_and(self, on_wake: OnWake | None) -> OnWake:
         def tidy_and_wake() -> None:
@@ -344,18 +382,3 @@ def _deadline(timeout: float | None) -> float | None:
 
 def _ignore(number: int) -> None:
     pass
-
-
-def _sent(spool: Spool, num_sent: int) -> str:
-    return (
-        f"{num_sent} of {advice.counted(spool.num_jobs)} are known to have been sent,"
-        f" as submission {spool.submission}."
-    )
-
-
-def _conflict(spool: Spool, run: Run, indices: Sequence[int]) -> str:
-    places = [f"{spool.name}:{run.lines[i]}: id '{run.jobs[i].id}'" for i in indices]
-    return (
-        "Somebody else has just sent other jobs under ids of this input:"
-        f" {advice.listed(places)}. {_sent(spool, run.offset)}"
-    )

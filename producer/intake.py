@@ -15,9 +15,13 @@ from producer.spool import Spool
 from producer.terms import Terms
 from schemas.errors import BadInput, LorryError
 from schemas.job import Job
+from schemas.result import RESULT_TTL
 
 #: A line of a file, or what it stands for: an object with its fields, a prompt, or a Job.
 Line = bytes | str | Mapping[str, object] | Job
+
+#: The longest time in seconds for which results are kept: ten years.
+MAX_RESULT_TTL = 10 * 365 * 86400.0
 
 #: The terms that lines may have as fields.
 _OF_A_LINE: tuple[Literal["lora", "priority", "deadline"], ...] = ("lora", "priority", "deadline")
@@ -34,6 +38,11 @@ def prepare(
     adapters = AdapterCheck(reader)
     defaults: Defaults = {field: terms[field] for field in _OF_A_LINE if field in terms}
     _check_defaults(adapters, defaults)
+    result_ttl = terms.get("result_ttl", RESULT_TTL)
+    if not 0 < result_ttl <= MAX_RESULT_TTL:
+        raise BadInput(
+            f"--result-ttl is a time of more than 0 and at most ten years, not {result_ttl:g} s."
+        )
     problems = Problems(name)
     spool = Spool(name)
     try:
@@ -57,6 +66,8 @@ def prepare(
         spool.close()
         raise
     spool.num_jobs_by_adapter = adapters.num_jobs
+    spool.result_ttl = result_ttl
+    spool.when_full = terms.get("when_full", "wait")
     return spool
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from broker.job_queue import Limits, Size
 from broker.queue_reader import QueueReader, SubmissionStatus
 from producer.advice import counted
 from schemas.errors import LorryError
@@ -30,6 +31,12 @@ class Overview:
     """Every adapter that the queue knows."""
     unfinished: dict[str, int]
     """Unfinished jobs of each adapter that has waiting ones; the base model is ``@base``."""
+    backlog: Size
+    """What waits."""
+    limits: Limits
+    """What may wait at most."""
+    paused: dict[str, float]
+    """Adapters that nothing is claimed of, and since when; ``*`` if that is so for all."""
 
 
 def read_overview(reader: QueueReader) -> Overview:
@@ -39,6 +46,9 @@ def read_overview(reader: QueueReader) -> Overview:
         reader.workers(),
         list(reader.adapters()),
         reader.unfinished_by_adapter(),
+        reader.backlog(),
+        reader.limits(),
+        reader.paused(),
     )
 
 
@@ -103,6 +113,9 @@ def as_json(found: Status | Overview) -> str:
             "workers": [worker.model_dump() for worker in found.workers],
             "adapters": found.adapters,
             "unfinished": found.unfinished,
+            "backlog": found.backlog._asdict(),
+            "limits": found.limits._asdict(),
+            "paused": found.paused,
         }
     )
 

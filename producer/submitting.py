@@ -80,9 +80,20 @@ def _send(client: Client, spool: Spool) -> None:
         num_sent = number
         bar.update(number)
 
+    watcher = Watcher(client, spool.num_jobs_by_adapter)
+    has_told = False
+
+    def on_full(reason: str) -> None:
+        nonlocal has_told
+        if not has_told:
+            notice(f"The queue is full, so sending waits for room: {reason}")
+            has_told = True
+        bar.update(num_sent, "the queue is full")
+        watcher.look()
+
     with bar_for("sending", spool.num_jobs) as bar:
         try:
-            client.send(spool, on_sent)
+            client.send(spool, on_sent, on_full)
         except KeyboardInterrupt:
             say(
                 f"At least {num_sent} of {counted(spool.num_jobs)} were sent, as"

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from broker.queue_reader import SubmissionStatus
+from producer import limiting, pausing
 from producer.advice import START_A_WORKER, counted, listed, unserved
 from producer.messages import printable
 from producer.status import Overview, listed_states
@@ -89,6 +90,9 @@ def overview(queue: str, found: Overview) -> str:
         _workers(queue, found),
         _adapters(found),
     ]
+    if found.limits != (None, None):
+        parts.append(f"{limiting.describe(found.backlog, found.limits)}.")
+    parts += [Text(printable(s), style="yellow") for s in pausing.sentences(queue, found.paused)]
     if found.workers:
         names = [name for name in found.unfinished if name != BASE]
         parts += [Text(printable(s), style="yellow") for s in unserved(names, found.workers)]
@@ -105,6 +109,8 @@ def submission(status: SubmissionStatus) -> str:
     ]
     if status.sent < status.total:
         rows.append(("not sent", f"{status.total - status.sent} (still sending, or interrupted)"))
+    if status.expired is not None:
+        rows.append(("results", f"expired at {_moment(status.expired)}"))
     return _fields(rows)
 
 

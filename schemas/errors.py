@@ -6,6 +6,7 @@ LorryError                    exit code of the command line
 |- ServerUnavailable          4   the Redis server cannot be reached or used
 |- NotFinished                5   results are not complete yet
 |- NoWorker                   6   no worker is alive to complete results, or to act on a command
+|- QueueFull                  7   as many jobs wait as the queue allows
 `- JobError                   -   one job failed; carries the code that its result records
 """
 
@@ -47,6 +48,12 @@ class NoWorker(LorryError):
     alive."""
 
     exit_code = 6
+
+
+class QueueFull(LorryError):
+    """As many jobs or bytes wait as the queue allows, and the caller did not want to wait."""
+
+    exit_code = 7
 
 
 class JobError(LorryError):

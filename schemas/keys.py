@@ -24,6 +24,9 @@ KEY_NAMES = {
     "SUBMISSION": "submission:",  # hash: counts by state; + ":jobs" list, + ":finished" stream
     "SUBMISSIONS": "submissions",  # sorted set: submission ids by the time they were sent
     "DEADLINES": "deadlines",  # sorted set: ids of the waiting jobs that have a deadline, by it
+    "PAUSED": "paused",  # hash: adapters that nothing is claimed of, "*" the queue, since when
+    "LIMITS": "limits",  # hash: how many jobs and bytes may wait
+    "EXPIRY": "expiry",  # sorted set: submissions whose jobs have all ended, by when they expire
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
     "ADAPTERS_VERSION": "adapters:version",  # counter: raised by every change of the desired state
@@ -41,6 +44,9 @@ QUEUE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 #: The one consumer group that reads every adapter's stream.
 GROUP = "workers"
 
+#: Stands for the whole queue among what is paused.
+WHOLE_QUEUE = "*"
+
 #: Stands for the base model where Redis needs a name; no adapter can be called so.
 BASE = "@base"
 
@@ -54,6 +60,9 @@ class Keys:
         self.running = self._name("RUNNING")
         self.backlog = self._name("BACKLOG")
         self.submissions = self._name("SUBMISSIONS")
+        self.paused = self._name("PAUSED")
+        self.limits = self._name("LIMITS")
+        self.expiry = self._name("EXPIRY")
         self.leases = self._name("LEASES")
         self.adapters = self._name("ADAPTERS")
         self.adapters_version = self._name("ADAPTERS_VERSION")

@@ -12,7 +12,7 @@ import pytest
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.client import Client
-from producer.moments import parse_deadline, parse_duration
+from producer.quantities import parse_deadline, parse_duration
 from schemas.errors import BadInput
 from schemas.job import Job
 from tests.test_job_queue import claim, join, keys_left, result

@@ -53,7 +53,7 @@ class Leases:
             return held
 
     def lose(self, leases: Iterable[Lease]) -> set[Lease]:
-        """``remove`` leases that this worker no longer has; ``take_lost`` tells the engine's loop."""
+        """``remove`` leases that the queue has taken back; ``take_lost`` tells the engine."""
         lost = self.remove(leases)
         with self._lock:
             self._lost |= lost

@@ -31,12 +31,13 @@ local resident = {}
 for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
+if redis.call('HEXISTS', PAUSED, '*') == 1 then return { text(now), '' } end
 local starved_before = now_us() - 1000 * patience
 local num_waiting, bands, best_priority, unserved_since = {}, {}, {}, {}
 local picks, slotless, fullest = {}, {}, nil
 
--- What waits for an adapter: its number of jobs, and its bands, {priority, adapter, since}, with
--- the moment since when each is unserved. Returns false if there are none.
+-- What can be claimed of an adapter: its number of waiting jobs, and its bands, {priority, adapter,
+-- since}, with the moment since when each is unserved. Returns false if there is nothing.
 local function look_at(name)
   bands[name] = {}
   for priority = 1, #PRIORITIES do
@@ -47,9 +48,10 @@ local function look_at(name)
       unserved_since[name] = math.min(unserved_since[name] or since, since)
     end
   end
+  if #bands[name] == 0 then return false end
   num_waiting[name] = tonumber(redis.call('HGET', WAITING, name) or 0)
   if not fullest or num_waiting[name] > num_waiting[fullest] then fullest = name end
-  return #bands[name] > 0
+  return true
 end
 
 -- Adapters that need no slot any more, and the base model.

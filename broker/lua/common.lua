@@ -32,6 +32,21 @@ local function count(state, adapter, number, bytes)
   if redis.call('HINCRBY', BACKLOG, 'jobs', number) <= 0 then redis.call('DEL', BACKLOG) end
 end
 
+-- Lets a submission expire once all jobs that it holds have ended, and its time to live is over.
+local function set_expiry(submission)
+  local key, num_ended = SUBMISSION .. submission, 0
+  local ttl, done, failed, dead, cancelled, expired = unpack(redis.call('HMGET', key,
+    'result_ttl', 'done', 'failed', 'dead', 'cancelled', 'expired'))
+  for _, number in ipairs({ done or 0, failed or 0, dead or 0, cancelled or 0, expired or 0 }) do
+    num_ended = num_ended + number
+  end
+  if ttl and num_ended >= redis.call('LLEN', key .. ':jobs') then
+    redis.call('ZADD', EXPIRY, text(now_ms() + ttl), submission)
+  else
+    redis.call('ZREM', EXPIRY, submission)
+  end
+end
+
 -- Counts the change of a job's state in every submission it belongs to. One that sent the job twice
 -- is named twice, so its counts always add up to its number of lines.
 local function tell_submissions(id, submissions, from, to)
@@ -41,6 +56,7 @@ local function tell_submissions(id, submissions, from, to)
     if TERMINAL[to] then
       redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
     end
+    if TERMINAL[to] or TERMINAL[from] then set_expiry(submission) end
   end
 end
 
@@ -70,11 +86,14 @@ local function lane_of(id)
   return lane_in(adapter, priority, string.match(submissions, '%S+'))
 end
 
--- A lane has waiting jobs: it takes its turn in its band, and its adapter among the others.
+-- A lane has waiting jobs: it takes its turn in its band, and its adapter among the others unless
+-- it is paused.
 local function open_lane(lane)
   local now = text(now_us())
   redis.call('ZADD', LANES .. lane.band, 'NX', now, lane.submission)
-  redis.call('ZADD', READY .. lane.priority, 'NX', now, lane.adapter)
+  if redis.call('HEXISTS', PAUSED, lane.adapter) == 0 then
+    redis.call('ZADD', READY .. lane.priority, 'NX', now, lane.adapter)
+  end
 end
 
 local function close_lane(lane)

@@ -36,5 +36,6 @@ if redis.call('HEXISTS', WAITING, name) == 1 or redis.call('HEXISTS', RUNNING, n
   return 0
 end
 redis.call('HDEL', ADAPTERS, name)
+redis.call('HDEL', PAUSED, name)
 desired_state_changed()
 return 1

@@ -1,4 +1,4 @@
-"""Times as they are typed: how long, and until when."""
+"""Quantities as they are typed: how long, until when, how much."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from datetime import datetime
 from schemas.errors import BadInput
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+_SIZE = re.compile(r"(\d+)([KMG]?)", re.ASCII)
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.ASCII)
 
@@ -34,3 +38,12 @@ def parse_deadline(text: str) -> float | str:
     if moment <= datetime.now().astimezone():
         raise BadInput(f"--deadline {text} is over already.")
     return moment.isoformat()
+
+
+def parse_size(text: str, flag: str) -> int | None:
+    """ "1000", "100K", "5M" or "2G" as a number, "none" as None; raises BadInput with the flag."""
+    if text.strip() == "none":
+        return None
+    if found := _SIZE.fullmatch(text.strip()):
+        return int(found[1]) * _SIZES[found[2]]
+    raise BadInput(f"{flag} '{text}': write a number, which may end in K, M or G, or none.")
