@@ -117,6 +117,7 @@ def submission(status: SubmissionStatus) -> str:
 def job(result: Result, payload: str | None) -> str:
     """All that is known of a job."""
     timings, usage, error = result.timings, result.usage, result.error
+    sent = json.loads(payload or "{}")
     return _fields(
         [
             ("job", result.id),
@@ -124,6 +125,8 @@ def job(result: Result, payload: str | None) -> str:
             ("state", result.status),
             ("adapter", result.lora or "(base model)"),
             ("revision", result.revision),
+            ("priority", sent.get("priority")),
+            ("deadline", _deadline(sent.get("deadline"))),
             ("prompt", prompt_of(payload)),
             ("answer", result.text),
             ("finish reason", result.finish_reason),
@@ -263,6 +266,10 @@ def _answer(result: Result) -> Text:
 def _duration(result: Result) -> str:
     started, finished = result.timings.started, result.timings.finished
     return "" if started is None or finished is None else f"{finished - started:.1f} s"
+
+
+def _deadline(value: float | str | None) -> str | None:
+    return f"{value:g} s after it was sent" if isinstance(value, float) else value
 
 
 def _moment(seconds: float | None) -> str | None:

@@ -20,7 +20,7 @@ end
 
 local function expire(submission)
   local key = SUBMISSION .. submission
-  redis.call('HSETNX', key, 'expired_at', now)
+  if redis.call('EXISTS', key) == 1 then redis.call('HSETNX', key, 'expired_at', now) end
   redis.call('ZREM', SUBMISSIONS, submission)
   local ids = redis.call('LPOP', key .. ':jobs', limit - num_seen) or {}
   for _, id in ipairs(ids) do forget(id, submission) end
