@@ -31,9 +31,10 @@ from schemas.job import Job
 from schemas.result import Result, Timings
 from schemas.worker_state import WorkerState
 from worker.adapters.peft_format import Adapter
+from worker.config import PATIENCE
 from worker.kv_cache import PAGE_SIZE, PagePool
 from worker.leases import Leases
-from worker.scheduler import PATIENCE, Scheduler
+from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 
 MAX_ADAPTERS = 8

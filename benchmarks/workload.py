@@ -35,7 +35,7 @@ def read_jobs(path: Path) -> list[Job]:
     with path.open("rb") as stream:
         for number, line in numbered_lines(stream):
             try:
-                jobs.append(parse_line(line, made_id=f"{path.stem}.{number}", lora=None))
+                jobs.append(parse_line(line, made_id=f"{path.stem}.{number}"))
             except BadInput as error:
                 problems.add(number, str(error))
     problems.raise_if_any()

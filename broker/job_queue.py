@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from redis.commands.core import Script
@@ -19,13 +19,16 @@ from broker.records import read_adapters
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
 from schemas.errors import ServerUnavailable
-from schemas.job import Job
-from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, GROUP, KEY_NAMES, Keys
-from schemas.result import Result
+from schemas.job import PRIORITIES, Job
+from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, GROUP, KEY_NAMES, WHOLE_QUEUE, Keys
+from schemas.result import RESULT_TTL, Result
 from schemas.worker_state import WorkerState
 
 #: How many jobs one sweep looks at; the next one follows within a second if there are more.
 SWEEP_LIMIT = 1000
+
+#: Milliseconds for which the counts of a submission stay when its results have expired: 30 days.
+COUNTS_STAY_MS = 30 * 86400 * 1000
 
 #: How many jobs of an adapter that is unloaded by force one script fails.
 RETIRE_LIMIT = 500
@@ -97,6 +100,59 @@ class ConflictError(Exception):
         self.indices = indices
 
 
+class Size(NamedTuple):
+    """A number of jobs, and of the bytes of their records."""
+
+    jobs: int
+    bytes: int
+
+
+NOTHING = Size(0, 0)
+
+
+class Limits(NamedTuple):
+    """How many jobs and bytes may wait in a queue; None is any number."""
+
+    jobs: int | None = None
+    bytes: int | None = None
+
+
+class FullError(Exception):
+    """The queue has no room for jobs; nothing of the run was stored."""
+
+    def __init__(self, num_fitting: int, waiting: Size, limits: Limits) -> None:
+        super().__init__(f"{waiting.jobs} jobs wait")
+        self.num_fitting = num_fitting
+        """So many of the run, the first ones, would find room."""
+        self.waiting = waiting
+        self.limits = limits
+
+
+class SubmissionCancelled(Exception):
+    """The submission was cancelled while it was sent, after ``num_sent`` of its jobs."""
+
+    def __init__(self, num_sent: int) -> None:
+        super().__init__(f"cancelled after {num_sent} jobs")
+        self.num_sent = num_sent
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """What became of jobs that were to be cancelled."""
+
+    waiting: int = 0
+    """Cancelled before they ran."""
+    running: int = 0
+    """Cancelled while they ran."""
+    ended: int = 0
+    """Those that had ended before, and keep their result."""
+
+    def __add__(self, other: Cancelled) -> Cancelled:
+        return Cancelled(
+            self.waiting + other.waiting, self.running + other.running, self.ended + other.ended
+        )
+
+
 class JobQueue:
     """One queue on one server."""
 
@@ -115,22 +171,43 @@ class JobQueue:
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter", "leave"),
                 *("request_fetch", "publish_fetch", "fail_fetch"),
+                *("expire_jobs", "expire_submissions", "cancel", "close_submission"),
+                *("pause", "resume"),
             )
         }
 
     def submit(
-        self, submission: str, name: str, total: int, offset: int, jobs: Sequence[Job]
+        self,
+        submission: str,
+        name: str,
+        total: int,
+        offset: int,
+        jobs: Sequence[Job],
+        *,
+        result_ttl: float = RESULT_TTL,
+        rest: Size = NOTHING,
     ) -> None:
         """Store the jobs number ``offset`` and following of a submission of ``total`` jobs.
 
-        Safe to repeat. Raises ConflictError, with indices into ``jobs``, and stores none of them
-        if the id of one already names a job of other content; ServerUnavailable if the server has
-        lost jobs that were sent before.
+        ``rest`` is what comes behind them and must find room too. Safe to repeat. Stores none of
+        them and raises ConflictError, with indices into ``jobs``, if the id of one already names a
+        job of other content; FullError if they find no room; SubmissionCancelled; or
+        ServerUnavailable if the server has lost jobs that were sent before.
         """
-        fields = chain.from_iterable((job.id, job.lora or BASE, job.to_wire()) for job in jobs)
-        status, *details = self._run("submit", submission, name, total, offset, *fields)
+        fields = chain.from_iterable(
+            (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire()) for job in jobs
+        )
+        status, *details = self._run(
+            *("submit", submission, name, total, offset, round(result_ttl * 1000)),
+            *(rest.jobs, rest.bytes, *fields),
+        )
         if status == "conflict":
             raise ConflictError(details)
+        if status == "full":
+            num_fitting, num_waiting, num_bytes, *limits = details
+            raise FullError(num_fitting, Size(num_waiting, num_bytes), _limits(*limits))
+        if status == "cancelled":
+            raise SubmissionCancelled(details[0])
         if status == "gap":
             raise ServerUnavailable(
                 f"The server has lost jobs that were sent: it holds {details[0]} of {submission},"
@@ -232,6 +309,45 @@ class JobQueue:
         self.client.hset(self.keys.settings, "max_attempts", number)
         return int(before or DEFAULT_MAX_ATTEMPTS)
 
+    def cancel(self, job_ids: Iterable[str]) -> Cancelled:
+        """End jobs as cancelled, also running ones. Safe to repeat.
+
+        One script takes all of them: some hundreds at a time leave room for others.
+        """
+        return Cancelled(*self._run("cancel", *job_ids))
+
+    def close_submission(self, submission: str) -> None:
+        """Let a submission take no more jobs; what it holds by now is its total. Safe to repeat."""
+        self._run("close_submission", submission)
+
+    def pause(self, adapter: str | None = None) -> bool:
+        """Let nothing new be claimed of the queue, or of an adapter (``schemas.keys.BASE`` is the
+        base model); what runs is finished. False if that was so already. Safe to repeat."""
+        return bool(self._run("pause", adapter or WHOLE_QUEUE))
+
+    def resume(self, adapter: str | None = None) -> bool:
+        """End a pause; False if there was none. Safe to repeat."""
+        return bool(self._run("resume", adapter or WHOLE_QUEUE))
+
+    def set_limits(self, limits: Limits) -> None:
+        """Bound what may wait in the queue; whoever submits obeys at once. Safe to repeat."""
+        with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.delete(self.keys.limits)
+            for field, limit in limits._asdict().items():
+                if limit is not None:
+                    pipeline.hset(self.keys.limits, field, limit)
+            pipeline.execute()
+
+    def expire_submissions(self) -> int:
+        """Delete jobs and results of submissions that have expired; returns how many it looked at,
+        ``SWEEP_LIMIT`` if some may be left. Safe to repeat."""
+        return int(self._run("expire_submissions", SWEEP_LIMIT, COUNTS_STAY_MS))
+
+    def expire_jobs(self) -> int:
+        """End waiting jobs whose deadline has come; returns how many, ``SWEEP_LIMIT`` if some may
+        be left. Safe to repeat."""
+        return int(self._run("expire_jobs", SWEEP_LIMIT))
+
     def heartbeat(self, state: WorkerState, *, alive_seconds: float) -> None:
         """Write a worker's observed state; it counts as alive for ``alive_seconds``."""
         alive_ms = round(alive_seconds * 1000)
@@ -332,6 +448,18 @@ class JobQueue:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
 
 
+def _deadline(job: Job) -> str:
+    """As ``submit.lua`` takes it: a moment in ms, "+" and ms from then on, or nothing."""
+    if isinstance(job.deadline, float):
+        return f"+{round(job.deadline * 1000)}"
+    moment = job.deadline_moment
+    return "" if moment is None else str(round(moment * 1000))
+
+
+def _limits(jobs: str, num_bytes: str) -> Limits:
+    return Limits(int(jobs) if jobs else None, int(num_bytes) if num_bytes else None)
+
+
 def _version(reply: int | None) -> int | None:
     return None if reply is None else int(reply)
 
@@ -348,7 +476,9 @@ def script_text(name: str) -> str:
     constants = [
         f"local GROUP = '{GROUP}'",
         f"local BASE = '{BASE}'",
+        f"local PRIORITIES = {{ {', '.join(repr(name) for name in PRIORITIES)} }}",
         f"local WIRE_VERSION = {WIRE_VERSION}",
+        f"local DEFAULT_PRIORITY = '{Job.model_fields['priority'].default}'",
         f"local DEFAULT_MAX_ATTEMPTS = {DEFAULT_MAX_ATTEMPTS}",
     ]
     folder = files("broker") / "lua"

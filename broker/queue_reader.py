@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
 import redis
 
 from broker.connection import BLOCK_SECONDS
+from broker.job_queue import Limits, Size
 from broker.records import read_adapter, read_adapters, read_record
 from schemas.adapter import AdapterRecord
 from schemas.errors import UnknownId
-from schemas.keys import GROUP, Keys
-from schemas.result import STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
+from schemas.keys import Keys
+from schemas.result import RESULT_TTL, STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
 from schemas.worker_state import WorkerState
 
 #: Jobs read in one round trip.
@@ -36,6 +38,10 @@ class SubmissionStatus:
     total: int
     created: float
     counts: dict[str, int]
+    result_ttl: float = RESULT_TTL
+    """Seconds for which results are kept after the last job has ended."""
+    expired: float | None = None
+    """When they were deleted."""
 
     @property
     def sent(self) -> int:
@@ -79,7 +85,8 @@ class QueueReader:
             return False
         raise UnknownId(
             f"Queue '{self.name}' holds no job and no submission with the id '{id_}'."
-            " `producer status` lists the submissions; --queue names another queue."
+            " `producer status` lists the submissions; --queue names another queue; results expire"
+            " some time after their submission has ended, see `submit --result-ttl`."
         )
 
     def num_set_aside(self) -> dict[float, int]:
@@ -125,7 +132,20 @@ class QueueReader:
             int(fields["total"]),
             int(fields["created"]) / 1000,
             {state: int(fields.get(state, 0)) for state in STATES},
+            int(fields.get("result_ttl", RESULT_TTL * 1000)) / 1000,
+            _seconds(fields.get("expired_at")),
         )
+
+    def require_results(self, submission: str) -> None:
+        """Raises UnknownId if the results of a submission have expired."""
+        status = self.submission(submission)
+        if status.expired is not None:
+            raise UnknownId(
+                f"The results of submission '{submission}' ({status.name}) are no longer kept: they"
+                f" expired at {_moment(status.expired)}, {_duration(status.result_ttl)} after its"
+                " last job had ended. `producer status` shows its counts; `submit --result-ttl`"
+                " keeps results longer."
+            )
 
     def job_ids(self, submission: str) -> Iterator[str]:
         """A submission's job ids in input order."""
@@ -211,33 +231,41 @@ class QueueReader:
             read_record(WorkerState, state, "The state of a worker") for state in states if state
         ]
 
-    def waiting_by_adapter(self) -> dict[str, int]:
-        """Waiting and running jobs of every adapter that has waiting ones, longest unserved
-        first. The base model is called ``schemas.keys.BASE``."""
-        return {name: number for name, (number, _) in self._jobs_of_ready_adapters().items()}
+    def paused(self) -> dict[str, float]:
+        """Adapters that nothing is claimed of, and since when; ``schemas.keys.WHOLE_QUEUE`` if that
+        is so for all."""
+        return {
+            name: int(since) / 1000 for name, since in self.client.hgetall(self.keys.paused).items()
+        }
+
+    def backlog(self) -> Size:
+        """What waits in the queue."""
+        jobs, num_bytes = self.client.hmget(self.keys.backlog, "jobs", "bytes")
+        return Size(int(jobs or 0), int(num_bytes or 0))
+
+    def limits(self) -> Limits:
+        """What may wait at most."""
+        limits = self.client.hmget(self.keys.limits, "jobs", "bytes")
+        return Limits(*(None if limit is None else int(limit) for limit in limits))
+
+    def unfinished_by_adapter(self) -> dict[str, int]:
+        """Waiting and running jobs of every adapter that has waiting ones, most first. The base
+        model is called ``schemas.keys.BASE``."""
+        running = _numbers(self.client.hgetall(self.keys.running))
+        waiting = self.num_waiting_by_adapter()
+        unfinished = {name: number + running.get(name, 0) for name, number in waiting.items()}
+        return dict(sorted(unfinished.items(), key=lambda item: (-item[1], item[0])))
 
     def num_waiting_by_adapter(self) -> dict[str, int]:
-        """Jobs that nobody has claimed, of every adapter that has such, longest unserved first."""
-        found = self._jobs_of_ready_adapters()
-        return {name: number - num_claimed for name, (number, num_claimed) in found.items()}
+        """Jobs that nobody has claimed, of every adapter that has such."""
+        return _numbers(self.client.hgetall(self.keys.waiting))
 
     def num_jobs_of(self, adapter: str) -> int:
         """Waiting and running jobs of an adapter."""
-        return int(self.client.xlen(self.keys.stream(adapter)))
-
-    def _jobs_of_ready_adapters(self) -> dict[str, tuple[int, int]]:
-        """(all, running) jobs of every adapter that has waiting ones, in two round trips."""
-        names: list[str] = self.client.zrange(self.keys.ready, 0, -1)
-        with self.client.pipeline(transaction=False) as pipeline:
-            for name in names:
-                pipeline.xlen(self.keys.stream(name))
-                pipeline.xpending(self.keys.stream(name), GROUP)
-            # A stream that nobody has read yet has no group, and none of its jobs runs.
-            replies = pipeline.execute(raise_on_error=False)
-        pending = [
-            0 if isinstance(reply, Exception) else reply["pending"] for reply in replies[1::2]
-        ]
-        return dict(zip(names, zip(replies[::2], pending, strict=True), strict=True))
+        with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.hget(self.keys.waiting, adapter)
+            pipeline.hget(self.keys.running, adapter)
+            return sum(int(number or 0) for number in pipeline.execute())
 
     def _result(self, job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
         if fields["state"] is None:
@@ -260,6 +288,18 @@ class QueueReader:
             worker=fields["worker"],
             metadata=job.get("metadata"),
         )
+
+
+def _numbers(fields: Mapping[str, str]) -> dict[str, int]:
+    return {name: int(number) for name, number in fields.items()}
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 86400:g} days" if seconds >= 86400 else f"{seconds:g} s"
 
 
 def _seconds(milliseconds: str | None) -> float | None:

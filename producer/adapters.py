@@ -108,7 +108,7 @@ def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> C
     _require_name(name)
     version = queue.unload_adapter(name, "force" if force else "drain")
     if version is None:
-        raise _unknown(reader, name)
+        raise unknown(reader, name)
     return Change("unload", name, version, is_retired=_retire(queue, reader, name))
 
 
@@ -132,7 +132,7 @@ def pin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
         _require_slot_to_keep(reader, name)
     version = queue.pin_adapter(name, True)
     if version is None:
-        raise _unknown(reader, name)
+        raise unknown(reader, name)
     return Change("pin", name, version, pinned=True)
 
 
@@ -141,7 +141,7 @@ def unpin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
     _require_name(name)
     version = queue.pin_adapter(name, False)
     if version is None:
-        raise _unknown(reader, name)
+        raise unknown(reader, name)
     return Change("unpin", name, version)
 
 
@@ -291,7 +291,8 @@ def _folder(source: str) -> str:
     return os.path.abspath(source)
 
 
-def _unknown(reader: QueueReader, name: str) -> UnknownId:
+def unknown(reader: QueueReader, name: str) -> UnknownId:
+    """The error that says so, with what may have been meant."""
     known = reader.adapters()
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else "."

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from producer.controls import app as controls_app
 from producer.dead import app as dead_app
 from producer.lora import app as lora_app
 from producer.messages import fail
@@ -32,6 +33,7 @@ EXIT_CODES = """\
 - 4: no server
 - 5: not finished
 - 6: not finished, or told to nobody (lora), and no worker (or no fetcher, for the hub) is alive
+- 7: the queue is full (submit --when-full refuse)
 - 130: interrupted by Ctrl-C; what was sent goes on
 """
 
@@ -42,6 +44,17 @@ INTERRUPTED, NO_READER = 130, 141
 class Format(StrEnum):
     jsonl = "jsonl"
     table = "table"
+
+
+class PriorityName(StrEnum):
+    high = "high"
+    normal = "normal"
+    low = "low"
+
+
+class WhenFullName(StrEnum):
+    wait = "wait"
+    refuse = "refuse"
 
 
 class Commands(TyperGroup):
@@ -78,6 +91,7 @@ app = typer.Typer(
 
 app.add_typer(lora_app)
 app.add_typer(dead_app)
+app.add_typer(controls_app)
 
 OutputFile = Annotated[
     Path | None,
@@ -125,6 +139,34 @@ def submit(
         str | None,
         typer.Option("--lora", metavar="NAME", help="Adapter for the lines that name none."),
     ] = None,
+    priority: Annotated[
+        PriorityName,
+        typer.Option("--priority", help="Which jobs go first, for the lines that give none."),
+    ] = PriorityName.normal,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            "--deadline",
+            metavar="WHEN",
+            help="Until when jobs must have begun: how long from now (600, 15m, 2h, 1d), or a"
+            " moment (2026-12-24T18:00). One that has not begun by then is not run.",
+        ),
+    ] = None,
+    result_ttl: Annotated[
+        str,
+        typer.Option(
+            "--result-ttl",
+            metavar="TIME",
+            help="How long results are kept once the last job has ended (3600, 12h, 30d).",
+        ),
+    ] = "7d",
+    when_full: Annotated[
+        WhenFullName,
+        typer.Option(
+            "--when-full",
+            help="Where `producer limits` leaves no room: wait for it, or send nothing.",
+        ),
+    ] = WhenFullName.wait,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait, and write the results in input order.")
     ] = False,
@@ -149,27 +191,36 @@ def submit(
     """Send the prompts of FILE, once every line is found valid.
 
     A line holds exactly one of prompt, messages, prompt_token_ids, and may hold id, lora,
-    max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, metadata. A job whose line
-    gives no id is called SUBMISSION.LINE, with the number of its line.
+    max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, priority, deadline, metadata.
+    A job whose line gives no id is called SUBMISSION.LINE, with the number of its line.
     """
     from producer import submitting
     from producer.place import Place
+    from producer.quantities import parse_deadline, parse_duration
+    from producer.terms import Terms
 
     place = Place(redis_url, queue, redis_password_file)
     output = None if output == Path("-") else output
+    terms = Terms(
+        lora=lora,
+        priority=priority.value,
+        deadline=None if deadline is None else parse_deadline(deadline),
+        result_ttl=parse_duration(result_ttl, "--result-ttl"),
+        when_full=when_full.value,
+    )
     if not wait:
         if output:
             raise BadInput("-o takes results, and only --wait brings them.")
         if timeout is not None:
             raise BadInput("--timeout bounds a wait, and only --wait waits.")
-        submitting.submit(place, file, lora, durable=durable, json_wanted=json)
+        submitting.submit(place, file, terms, durable=durable, json_wanted=json)
         return
     if timeout is not None and not timeout >= 0:  # NaN, which is not below the least.
         raise BadInput(f"--timeout takes a number of seconds, not {timeout}.")
     if json and not output:
         raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
     submitting.submit_and_wait(
-        place, file, lora, output, timeout=timeout, durable=durable, json_wanted=json
+        place, file, terms, output, timeout=timeout, durable=durable, json_wanted=json
     )
 
 

@@ -14,25 +14,31 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Unpack
+
+import redis
 
 from broker import durability, server_settings
-from broker.connection import connect, server_errors
+from broker.connection import BLOCK_SECONDS, connect, server_errors
 from broker.dead_letters import DeadLetter, DeadLetters
 from broker.fetches import Fetches, FetchStatus
-from broker.job_queue import ConflictError, JobQueue
+from broker.job_queue import Cancelled, JobQueue, Limits
 from broker.queue_reader import QueueReader
 from broker.server import use_server
-from producer import adapters, advice, following, hub
+from producer import adapters, advice, cancelling, following, hub, limiting, pausing, sending
 from producer.adapters import AdapterStatus, Answer, Change, OnPause
+from producer.cancelling import OnProgress
 from producer.following import OnWake
 from producer.hub import OnFetch
 from producer.intake import Line, prepare
 from producer.lines import numbered_lines
-from producer.spool import Run, Spool
+from producer.sending import OnFull
+from producer.spool import Spool
 from producer.status import Overview, Status, describe, is_finished, read_overview
+from producer.terms import Terms
 from schemas.errors import (
     BadInput,
     LorryError,
@@ -80,6 +86,7 @@ class Client:
         self._reader = QueueReader(connection, queue)
         self._fetches = Fetches(connection, queue)
         self._dead_letters = DeadLetters(connection, queue)
+        self._next_tidying = 0.0
         self.queue = queue
         #: How to speak of the server to a person.
         self.server = server.description
@@ -103,32 +110,33 @@ class Client:
         self,
         jobs: Iterable[Line],
         *,
-        lora: str | None = None,
         name: str = "<jobs>",
         durable: bool = False,
+        **terms: Unpack[Terms],
     ) -> str:
         """Send jobs once all of them are found valid; returns the submission's id.
 
-        A job is a prompt, a mapping with the fields of a line, or a ``Job``. ``lora`` serves those
-        that name none; ``name`` is what errors and lists call the input. If ``durable``, they are
-        on the server's disk on return. Raises BadInput with all that is wrong, or ServerUnavailable
-        if the server cannot promise that; nothing was sent then.
+        A job is a prompt, a mapping with the fields of a line, or a ``Job``; ``terms`` are what
+        holds for all of them (``producer.terms``). ``name`` is what errors and lists call the
+        input. If ``durable``, they are on the server's disk on return. Raises BadInput with all
+        that is wrong, or ServerUnavailable if the server cannot promise that; nothing was sent
+        then.
         """
-        return self._submit(enumerate(jobs, start=1), lora=lora, name=name, durable=durable)
+        return self._submit(enumerate(jobs, start=1), terms, name=name, durable=durable)
 
     def submit_file(
-        self, path: Path | str, *, lora: str | None = None, durable: bool = False
+        self, path: Path | str, *, durable: bool = False, **terms: Unpack[Terms]
     ) -> str:
         """``submit`` the lines of a prompts file, of any size, in constant memory."""
         with Path(path).open("rb") as stream:
-            return self._submit(numbered_lines(stream), lora=lora, name=str(path), durable=durable)
+            return self._submit(numbered_lines(stream), terms, name=str(path), durable=durable)
 
     def _submit(
-        self, lines: Iterable[tuple[int, Line]], *, lora: str | None, name: str, durable: bool
+        self, lines: Iterable[tuple[int, Line]], terms: Terms, *, name: str, durable: bool
     ) -> str:
         if durable:
             self.require_durability()
-        with self.prepare(lines, lora=lora, name=name) as spool:
+        with self.prepare(lines, name=name, **terms) as spool:
             self.send(spool)
             if durable:
                 self.sync(spool)
@@ -146,31 +154,35 @@ class Client:
             with self._errors():
                 durability.sync(self._job_queue, spool.submission, spool.num_jobs)
         except ServerUnavailable as error:
-            raise ServerUnavailable(f"{error} {_sent(spool, spool.num_jobs)}") from error
+            raise ServerUnavailable(f"{error} {sending.sent(spool, spool.num_jobs)}") from error
 
     def prepare(
-        self, lines: Iterable[tuple[int, Line]], *, lora: str | None = None, name: str
+        self, lines: Iterable[tuple[int, Line]], *, name: str, **terms: Unpack[Terms]
     ) -> Spool:
         """The first half of ``submit``: checks numbered lines, sends nothing. Close the spool."""
         with self._errors():
-            return prepare(self._reader, lines, lora=lora, name=name)
+            return prepare(self._reader, lines, terms, name=name)
 
-    def send(self, spool: Spool, on_sent: Callable[[int], None] | None = None) -> None:
-        """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent.
+    def send(
+        self,
+        spool: Spool,
+        on_sent: Callable[[int], None] | None = None,
+        on_full: OnFull | None = None,
+    ) -> None:
+        """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent, and
+        ``on_full`` with the reason, again and again, while the queue has no room.
 
-        Raises BadInput if somebody else has meanwhile sent another job under the id of one.
+        Raises BadInput if somebody else has meanwhile sent another job under the id of one, or if
+        one is larger than all that may wait; QueueFull if there is no room and nobody is to wait
+        for it; and LorryError if the submission is cancelled meanwhile. Each says how many jobs
+        were sent; those will run.
         """
-        name = spool.name.encode(errors="replace").decode()  # A file name need not be UTF-8.
         for run in spool.runs():
             try:
                 with self._errors():
-                    self._job_queue.submit(
-                        *(spool.submission, name, spool.num_jobs), run.offset, run.jobs
-                    )
-            except ConflictError as error:
-                raise BadInput(_conflict(spool, run, error.indices)) from error
+                    sending.send_run(self._job_queue, spool, run, on_full)
             except ServerUnavailable as error:
-                raise ServerUnavailable(f"{error} {_sent(spool, run.offset)}") from error
+                raise ServerUnavailable(f"{error} {sending.sent(spool, run.offset)}") from error
             if on_sent:
                 on_sent(run.offset + len(run.jobs))
 
@@ -180,14 +192,19 @@ class Client:
             return server_settings.warnings(server_settings.read_settings(self._job_queue.client))
 
     def warnings(self, adapters: Iterable[str | None] | None = None) -> list[str]:
-        """Why jobs of the adapters may have to wait, in sentences: no worker, or none that serves
-        one of them, and why not. None is the base model. Left out, they are those of the waiting
-        jobs."""
+        """Why jobs of the adapters may have to wait, in sentences: a pause, no worker, or none that
+        serves one of them, and why not. None is the base model. Left out, they are those of the
+        waiting jobs."""
         with self._errors():
             if adapters is None:
                 waiting = self._reader.num_waiting_by_adapter()
-                adapters = [name for name, number in waiting.items() if number and name != BASE]
-            return advice.warnings(self._reader, adapters)
+                adapters = [None if name == BASE else name for name in waiting]
+            names = list(adapters)
+            paused = pausing.of_adapters(self._reader.paused(), names)
+            return [
+                *pausing.sentences(self.queue, paused),
+                *advice.warnings(self._reader, names),
+            ]
 
     def has_worker(self) -> bool:
         """Whether a worker is alive."""
@@ -197,11 +214,13 @@ class Client:
     def overview(self) -> Overview:
         """The queue at this moment."""
         with self._errors():
+            self._tidy()
             return read_overview(self._reader)
 
     def status(self, id_: str) -> Status:
         """A submission's counts by state, or what is known of a job. Raises UnknownId."""
         with self._errors():
+            self._tidy()
             if self._is_submission(id_):
                 return self._reader.submission(id_)
             return next(self._reader.results([id_]))
@@ -268,7 +287,8 @@ class Client:
         the first result if the queue does not hold one of the ids.
         """
         with self._errors():
-            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            self._tidy()
+            kinds = self._kinds_with_results(ids)
             for id_, is_submission in kinds.items():
                 job_ids = self._reader.job_ids(id_) if is_submission else [id_]
                 yield from self._reader.results(job_ids)
@@ -276,12 +296,12 @@ class Client:
     def follow(self, *ids: str, on_wake: OnWake | None = None) -> Iterator[Result]:
         """The results of the submissions and jobs as they finish, until all have."""
         with self._errors():
-            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            kinds = self._kinds_with_results(ids)
             yield from following.in_completion_order(
                 self._reader,
                 [id_ for id_, is_submission in kinds.items() if is_submission],
                 [id_ for id_, is_submission in kinds.items() if not is_submission],
-                on_wake or _ignore,
+                self._tidy_and(on_wake),
             )
 
     def follow_in_order(
@@ -295,7 +315,7 @@ class Client:
         deadline = _deadline(timeout)
         with self._errors():
             yield from following.in_input_order(
-                self._reader, submission, on_wake or _ignore, deadline
+                self._reader, submission, self._tidy_and(on_wake), deadline
             )
         if deadline is not None and not is_finished(status := self.status(submission)):
             raise self.not_finished(f"{describe(status)} after {timeout:g} s")
@@ -321,6 +341,43 @@ class Client:
     def wait(self, id_: str, timeout: float | None = None) -> Status:
         """``watch`` to the end; returns the last status."""
         return deque(self.watch(id_, timeout), maxlen=1).pop()
+
+    def cancel(self, *ids: str, on_progress: OnProgress | None = None) -> Cancelled:
+        """End the jobs, and all jobs of the submissions, that have not ended: their results have
+        the status ``cancelled``. The worker of one that runs drops it within a few steps.
+
+        A job that several submissions sent ends for all of them. A submission that is still being
+        sent takes no more jobs. ``on_progress`` is called with the number of jobs looked at so far.
+        Raises UnknownId before the first job is cancelled.
+        """
+        with self._errors():
+            kinds = {id_: self._is_submission(id_) for id_ in ids}
+            return cancelling.cancel(self._job_queue, self._reader, kinds, on_progress or _ignore)
+
+    def pause(self, adapter: str | None = None) -> bool:
+        """Let workers claim nothing new of the queue, or of an adapter ("@base" is the base model);
+        they finish what runs, and jobs may still be sent. False if that was so already.
+
+        Raises UnknownId for an adapter that the queue does not know.
+        """
+        with self._errors():
+            return pausing.pause(self._job_queue, self._reader, adapter)
+
+    def resume(self, adapter: str | None = None) -> bool:
+        """End a pause of the queue, or of an adapter; False if there was none."""
+        with self._errors():
+            return self._job_queue.resume(adapter)
+
+    def limits(self) -> Limits:
+        """How many jobs, and bytes of them, may wait in the queue."""
+        with self._errors():
+            return self._reader.limits()
+
+    def set_limits(self, limits: Limits) -> None:
+        """Bound what may wait in the queue, for all who submit; None is any number. What waits
+        already stays."""
+        with self._errors():
+            limiting.set_limits(self._job_queue, limits)
 
     def load_adapter(self, name: str, source: Path | str, *, pinned: bool = False) -> Change:
         """Let every worker load an adapter, in place of one of that name: jobs that run go on with
@@ -390,7 +447,7 @@ class Client:
         change = self.fetched(change)
         with self._errors():
             return adapters.answers(
-                self._reader, change, timeout=timeout, on_pause=on_pause or _ignore_jobs_left
+                self._reader, change, timeout=timeout, on_pause=on_pause or _ignore
             )
 
     def adapters(self) -> list[AdapterStatus]:
@@ -405,6 +462,31 @@ class Client:
         if self.has_worker():
             return NotFinished(f"{what}.")
         return NoWorker(f"{what}. {advice.no_worker(self.queue)}")
+
+    def _kinds_with_results(self, ids: Iterable[str]) -> dict[str, bool]:
+        """Whether each is a submission or a job; raises UnknownId, also for one that expired."""
+        kinds = {id_: self._is_submission(id_) for id_ in ids}
+        for id_, is_submission in kinds.items():
+            if is_submission:
+                self._reader.require_results(id_)
+        return kinds
+
+    def _tidy(self) -> None:
+        """End what has come to its time, as workers do, since there may be none alive."""
+        if time.monotonic() < self._next_tidying:
+            return
+        self._next_tidying = time.monotonic() + BLOCK_SECONDS
+        with suppress(redis.exceptions.NoPermissionError):  # Who may only read leaves it to others.
+            self._job_queue.expire_jobs()
+            self._job_queue.expire_submissions()
+
+    def _tidy_and(self, on_wake: OnWake | None) -> OnWake:
+        def tidy_and_wake() -> None:
+            self._tidy()
+            if on_wake:
+                on_wake()
+
+        return tidy_and_wake
 
     def _is_submission(self, id_: str) -> bool:
         try:
@@ -426,7 +508,7 @@ def _deadline(timeout: float | None) -> float | None:
     return time.monotonic() + timeout
 
 
-def _ignore() -> None:
+def _ignore(number: int) -> None:
     pass
 
 
@@ -436,18 +518,3 @@ def _ignore_jobs_left(number: int) -> None:
 
 def _ignore_fetch(status: FetchStatus) -> None:
     pass
-
-
-def _sent(spool: Spool, num_sent: int) -> str:
-    return (
-        f"{num_sent} of {advice.counted(spool.num_jobs)} are known to have been sent,"
-        f" as submission {spool.submission}."
-    )
-
-
-def _conflict(spool: Spool, run: Run, indices: Sequence[int]) -> str:
-    places = [f"{spool.name}:{run.lines[i]}: id '{run.jobs[i].id}'" for i in indices]
-    return (
-        "Somebody else has just sent other jobs under ids of this input:"
-        f" {advice.listed(places)}. {_sent(spool, run.offset)}"
-    )

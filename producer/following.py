@@ -24,7 +24,8 @@ def finished_runs(
     """What finishes in the submissions after their positions, for as long as there are any.
 
     Moves the positions on. Gives an empty list when nothing has finished for ``BLOCK_SECONDS``, or
-    by the deadline (of ``time.monotonic``). Raises UnknownId if a submission has gone meanwhile.
+    by the deadline (of ``time.monotonic``). Raises UnknownId if a submission or its results have
+    gone meanwhile.
     """
     while positions:
         wait = BLOCK_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
@@ -33,7 +34,7 @@ def finished_runs(
             positions[finished.submission] = finished.position
         if not found:
             for submission in positions:
-                reader.submission(submission)
+                reader.require_results(submission)
         yield found
         if found and sum(len(finished.job_ids) for finished in found) < READ_CHUNK:
             time.sleep(GATHER_SECONDS)

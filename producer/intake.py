@@ -5,36 +5,51 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from typing import Literal
 
 from broker.queue_reader import QueueReader
 from producer.checks import AdapterCheck, IdCheck
-from producer.lines import make_job, parse_line
+from producer.lines import Defaults, make_job, parse_line
 from producer.problems import Problems
 from producer.spool import Spool
+from producer.terms import Terms
 from schemas.errors import BadInput, LorryError
 from schemas.job import Job
+from schemas.result import RESULT_TTL
 
 #: A line of a file, or what it stands for: an object with its fields, a prompt, or a Job.
 Line = bytes | str | Mapping[str, object] | Job
 
+#: The longest time in seconds for which results are kept: ten years.
+MAX_RESULT_TTL = 10 * 365 * 86400.0
+
+#: The terms that lines may have as fields.
+_OF_A_LINE: tuple[Literal["lora", "priority", "deadline"], ...] = ("lora", "priority", "deadline")
+
 
 def prepare(
-    reader: QueueReader, lines: Iterable[tuple[int, Line]], *, lora: str | None, name: str
+    reader: QueueReader, lines: Iterable[tuple[int, Line]], terms: Terms, *, name: str
 ) -> Spool:
     """Reads numbered lines once, in constant memory, and checks all that can be checked.
 
-    ``lora`` serves the lines that name no adapter; ``name`` is what errors call the input. Raises
-    BadInput with all bad lines. The caller closes the spool.
+    ``terms`` hold for lines that do not say otherwise; ``name`` is what errors call the input.
+    Raises BadInput with all bad lines. The caller closes the spool.
     """
     adapters = AdapterCheck(reader)
-    _check_default_adapter(adapters, lora)
+    defaults: Defaults = {field: terms[field] for field in _OF_A_LINE if field in terms}
+    _check_defaults(adapters, defaults)
+    result_ttl = terms.get("result_ttl", RESULT_TTL)
+    if not 0 < result_ttl <= MAX_RESULT_TTL:
+        raise BadInput(
+            f"--result-ttl is a time of more than 0 and at most ten years, not {result_ttl:g} s."
+        )
     problems = Problems(name)
     spool = Spool(name)
     try:
         with closing(IdCheck(reader, problems)) as ids:
             for number, line in lines:
                 try:
-                    _take(spool, adapters, ids, number, line, lora)
+                    _take(spool, adapters, ids, number, line, defaults)
                 except BadInput as error:
                     problems.add(number, str(error))
             ids.finish()
@@ -51,17 +66,24 @@ def prepare(
         spool.close()
         raise
     spool.num_jobs_by_adapter = adapters.num_jobs
+    spool.result_ttl = result_ttl
+    spool.when_full = terms.get("when_full", "wait")
     return spool
 
 
 def _take(
-    spool: Spool, adapters: AdapterCheck, ids: IdCheck, number: int, line: Line, lora: str | None
+    spool: Spool,
+    adapters: AdapterCheck,
+    ids: IdCheck,
+    number: int,
+    line: Line,
+    defaults: Defaults,
 ) -> None:
     made_id = f"{spool.submission}.{number}"
     if isinstance(line, bytes):
-        job = parse_line(line, made_id=made_id, lora=lora)
+        job = parse_line(line, made_id=made_id, defaults=defaults)
     else:
-        job = make_job(line, made_id=made_id, lora=lora)
+        job = make_job(line, made_id=made_id, defaults=defaults)
     adapters.add(job.lora)
     wire = job.to_wire()
     spool.append(number, wire)
@@ -69,10 +91,9 @@ def _take(
         ids.add(number, job.id, wire)
 
 
-def _check_default_adapter(adapters: AdapterCheck, lora: str | None) -> None:
+def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:
     """Tells a wrong default once, not for every line that it serves."""
     try:
-        make_job("", made_id="default", lora=lora)
-        adapters.require(lora)
+        adapters.require(make_job("", made_id="default", defaults=defaults).lora)
     except BadInput as error:
         raise BadInput(f"--{error}\n{adapters.remark}".rstrip()) from None

@@ -54,11 +54,15 @@ def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def parse_line(line: bytes, *, made_id: str, lora: str | None) -> Job:
-    """The job that a line asks for; ``made_id`` and ``lora`` serve where it names none.
+#: Fields of a job, for the lines that do not have them.
+Defaults = Mapping[str, object]
 
-    A ``lora`` in the line wins, also an explicit null, which names the base model. Raises BadInput
-    with what is wrong, without the place.
+
+def parse_line(line: bytes, *, made_id: str, defaults: Defaults | None = None) -> Job:
+    """The job that a line asks for; ``made_id`` serves where it names none, as ``defaults`` do.
+
+    What the line says wins, also an explicit null: as ``lora`` that names the base model. Raises
+    BadInput with what is wrong, without the place.
     """
     if len(line) > MAX_LINE_BYTES:
         raise BadInput(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -66,10 +70,10 @@ def parse_line(line: bytes, *, made_id: str, lora: str | None) -> Job:
         value = from_json(line.rstrip())
     except ValueError as error:
         raise BadInput(_why_not_json(line, error)) from None
-    return make_job(value, made_id=made_id, lora=lora)
+    return make_job(value, made_id=made_id, defaults=defaults)
 
 
-def make_job(value: object, *, made_id: str, lora: str | None) -> Job:
+def make_job(value: object, *, made_id: str, defaults: Defaults | None = None) -> Job:
     """The job of a line's value: an object with its fields, a prompt, or a Job, taken as it is.
 
     Raises BadInput with what is wrong, without the place.
@@ -77,10 +81,9 @@ def make_job(value: object, *, made_id: str, lora: str | None) -> Job:
     if isinstance(value, Job):
         job = value
     else:
-        fields = _fields(value)
+        fields = {**(defaults or {}), **_fields(value)}
         if fields.get("id") is None:
             fields["id"] = made_id
-        fields.setdefault("lora", lora)
         try:
             job = Job.model_validate(fields)
         except ValidationError as error:
@@ -95,11 +98,11 @@ def _skip_rest_of_line(stream: BinaryIO, line: bytes) -> None:
         line = stream.readline(MAX_LINE_BYTES)
 
 
-def _fields(value: object) -> dict[str, Any]:
+def _fields(value: object) -> Mapping[str, Any]:
     if isinstance(value, str):
         return {"prompt": value}
     if isinstance(value, Mapping):
-        return dict(value)
+        return value
     raise BadInput(
         f"a line is a JSON object, or a JSON string that is the prompt, not {_found(value)}"
     )

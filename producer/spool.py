@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from producer.terms import WhenFull
 from schemas.errors import LorryError
 from schemas.job import Job
+from schemas.result import RESULT_TTL
 
 #: Bounds of what is sent in one round trip.
 MAX_RUN_JOBS = 500
@@ -58,6 +60,10 @@ class Spool:
         #: What the input is called.
         self.name = name
         self.num_jobs = 0
+        self.num_bytes = 0
+        #: Seconds for which results are kept after the last job has ended.
+        self.result_ttl = RESULT_TTL
+        self.when_full: WhenFull = "wait"
         #: Number of jobs by adapter; None is the base model.
         self.num_jobs_by_adapter: Counter[str | None] = Counter()
         with _disk_errors():
@@ -79,9 +85,11 @@ class Spool:
 
     def append(self, line: int, wire: str) -> None:
         """Add the job of a line in its wire form."""
+        record = wire.encode()
         with _disk_errors():
-            self._file.write(b"%d\t%s\n" % (line, wire.encode()))
+            self._file.write(b"%d\t%s\n" % (line, record))
         self.num_jobs += 1
+        self.num_bytes += len(record)
 
     def runs(self) -> Iterator[Run]:
         """The jobs in input order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from broker.job_queue import Limits, Size
 from broker.queue_reader import QueueReader, SubmissionStatus
 from producer.advice import counted
 from schemas.errors import LorryError
@@ -38,6 +39,12 @@ class Overview:
     """Jobs given up on."""
     num_set_aside: dict[str, int]
     """Jobs that workers leave alone, by the version of their record, which they cannot read."""
+    backlog: Size
+    """What waits."""
+    limits: Limits
+    """What may wait at most."""
+    paused: dict[str, float]
+    """Adapters that nothing is claimed of, and since when; ``*`` if that is so for all."""
 
 
 def read_overview(reader: QueueReader) -> Overview:
@@ -48,11 +55,14 @@ def read_overview(reader: QueueReader) -> Overview:
         reader.submissions(MAX_LISTED),
         reader.workers(),
         list(reader.adapters()),
-        reader.waiting_by_adapter(),
+        reader.unfinished_by_adapter(),
         num_suspects,
         num_delayed,
         reader.num_dead(),
         set_aside,
+        reader.backlog(),
+        reader.limits(),
+        reader.paused(),
     )
 
 
@@ -121,6 +131,9 @@ def as_json(found: Status | Overview) -> str:
             "delayed": found.num_delayed,
             "dead": found.num_dead,
             "set_aside": found.num_set_aside,
+            "backlog": found.backlog._asdict(),
+            "limits": found.limits._asdict(),
+            "paused": found.paused,
         }
     )
 

@@ -20,12 +20,13 @@ from producer.output import Output
 from producer.place import Place
 from producer.spool import Spool
 from producer.status import by_state, describe, require_all_done
+from producer.terms import Terms
 from schemas.errors import BadInput, NotFinished, NoWorker
 
 
-def submit(place: Place, file: str, lora: str | None, *, durable: bool, json_wanted: bool) -> None:
+def submit(place: Place, file: str, terms: Terms, *, durable: bool, json_wanted: bool) -> None:
     """Send a file and say what to type next."""
-    with _sent(place, file, lora, durable=durable) as (client, spool):
+    with _sent(place, file, terms, durable=durable) as (client, spool):
         if json_wanted:
             typer.echo(json.dumps(_summary(client, spool)))
         else:
@@ -37,7 +38,7 @@ def submit(place: Place, file: str, lora: str | None, *, durable: bool, json_wan
 def submit_and_wait(
     place: Place,
     file: str,
-    lora: str | None,
+    terms: Terms,
     path: Path | None,
     *,
     timeout: float | None,
@@ -47,7 +48,7 @@ def submit_and_wait(
     """Send a file and write its results in input order, each as soon as those before it are, for
     at most ``timeout`` seconds after it was sent."""
     _refuse_overwriting(file, path)
-    with Output(path) as output, _sent(place, file, lora, durable=durable) as (client, spool):
+    with Output(path) as output, _sent(place, file, terms, durable=durable) as (client, spool):
         try:
             say(_submitted(spool, durable))
             _write_in_order(client, spool, output, timeout)
@@ -63,7 +64,7 @@ def submit_and_wait(
 
 @contextmanager
 def _sent(
-    place: Place, file: str, lora: str | None, *, durable: bool
+    place: Place, file: str, terms: Terms, *, durable: bool
 ) -> Iterator[tuple[Client, Spool]]:
     """A client, and the spool of a file whose jobs it has sent."""
     with _open_input(file) as (stream, name), place.client() as client:
@@ -72,7 +73,7 @@ def _sent(
         for sentence in client.server_warnings():
             warn(sentence)
         with bar_for("checking") as bar:
-            spool = client.prepare(shown(numbered_lines(stream), bar), lora=lora, name=name)
+            spool = client.prepare(shown(numbered_lines(stream), bar), name=name, **terms)
         with spool:
             _send(client, spool)
             if durable:
@@ -93,9 +94,20 @@ def _send(client: Client, spool: Spool) -> None:
         num_sent = number
         bar.update(number)
 
+    watcher = Watcher(client, spool.num_jobs_by_adapter)
+    has_told = False
+
+    def on_full(reason: str) -> None:
+        nonlocal has_told
+        if not has_told:
+            notice(f"The queue is full, so sending waits for room: {reason}")
+            has_told = True
+        bar.update(num_sent, "the queue is full")
+        watcher.look()
+
     with bar_for("sending", spool.num_jobs) as bar:
         try:
-            client.send(spool, on_sent)
+            client.send(spool, on_sent, on_full)
         except KeyboardInterrupt:
             say(
                 f"At least {num_sent} of {counted(spool.num_jobs)} were sent, as"

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from broker.dead_letters import DeadLetter
 from broker.queue_reader import SubmissionStatus
+from producer import limiting, pausing
 from producer.advice import START_A_WORKER, counted, listed, unserved
 from producer.messages import printable
 from producer.status import Overview, listed_states
@@ -101,6 +102,9 @@ def overview(queue: str, found: Overview) -> str:
         _adapters(found),
         _out_of_turn(found),
     ]
+    if found.limits != (None, None):
+        parts.append(f"{limiting.describe(found.backlog, found.limits)}.")
+    parts += [Text(printable(s), style="yellow") for s in pausing.sentences(queue, found.paused)]
     if found.workers:
         names = [name for name in found.unfinished if name != BASE]
         parts += [Text(printable(s), style="yellow") for s in unserved(names, found.workers)]
@@ -145,12 +149,15 @@ def submission(status: SubmissionStatus) -> str:
     ]
     if status.sent < status.total:
         rows.append(("not sent", f"{status.total - status.sent} (still sending, or interrupted)"))
+    if status.expired is not None:
+        rows.append(("results", f"expired at {_moment(status.expired)}"))
     return _fields(rows)
 
 
 def job(result: Result, payload: str | None) -> str:
     """All that is known of a job."""
     timings, usage, error = result.timings, result.usage, result.error
+    sent = json.loads(payload or "{}")
     return _fields(
         [
             ("job", result.id),
@@ -158,6 +165,8 @@ def job(result: Result, payload: str | None) -> str:
             ("state", result.status),
             ("adapter", result.lora or "(base model)"),
             ("revision", result.revision),
+            ("priority", sent.get("priority")),
+            ("deadline", _deadline(sent.get("deadline"))),
             ("prompt", prompt_of(payload)),
             ("answer", result.text),
             ("finish reason", result.finish_reason),
@@ -320,6 +329,10 @@ def _answer(result: Result) -> Text:
 def _duration(result: Result) -> str:
     started, finished = result.timings.started, result.timings.finished
     return "" if started is None or finished is None else f"{finished - started:.1f} s"
+
+
+def _deadline(value: float | str | None) -> str | None:
+    return f"{value:g} s after it was sent" if isinstance(value, float) else value
 
 
 def _moment(seconds: float | None) -> str | None:

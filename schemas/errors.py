@@ -6,6 +6,7 @@ LorryError                    exit code of the command line
 |- ServerUnavailable          4   the Redis server cannot be reached or used
 |- NotFinished                5   results are not complete yet
 |- NoWorker                   6   no worker is alive to complete results, or to act on a command
+|- QueueFull                  7   as many jobs wait as the queue allows
 `- JobError                   -   one job failed; carries the code that its result records
 """
 
@@ -49,13 +50,20 @@ class NoWorker(LorryError):
     exit_code = 6
 
 
+class QueueFull(LorryError):
+    """As many jobs or bytes wait as the queue allows, and the caller did not want to wait."""
+
+    exit_code = 7
+
+
 class JobError(LorryError):
     """One job cannot be run; recorded as ``error`` of its result.
 
     Codes: ``unknown_adapter``, ``adapter_unavailable``, ``no_tokenizer``, ``no_chat_template``,
     ``bad_prompt``, ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``,
-    ``out_of_memory``; of a job that no worker ended ``attempts_exhausted`` (given up on) and
-    ``adapter_unloaded`` (by force, while it waited).
+    ``out_of_memory``; of a job that no worker ended ``attempts_exhausted`` (given up on),
+    ``adapter_unloaded`` (by force, while it waited), ``expired`` (its deadline came while it
+    waited) and ``cancelled``.
     """
 
     def __init__(self, code: str, message: str, *, may_heal: bool = False) -> None:

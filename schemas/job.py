@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from datetime import datetime
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    model_validator,
+)
 
 from schemas.adapter import AdapterName
 
@@ -20,6 +29,41 @@ JobId = Annotated[
 PromptText = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+#: Which jobs are served first. Lower ones have their share and never starve (broker/lua/claim.lua).
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+#: The longest time in seconds that may be left until a deadline: ten years.
+MAX_DEADLINE_SECONDS = 10 * 365 * 86400
+
+
+def _check_deadline(value: object) -> object:
+    if isinstance(value, str) and _moment(value):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if 0 < value <= MAX_DEADLINE_SECONDS:
+            return value
+    elif value is None:
+        return value
+    raise ValueError(
+        "deadline: should be a number of seconds, more than 0 and at most ten years, or a moment"
+        " such as '2026-12-24T18:00:00+01:00'"
+    )
+
+
+def _moment(text: str) -> datetime | None:
+    """A moment in ISO 8601; None if it is none, or none that is the same everywhere."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else None
+
+
+#: Until when a job must have begun: seconds from the moment when the queue takes it in, or a moment
+#: in ISO 8601 with its offset from UTC.
+Deadline = Annotated[float | str | None, BeforeValidator(_check_deadline)]
 
 
 class WireModel(BaseModel):
@@ -63,6 +107,8 @@ class Job(SamplingParams):
     prompt_token_ids: list[TokenId] | None = Field(
         default=None, min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True
     )
+    priority: Priority = "normal"
+    deadline: Deadline = None
     metadata: JsonValue = None
 
     @model_validator(mode="after")
@@ -78,6 +124,12 @@ class Job(SamplingParams):
                 f"give exactly one of prompt, messages, prompt_token_ids (found {found})"
             )
         return self
+
+    @property
+    def deadline_moment(self) -> float | None:
+        """A deadline that is a moment, in seconds since 1970."""
+        moment = _moment(self.deadline) if isinstance(self.deadline, str) else None
+        return moment.timestamp() if moment else None
 
     def to_wire(self) -> str:
         """The job as JSON without defaults: equal jobs give equal texts, also when a later

@@ -3,17 +3,30 @@
 All keys of a queue begin with the hash tag ``{queue}``, so that they share one slot of a Redis
 Cluster and one Lua script may touch several of them. The Lua scripts get the same names: a
 preamble made from ``KEY_NAMES`` defines each as a Lua local of that name.
+
+A band, ``<adapter>:<priority>``, is what waits for one adapter at one priority; a lane,
+``<band>:<submission>``, is what one submission has there, a stream of its own.
 """
 
 from __future__ import annotations
 
+from schemas.job import Priority
+
 #: Field or key name after the hash tag. Names that end in ``:`` are completed by an id.
 KEY_NAMES = {
     "JOB": "job:",  # hash: one job, its state and its result
-    "STREAM": "stream:",  # stream: ids of the jobs waiting or in flight for one adapter
-    "READY": "ready",  # sorted set: adapters with waiting jobs, by the time they wait unserved
+    "STREAM": "stream:",  # stream: ids of the jobs of one lane that wait or are in flight
+    "LANES": "lanes:",  # sorted set: submissions with jobs in one band, since when unserved
+    "READY": "ready:",  # sorted set: adapters with jobs of one priority, since when unserved
+    "WAITING": "waiting",  # hash: number of waiting jobs by adapter
+    "RUNNING": "running",  # hash: number of running jobs by adapter
+    "BACKLOG": "backlog",  # hash: jobs that wait, and the bytes of their records
     "SUBMISSION": "submission:",  # hash: counts by state; + ":jobs" list, + ":finished" stream
     "SUBMISSIONS": "submissions",  # sorted set: submission ids by the time they were sent
+    "DEADLINES": "deadlines",  # sorted set: ids of the waiting jobs that have a deadline, by it
+    "PAUSED": "paused",  # hash: adapters that nothing is claimed of, "*" the queue, since when
+    "LIMITS": "limits",  # hash: how many jobs and bytes may wait
+    "EXPIRY": "expiry",  # sorted set: submissions whose jobs have all ended, by when they expire
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
     "SUSPECTS": "suspects",  # sorted set: waiting jobs to be run alone, by since when they wait
     "DELAYED": "delayed",  # sorted set: waiting jobs to be tried again, by when
@@ -27,6 +40,7 @@ KEY_NAMES = {
     "WORKERS": "workers",  # sorted set: worker ids by their last heartbeat
     "WORKER": "worker:",  # hash: the observed state of one worker; + ":adapters" set
     "WAKE": "wake",  # channel: new work has come
+    "CANCELLED": "cancelled",  # channel: ids of running jobs that have just been cancelled
     "CONTROL": "control",  # channel: the desired state has changed
     "DEAD": "dead",  # stream: jobs given up on
 }
@@ -41,6 +55,9 @@ GROUP = "workers"
 #: Executions of a job before it is given up on, unless the queue's settings say otherwise.
 DEFAULT_MAX_ATTEMPTS = 3
 
+#: Stands for the whole queue among what is paused.
+WHOLE_QUEUE = "*"
+
 #: Stands for the base model where Redis needs a name; no adapter can be called so.
 BASE = "@base"
 
@@ -50,8 +67,13 @@ class Keys:
 
     def __init__(self, queue: str) -> None:
         self.prefix = f"{{{queue}}}:"
-        self.ready = self._name("READY")
+        self.waiting = self._name("WAITING")
+        self.running = self._name("RUNNING")
+        self.backlog = self._name("BACKLOG")
         self.submissions = self._name("SUBMISSIONS")
+        self.paused = self._name("PAUSED")
+        self.limits = self._name("LIMITS")
+        self.expiry = self._name("EXPIRY")
         self.leases = self._name("LEASES")
         self.suspects = self._name("SUSPECTS")
         self.delayed = self._name("DELAYED")
@@ -63,14 +85,15 @@ class Keys:
         self.fetch_turn = self._name("FETCH_TURN")
         self.workers = self._name("WORKERS")
         self.wake = self._name("WAKE")
+        self.cancelled = self._name("CANCELLED")
         self.control = self._name("CONTROL")
         self.dead = self._name("DEAD")
 
     def job(self, job_id: str) -> str:
         return self._name("JOB") + job_id
 
-    def stream(self, adapter: str | None) -> str:
-        return self._name("STREAM") + (adapter or BASE)
+    def stream(self, adapter: str | None, priority: Priority, submission: str) -> str:
+        return f"{self._name('STREAM')}{adapter or BASE}:{priority}:{submission}"
 
     def submission(self, submission_id: str) -> str:
         return self._name("SUBMISSION") + submission_id

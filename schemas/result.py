@@ -19,6 +19,9 @@ STATES: tuple[JobState, ...] = (
 )
 TERMINAL_STATES = frozenset(STATES[2:])
 
+#: Seconds for which results are kept after the last job of their submission has ended.
+RESULT_TTL = 7 * 86400.0
+
 FinishReason = Literal["stop", "length"]
 
 

@@ -80,7 +80,7 @@ def test_a_run_sent_twice_is_stored_once(queue: JobQueue, reader: QueueReader) -
     submit(queue, jobs(3))
     submit(queue, jobs(3))
     assert reader.submission("sub").counts["waiting"] == 3
-    assert queue.client.xlen(queue.keys.stream(None)) == 3
+    assert queue.client.xlen(queue.keys.stream(None, "normal", "sub")) == 3
 
 
 def test_an_id_with_other_content_is_refused_and_nothing_of_the_run_is_stored(
@@ -101,7 +101,7 @@ def test_two_jobs_of_one_run_that_share_an_id_conflict_unless_they_are_equal(
         submit(queue, [Job(id="same", prompt="x"), Job(id="same", prompt="y")])
     submit(queue, [Job(id="same", prompt="x"), Job(id="same", prompt="x")])
     assert reader.submission("sub").counts["waiting"] == 2
-    assert queue.client.xlen(queue.keys.stream(None)) == 1
+    assert queue.client.xlen(queue.keys.stream(None, "normal", "sub")) == 1
 
 
 def test_a_job_sent_by_two_submissions_runs_once_and_counts_in_both(

@@ -13,13 +13,13 @@ from schemas.job import Job
 
 
 def parse(line: str, lora: str | None = None) -> Job:
-    return parse_line(line.encode(), made_id="made.1", lora=lora)
+    return parse_line(line.encode(), made_id="made.1", defaults={"lora": lora})
 
 
 def refusal(line: str | bytes) -> str:
     data = line.encode() if isinstance(line, str) else line
     with pytest.raises(BadInput) as refused:
-        parse_line(data, made_id="made.1", lora=None)
+        parse_line(data, made_id="made.1")
     return str(refused.value)
 
 
@@ -183,12 +183,12 @@ def test_what_is_shown_of_a_value_is_short() -> None:
 
 
 def test_a_python_mapping_serves_as_a_line() -> None:
-    assert make_job({"prompt": "x", "top_k": 3}, made_id="m", lora="sql").top_k == 3
+    assert make_job({"prompt": "x", "top_k": 3}, made_id="m", defaults={"lora": "sql"}).top_k == 3
 
 
 def test_a_job_is_taken_as_it_is() -> None:
     job = Job(id="row-1", prompt="x")
-    assert make_job(job, made_id="m", lora="sql") == job
+    assert make_job(job, made_id="m", defaults={"lora": "sql"}) == job
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_job_is_taken_as_it_is() -> None:
 )
 def test_a_python_value_that_json_cannot_hold_is_refused(value: object) -> None:
     with pytest.raises(BadInput):
-        make_job(value, made_id="m", lora=None)
+        make_job(value, made_id="m")
 
 
 def test_lines_are_numbered_from_one_and_blank_ones_count() -> None:
@@ -214,7 +214,7 @@ def test_a_file_of_a_byte_order_mark_alone_has_no_lines() -> None:
 
 def test_windows_line_ends_belong_to_no_prompt() -> None:
     ((_, line),) = numbered_lines(BytesIO(b'"a"\r\n'))
-    assert parse_line(line, made_id="m", lora=None).prompt == "a"
+    assert parse_line(line, made_id="m").prompt == "a"
 
 
 def test_the_line_after_one_that_is_too_long_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,4 +227,4 @@ def test_the_line_after_one_that_is_too_long_is_whole(monkeypatch: pytest.Monkey
 def test_the_longest_line_allowed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 10)
     ((_, line),) = numbered_lines(BytesIO(b'"12345678"'))
-    assert parse_line(line, made_id="m", lora=None).prompt == "12345678"
+    assert parse_line(line, made_id="m").prompt == "12345678"

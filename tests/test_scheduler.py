@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
+from worker.config import PATIENCE
 from worker.kv_cache import PAGE_SIZE, PagePool, num_pages
-from worker.scheduler import PATIENCE, ScheduledSequence, Scheduler
+from worker.scheduler import ScheduledSequence, Scheduler
 from worker.sequence import Phase, Sequence
 
 

@@ -130,8 +130,7 @@ def test_a_starving_adapter_is_served_though_others_have_a_backlog(
     monkeypatch: pytest.MonkeyPatch,
     others: list[str],
 ) -> None:
-    monkeypatch.setattr("worker.claimer.PATIENCE", 0.05)
-    worker = make_worker(max_loras_per_batch=len(others), max_running_requests=4)
+    worker = make_worker(max_loras_per_batch=len(others), max_running_requests=4, patience=0.05)
     jobs = [job(f"{name}-{i}", name) for i in range(200) for name in others]
     submission = client.submit([*jobs, job("starving", "b")])
     assert worker.run() == 0

@@ -25,7 +25,14 @@ FLAGS = {
     *("--lora-eviction-policy", "--lora-backend", "--max-running-requests"),
     *("--max-total-tokens", "--mem-fraction-static", "--chunked-prefill-size"),
     *("--context-length", "--device", "--dtype", "--load-format"),
-    *("--queue", "--redis-url", "--redis-password-file", "--lease-seconds", "--burst"),
+    *(
+        "--queue",
+        "--redis-url",
+        "--redis-password-file",
+        "--lease-seconds",
+        "--patience",
+        "--burst",
+    ),
 }
 LIMITS = {"max_lora_rank": 8, "lora_target_modules": ["all"]}
 MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head"

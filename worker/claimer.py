@@ -15,7 +15,6 @@ from schemas.errors import JobError
 from schemas.job import Job
 from worker.leases import Leases
 from worker.publisher import Failed, Publisher, Retry
-from worker.scheduler import PATIENCE
 from worker.sequence import Sequence
 
 log = structlog.get_logger()
@@ -45,6 +44,7 @@ class Claimer:
         resident: Callable[[], Collection[str]],
         *,
         lease_seconds: float,
+        patience: float,
     ) -> None:
         """``sequence_of`` prepares a job to run or raises JobError; ``resident`` names the
         adapters whose weights stand in a slot."""
@@ -55,6 +55,7 @@ class Claimer:
         self._sequence_of = sequence_of
         self._resident = resident
         self._lease_seconds = lease_seconds
+        self._patience = patience
         self._ready: SimpleQueue[tuple[Claim, Sequence]] = SimpleQueue()
         self._wake = queue.client.pubsub(ignore_subscribe_messages=True)
         self._is_trial = False
@@ -90,7 +91,7 @@ class Claimer:
         if not request.num_jobs:
             return False
         claims = self._queue.claim(
-            self._worker_id, request, lease_seconds=self._lease_seconds, patience=PATIENCE
+            self._worker_id, request, lease_seconds=self._lease_seconds, patience=self._patience
         )
         if claims.num_set_aside:
             log.warning("other_wire_version", set_aside=claims.num_set_aside, reads=_READS)
@@ -110,7 +111,7 @@ class Claimer:
         unless it is the others' time."""
         if claims.suspect_waits is None or is_idle:
             return claims.suspect_waits is not None
-        return claims.suspect_waits > PATIENCE and time.monotonic() >= self._next_trial
+        return claims.suspect_waits > self._patience and time.monotonic() >= self._next_trial
 
     def _try_suspect(self) -> bool:
         """Claim a job that runs with no other beside it, as it may have ended its last worker, or

@@ -154,6 +154,12 @@ def _add_queue_flags(queue: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="of a job before it is given up; from now on, for all workers of the queue (3)",
     )
+    queue.add_argument(
+        "--patience",
+        type=float,
+        metavar="S",
+        help="after which an adapter, priority or submission that waits unserved comes first (30)",
+    )
     queue.add_argument("--burst", action="store_true", help="end when no job is left")
 
 

@@ -24,6 +24,10 @@ from worker.model.config import TARGET_MODULES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+#: Seconds for which who waits unserved has patience: an adapter until one with a slot makes room
+#: for it, jobs of a low priority until they get a turn beside the highest.
+PATIENCE = 30.0
+
 
 class LoraPath(BaseModel):
     """One value of ``--lora-paths``."""
@@ -160,6 +164,7 @@ class WorkerConfig(BaseModel):
     max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
     redis_password_file: Path | None = None
     lease_seconds: Annotated[float, Field(ge=1, le=86400)] = 30.0
+    patience: Annotated[float, Field(gt=0, le=86400)] = PATIENCE
     burst: bool = False
 
     @classmethod

@@ -80,6 +80,7 @@ class Engine:
             max_running=config.running_limit,
             max_prefill_tokens=config.prefill_limit,
             max_adapters=config.max_loras_per_batch,
+            patience=config.patience,
         )
         self.counters = EngineCounters()
         self._residency = None

@@ -29,6 +29,7 @@ class Leases:
         self._jobs_by_adapter: Counter[str] = Counter()
         self._in_use_since: dict[str, float] = {}
         self._draining: str | None = None
+        self._lost: set[Lease] = set()
 
     def limit(self, max_jobs: int) -> None:
         """Hold no more jobs than that from now on."""
@@ -54,6 +55,31 @@ class Leases:
             for lease in held:
                 self._forget(lease.job_id)
             return held
+
+    def lose(self, leases: Iterable[Lease]) -> set[Lease]:
+        """``remove`` leases that the queue has taken back; ``take_lost`` tells the engine."""
+        lost = self.remove(leases)
+        with self._lock:
+            self._lost |= lost
+        return lost
+
+    def lose_jobs(self, job_ids: Iterable[str]) -> set[Lease]:
+        """``lose`` the leases of jobs, as far as they are held."""
+        with self._lock:
+            leases = [self._held[id_].lease for id_ in job_ids if id_ in self._held]
+        return self.lose(leases)
+
+    def take_lost(self) -> set[Lease]:
+        """The leases that were lost since the last call."""
+        if not self._lost:
+            return set()
+        with self._lock:
+            lost, self._lost = self._lost, set()
+        return lost
+
+    def holds(self, lease: Lease) -> bool:
+        with self._lock:
+            return self._is_held(lease)
 
     def held(self) -> list[Lease]:
         with self._lock:

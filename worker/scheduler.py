@@ -8,13 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from worker.adapters.peft_format import Adapter
+from worker.config import PATIENCE
 from worker.kv_cache import PagePool, num_pages
 from worker.sequence import Phase, Sequence
 from worker.waiting import Group, Waiting
-
-#: Seconds for which an adapter may wait unserved before one with a slot makes room for it.
-PATIENCE = 30.0
-
 
 #: Once in so many rounds the adapter with the most waiting sequences takes rows in turn with the
 #: others, and not only what they leave: else it stood still while they always have some.

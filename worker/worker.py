@@ -16,6 +16,7 @@ from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
 from worker.background import BackgroundLoop, keep_trying
+from worker.cancellations import Cancellations
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
 from worker.device_memory import free_memory, is_out_of_memory
@@ -54,8 +55,8 @@ class Worker:
         self._engine = engine
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
-        queues = [JobQueue(connect(redis_url, config.queue), config.queue) for _ in range(5)]
-        self._queue, self._claim_queue, publish_queue, keep_queue, follow_queue = queues
+        queues = [JobQueue(connect(redis_url, config.queue), config.queue) for _ in range(6)]
+        self._queue, self._claim_queue, publish_queue, keep_queue, follow_queue, *others = queues
         # A few more than can run, so that the next ones are ready when others finish.
         self._num_ahead = max(4, config.running_limit // 8)
         self._max_jobs = config.running_limit + self._num_ahead
@@ -75,6 +76,7 @@ class Worker:
             engine.sequence_of,
             lambda: engine.resident,
             lease_seconds=config.lease_seconds,
+            patience=config.patience,
         )
         self._keeper = Keeper(
             keep_queue, self.id, self._leases, self._state, lease_seconds=config.lease_seconds
@@ -98,6 +100,9 @@ class Worker:
             "keep", self._keeper.turn, self._thread_failed, interval=self._keeper.interval
         )
         self._follow_loop = BackgroundLoop("follow", self._follower.turn, self._thread_failed)
+        self._cancel_loop = BackgroundLoop(
+            "cancel", Cancellations(*others, self._leases).turn, self._thread_failed
+        )
         self._sequences: dict[str, tuple[Claim, Sequence]] = {}
         """By job id, from the engine's taking it in to its end."""
         self._summary = StepSummary(engine)
@@ -108,7 +113,10 @@ class Worker:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
         keep_trying(self._join, at="join")
         log.info("worker_ready", worker=self.id, queue=self._config.queue)
-        for loop in (self._claim_loop, self._publish_loop, self._keep_loop, self._follow_loop):
+        for loop in (
+            *(self._claim_loop, self._publish_loop, self._keep_loop),
+            *(self._follow_loop, self._cancel_loop),
+        ):
             loop.start()
         try:
             while not self._failed and self._stop_by is None and not self._is_drained():
@@ -133,7 +141,7 @@ class Worker:
     def step(self) -> None:
         """One turn of the way of data: claims, sequences, batch, forward, tokens, results."""
         self._take_in(wait=0.0 if self._sequences else _IDLE_WAIT)
-        for lease in self._keeper.take_lost():
+        for lease in self._leases.take_lost():
             self._drop(lease)
         self._hand_back_what_waits()
         batch = self._engine.schedule()
@@ -179,6 +187,7 @@ class Worker:
     def _end(self) -> int:
         _stop(self._follow_loop)
         _stop(self._keep_loop)
+        _stop(self._cancel_loop)
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -193,6 +202,8 @@ class Worker:
     def _take_in(self, *, wait: float = 0.0) -> None:
         """Move claimed jobs into the engine; if there are none, wait up to so many seconds."""
         for claim, sequence in self._claimer.take(wait=wait):
+            if not self._leases.holds(claim.lease):
+                continue  # It was cancelled, or lost, before it could begin.
             # A job that was lost and claimed again may still run under its former lease.
             if former := self._sequences.get(sequence.job.id):
                 self._drop(former[0].lease)

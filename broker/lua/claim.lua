@@ -10,14 +10,17 @@
 --   again later; set aside is how many were found now whose record is of a version that is not
 --   read here; passed over are all entries that brought no job: there may be more behind them.
 -- Safe to repeat, with the same number, until the next claim.
--- Free slots go to adapters that waited unserved beyond the patience, longest first; then to that
--- with the most waiting jobs, which fill the batch, unless one with more has a slot or needs none;
--- then to those with the fewest, which soon make room for the next; of equal ones first to those
--- whose weights are resident. Jobs are then shared in turn; the adapter with the most waiting jobs
--- gets what the others leave, and takes its turn with them in one claim of FULLEST_IN_TURN. READY's
--- score is the moment when an adapter was last served, or that when it came to have waiting jobs.
--- worker/scheduler.py has the same rule.
-local FULLEST_IN_TURN = 4
+-- Free slots go to adapters that waited unserved beyond the patience, longest first; then to those
+-- with jobs of a higher priority; of these to that with the most waiting jobs, which fill the batch,
+-- unless one with more has a slot or needs none; then to those with the fewest, which soon make room
+-- for the next; of equal ones first to those whose weights are resident.
+-- Jobs are then shared priority by priority: among the adapters in turn, but the one with the most
+-- waiting jobs gets what the others leave; and within an adapter among submissions in turn. Nobody
+-- starves: in one claim of FULLEST_IN_TURN the fullest takes its turn with the others, in one of
+-- PRIORITIES_IN_TURN all priorities do, and so does what waited unserved beyond the patience.
+-- The scores of READY and LANES are moments: when one was last served, or when it came to have
+-- waiting jobs. worker/scheduler.py has the same rule for what waits in the worker.
+local FULLEST_IN_TURN, PRIORITIES_IN_TURN = 4, 8
 local worker, claim, lease, wanted = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local free_slots, patience = tonumber(ARGV[5]), tonumber(ARGV[6])
 local position = 7
@@ -35,66 +38,82 @@ local now = now_ms()
 local jobs = repeated_claim(worker, claim, lease, false)
 if jobs then return { text(now), '', jobs, -1, 0, 0, 0 } end
 jobs = {}
+if redis.call('HEXISTS', PAUSED, '*') == 1 then return { text(now), '', jobs, -1, 0, 0, 0 } end
 local starved_before = now_us() - 1000 * patience
-local score, num_waiting = {}, {}
+local ready_priorities = {}
+for priority, name in ipairs(PRIORITIES) do
+  if redis.call('EXISTS', READY .. name) == 1 then table.insert(ready_priorities, priority) end
+end
+local num_waiting, bands, best_priority, unserved_since = {}, {}, {}, {}
 local picks, slotless, fullest = {}, {}, nil
 
--- What waits: entries stay in the stream until they are acknowledged, so those in flight go off.
+-- What can be claimed of an adapter: its number of waiting jobs, and its bands, {priority, adapter,
+-- since}, with the moment since when each is unserved. Returns false if there is nothing.
 local function look_at(name)
-  local in_flight = redis.pcall('XPENDING', STREAM .. name, GROUP)
-  num_waiting[name] = redis.call('XLEN', STREAM .. name) - (in_flight[1] or 0)
+  bands[name] = {}
+  for _, priority in ipairs(ready_priorities) do
+    local since = tonumber(redis.call('ZSCORE', READY .. PRIORITIES[priority], name) or '')
+    if since then
+      table.insert(bands[name], { priority = priority, adapter = name, since = since })
+      best_priority[name] = best_priority[name] or priority
+      unserved_since[name] = math.min(unserved_since[name] or since, since)
+    end
+  end
+  if #bands[name] == 0 then return false end
+  num_waiting[name] = tonumber(redis.call('HGET', WAITING, name) or 0)
   if not fullest or num_waiting[name] > num_waiting[fullest] then fullest = name end
-end
-
-local function is_starved(name)
-  return score[name] < starved_before
+  return true
 end
 
 -- Adapters that need no slot any more, and the base model.
 local function pick_what_has_a_slot(name)
-  score[name] = tonumber(redis.call('ZSCORE', READY, name) or '')
-  if score[name] and not draining[name] then
-    look_at(name)
-    table.insert(picks, name)
-  end
+  if not draining[name] and look_at(name) then table.insert(picks, name) end
 end
 
--- Walks over the other ready adapters, longest unserved first, as far as there may be slots for
--- them; without a free one only that counts which waits for longest. An adapter that only another
--- worker has is left to it; one that the queue does not know at all is taken, so that its jobs fail.
-local function find_what_wants_a_slot()
+-- Walks over the other ready adapters of one priority, longest unserved first, as far as there may
+-- be slots for them; without a free one only that counts which waits for longest. An adapter that
+-- only another worker has is left to it; one that the queue does not know at all is taken, so that
+-- its jobs fail.
+local function find_what_wants_a_slot(priority)
   local first, window = 0, 256
-  local enough = free_slots > 0 and window or 1
-  while #slotless < enough do
-    local found = redis.call('ZRANGE', READY, first, first + window - 1, 'WITHSCORES')
-    for i = 1, #found, 2 do
-      local name = found[i]
-      if name ~= BASE and not in_use[name] and #slotless < enough then
-        score[name] = tonumber(found[i + 1])
+  local left = free_slots > 0 and window or 1
+  while left > 0 do
+    local found = redis.call('ZRANGE', READY .. priority, first, first + window - 1)
+    for _, name in ipairs(found) do
+      if name ~= BASE and not in_use[name] and not bands[name] and left > 0 then
         if redis.call('SISMEMBER', WORKER .. worker .. ':adapters', name) == 1 then
           look_at(name)
           table.insert(slotless, name)
+          left = left - 1
         elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
+          look_at(name)
           table.insert(picks, name)
         end
       end
     end
-    if #found < 2 * window then return end
+    if #found < window then return end
     first = first + window
   end
 end
 
 pick_what_has_a_slot(BASE)
 for name in pairs(in_use) do pick_what_has_a_slot(name) end
-find_what_wants_a_slot()
+for _, priority in ipairs(ready_priorities) do find_what_wants_a_slot(PRIORITIES[priority]) end
+
+local function is_starved(name)
+  return unserved_since[name] < starved_before
+end
 
 local function gets_a_slot_before(a, b)
   if is_starved(a) ~= is_starved(b) then return is_starved(a) end
-  if is_starved(a) then return score[a] < score[b] end
+  if is_starved(a) and unserved_since[a] ~= unserved_since[b] then
+    return unserved_since[a] < unserved_since[b]
+  end
+  if best_priority[a] ~= best_priority[b] then return best_priority[a] < best_priority[b] end
   if (a == fullest) ~= (b == fullest) then return a == fullest end
   if num_waiting[a] ~= num_waiting[b] then return num_waiting[a] < num_waiting[b] end
   if resident[a] ~= resident[b] then return resident[a] == true end
-  if score[a] ~= score[b] then return score[a] < score[b] end
+  if unserved_since[a] ~= unserved_since[b] then return unserved_since[a] < unserved_since[b] end
   return a < b
 end
 table.sort(slotless, gets_a_slot_before)
@@ -102,79 +121,116 @@ for i = 1, math.min(free_slots, #slotless) do table.insert(picks, slotless[i]) e
 local next_one = slotless[free_slots + 1]
 local starving = next_one and is_starved(next_one) and next_one or ''
 
-table.sort(picks, function(a, b)
-  if score[a] ~= score[b] then return score[a] < score[b] end
-  return a < b
-end)
-
 -- Entries that bring no job are not free of cost: one script passes over so many and no more.
 local MAX_PASSED_OVER = 1000
 local num_passed_over, num_set_aside = 0, 0
 
--- Whether the entry's job can be lent to this worker; if not, what becomes of it.
-local function is_to_be_lent(adapter, entry, id)
-  local state, alone, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'alone', 'v'))
-  local is_read = reads_version(v)
-  if not state or is_read and state ~= 'waiting' then
-    drop_entry(adapter, entry)
-    return false
-  end
-  redis.call('HSET', JOB .. id, 'entry', entry)
-  if not is_read then
-    set_aside(id, v)
+-- Gives the worker the job of an entry, and returns the bytes of its record; nil if it cannot be
+-- lent, with what becomes of it done.
+local function deliver(lane, entry, id)
+  local state, payload, queued, submissions, deadline, attempts, alone, v = unpack(redis.call('HMGET',
+    JOB .. id, 'state', 'job', 'queued', 'submissions', 'deadline', 'attempts', 'alone', 'v'))
+  if not state then
+    count('waiting', lane.adapter, -1, 0) -- Its record was deleted.
+    return drop_entry(lane, entry)
+  elseif not reads_version(v) then
     num_set_aside = num_set_aside + 1
+    return set_aside(id, v)
+  elseif state ~= 'waiting' then
+    return drop_entry(lane, entry)
+  elseif deadline and tonumber(deadline) <= now then
+    return expire(id)
   elseif alone then
-    wait_for_turn(id)
+    return wait_for_turn(id)
   end
-  return is_read and not alone
-end
-
-local function deliver(adapter, entry, id)
-  if not is_to_be_lent(adapter, entry, id) then
-    num_passed_over = num_passed_over + 1
-    return
-  end
-  lend(id, worker, claim, now + lease)
-  table.insert(jobs, lent_job(id))
+  if deadline then redis.call('ZREM', DEADLINES, id) end
+  attempts = attempts + 1
+  -- As `lend` does, but `serve_lane` counts them all at once.
+  redis.call('HSET', JOB .. id, 'state', 'running', 'attempts', attempts, 'worker', worker,
+    'claim', claim, 'entry', entry, 'claimed', text(now))
+  redis.call('ZADD', LEASES, text(now + lease), id)
+  tell_submissions(id, submissions, state, 'running')
+  table.insert(jobs, { id, lane.adapter, payload, attempts, queued,
+    string.match(submissions, '%S+') })
   wanted = wanted - 1
+  return #payload
 end
 
--- Delivers up to `count` entries; returns whether there may be more.
-local function read(adapter, count)
-  local stream = STREAM .. adapter
-  local entries = read_entries(adapter, count)
-  for _, entry in ipairs(entries) do deliver(adapter, entry[1], entry[2][2]) end
-  if #entries < count then
-    redis.call('ZREM', READY, adapter)
-    if redis.call('XLEN', stream) == 0 then redis.call('DEL', stream) end
-    return false
+-- Delivers up to `limit` jobs of a lane.
+local function serve_lane(lane, limit)
+  local entries, num_delivered, num_bytes = read_entries(lane, limit), 0, 0
+  for _, entry in ipairs(entries) do
+    local bytes = deliver(lane, entry[1], entry[2][2])
+    if bytes then num_delivered, num_bytes = num_delivered + 1, num_bytes + bytes end
   end
-  redis.call('ZADD', READY, 'XX', text(now_us()), adapter)
+  num_passed_over = num_passed_over + #entries - num_delivered
+  count('waiting', lane.adapter, -num_delivered, num_bytes)
+  count('running', lane.adapter, num_delivered)
+  if #entries < limit then return close_lane(lane) end
+  redis.call('ZADD', LANES .. lane.band, 'XX', text(now_us()), lane.submission)
+end
+
+-- Delivers up to `limit` jobs of a band, an equal share of every lane first; returns whether there
+-- may be more.
+local function serve(band, limit)
+  local adapter, priority = band.adapter, PRIORITIES[band.priority]
+  local enough = wanted - limit
+  while wanted > enough and num_passed_over < MAX_PASSED_OVER do
+    local lanes = LANES .. adapter .. ':' .. priority
+    local submissions = redis.call('ZRANGE', lanes, 0, wanted - enough - 1)
+    if #submissions == 0 then return false end
+    local share = math.max(1, math.floor((wanted - enough) / #submissions))
+    for _, submission in ipairs(submissions) do
+      local left = math.min(share, wanted - enough)
+      if left > 0 then serve_lane(lane_in(adapter, priority, submission), left) end
+    end
+  end
+  redis.call('ZADD', READY .. priority, 'XX', text(now_us()), adapter)
   return true
 end
 
--- An equal share for every adapter first, then what is left to those that have more.
-local function share_among(adapters)
-  while wanted > 0 and #adapters > 0 and num_passed_over < MAX_PASSED_OVER do
-    local share = math.max(1, math.floor(wanted / #adapters))
+-- An equal share for every band first, then what is left to those that have more.
+local function share_among(some)
+  while wanted > 0 and #some > 0 and num_passed_over < MAX_PASSED_OVER do
+    local share = math.max(1, math.floor(wanted / #some))
     local with_more = {}
-    for _, adapter in ipairs(adapters) do
+    for _, band in ipairs(some) do
       if wanted <= 0 then break end
-      if read(adapter, math.min(share, wanted)) then table.insert(with_more, adapter) end
+      if serve(band, math.min(share, wanted)) then table.insert(with_more, band) end
     end
-    adapters = with_more
+    some = with_more
   end
 end
 
 -- The clock's last digits are as good as drawn by lot.
-local takes_its_turn = now_us() % FULLEST_IN_TURN == 0
-local first, last = {}, {}
-for _, name in ipairs(picks) do
-  local waits = name == fullest and not takes_its_turn and not is_starved(name)
-  table.insert(waits and last or first, name)
+local lot = now_us()
+local fullest_in_turn = lot % FULLEST_IN_TURN == 0
+local priorities_in_turn = math.floor(lot / FULLEST_IN_TURN) % PRIORITIES_IN_TURN == 0
+
+local highest = #PRIORITIES
+for _, name in ipairs(picks) do highest = math.min(highest, best_priority[name]) end
+
+-- What is served in the same round is served in turn.
+local function round_of(band)
+  local is_starved = band.since < starved_before
+  local priority = (is_starved or priorities_in_turn) and highest or band.priority
+  local waits = band.adapter == fullest and not fullest_in_turn and not is_starved
+  return 2 * priority - (waits and 0 or 1)
 end
-share_among(first)
-share_among(last)
+
+local rounds = {}
+for round = 1, 2 * #PRIORITIES do rounds[round] = {} end
+for _, name in ipairs(picks) do
+  for _, band in ipairs(bands[name]) do table.insert(rounds[round_of(band)], band) end
+end
+for _, round in ipairs(rounds) do
+  table.sort(round, function(a, b)
+    if a.since ~= b.since then return a.since < b.since end
+    if a.adapter ~= b.adapter then return a.adapter < b.adapter end
+    return a.priority < b.priority
+  end)
+  share_among(round)
+end
 note_claim(worker, claim, lease, jobs)
 local _, suspect_since = first_suspect(worker)
 return { text(now), starving, jobs, suspect_since and now - suspect_since or -1,

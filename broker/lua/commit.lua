@@ -6,10 +6,10 @@ local worker, id, claim, state, result = unpack(ARGV)
 if not holds_lease(worker, id, claim) then
   return redis.call('HGET', JOB .. id, 'result') == result and 1 or 0
 end
-local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
+local entry = redis.call('HGET', JOB .. id, 'entry')
 redis.call('HSET', JOB .. id, 'result', result)
 redis.call('HDEL', JOB .. id, 'entry', 'claim', 'alone')
 set_state(id, state)
 redis.call('ZREM', LEASES, id)
-drop_entry(adapter, entry)
+drop_entry(lane_of(id), entry)
 return 1

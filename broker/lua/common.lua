@@ -1,7 +1,8 @@
--- Shared by every script of this folder; the key names (JOB, STREAM, ...) and GROUP are defined
--- above it from schemas/keys.py.
+-- Shared by every script of this folder; the key names (JOB, STREAM, ...), GROUP and PRIORITIES are
+-- defined above it from schemas/.
 
--- READY is scored in microseconds, so that adapters served within one millisecond keep their turn.
+-- READY and LANES are scored in microseconds, so that those served within one millisecond keep their
+-- turn.
 local function now_us()
   local time = redis.call('TIME')
   return time[1] * 1000000 + time[2]
@@ -18,6 +19,34 @@ end
 
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 
+-- Counts jobs that came to be in a state, or left it (a negative number), and the bytes of their
+-- records if that is `waiting`. What came down to nothing is deleted.
+local function count(state, adapter, number, bytes)
+  local by_adapter = ({ waiting = WAITING, running = RUNNING })[state]
+  if not by_adapter then return end
+  if redis.call('HINCRBY', by_adapter, adapter, number) <= 0 then
+    redis.call('HDEL', by_adapter, adapter)
+  end
+  if state ~= 'waiting' then return end
+  redis.call('HINCRBY', BACKLOG, 'bytes', number < 0 and -bytes or bytes)
+  if redis.call('HINCRBY', BACKLOG, 'jobs', number) <= 0 then redis.call('DEL', BACKLOG) end
+end
+
+-- Lets a submission expire once all jobs that it holds have ended, and its time to live is over.
+local function set_expiry(submission)
+  local key, num_ended = SUBMISSION .. submission, 0
+  local ttl, done, failed, dead, cancelled, expired = unpack(redis.call('HMGET', key,
+    'result_ttl', 'done', 'failed', 'dead', 'cancelled', 'expired'))
+  for _, number in ipairs({ done or 0, failed or 0, dead or 0, cancelled or 0, expired or 0 }) do
+    num_ended = num_ended + number
+  end
+  if ttl and num_ended >= redis.call('LLEN', key .. ':jobs') then
+    redis.call('ZADD', EXPIRY, text(now_ms() + ttl), submission)
+  else
+    redis.call('ZREM', EXPIRY, submission)
+  end
+end
+
 -- Tells those who follow a submission that a job of it has finished. Where a dead job was told is
 -- kept, so that a replay can take it back.
 local function tell_finished(submission, id, state)
@@ -28,15 +57,59 @@ local function tell_finished(submission, id, state)
   end
 end
 
--- Changes a job's state and the counts of every submission it belongs to. A submission that sent
--- the job twice is named twice, so its counts always add up to its number of lines.
-local function set_state(id, to)
-  local from, submissions = unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions'))
-  redis.call('HSET', JOB .. id, 'state', to)
+-- Counts the change of a job's state in every submission it belongs to. One that sent the job twice
+-- is named twice, so its counts always add up to its number of lines.
+local function tell_submissions(id, submissions, from, to)
   for submission in string.gmatch(submissions, '%S+') do
-    redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
+    local num_left = redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
     redis.call('HINCRBY', SUBMISSION .. submission, to, 1)
     if TERMINAL[to] then tell_finished(submission, id, to) end
+    -- While others are in the state that this one left, it is not the last one to end.
+    if TERMINAL[from] or TERMINAL[to] and num_left <= 0 then set_expiry(submission) end
+  end
+end
+
+-- Changes a job's state, the counts of every submission it belongs to and those of its adapter.
+local function set_state(id, to)
+  local from, submissions, adapter =
+    unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions', 'adapter'))
+  local bytes = (from == 'waiting' or to == 'waiting') and redis.call('HSTRLEN', JOB .. id, 'job')
+  redis.call('HSET', JOB .. id, 'state', to)
+  count(from, adapter, -1, bytes)
+  count(to, adapter, 1, bytes)
+  tell_submissions(id, submissions, from, to)
+end
+
+-- The lane that a job waits or runs in. Of several submissions that sent it the first one counts.
+local function lane_in(adapter, priority, submission)
+  local band = adapter .. ':' .. priority
+  return {
+    adapter = adapter, priority = priority, submission = submission, band = band,
+    stream = STREAM .. band .. ':' .. submission,
+  }
+end
+
+-- The lane of a job; nil if its record was deleted underneath. One of version 1 has no priority.
+local function lane_of(id)
+  local adapter, priority, submissions =
+    unpack(redis.call('HMGET', JOB .. id, 'adapter', 'priority', 'submissions'))
+  return adapter and lane_in(adapter, priority or DEFAULT_PRIORITY, string.match(submissions, '%S+'))
+end
+
+-- A lane has waiting jobs: it takes its turn in its band, and its adapter among the others unless
+-- it is paused.
+local function open_lane(lane)
+  local now = text(now_us())
+  redis.call('ZADD', LANES .. lane.band, 'NX', now, lane.submission)
+  if redis.call('HEXISTS', PAUSED, lane.adapter) == 0 then
+    redis.call('ZADD', READY .. lane.priority, 'NX', now, lane.adapter)
+  end
+end
+
+local function close_lane(lane)
+  local was_open = redis.call('ZREM', LANES .. lane.band, lane.submission) == 1
+  if was_open and redis.call('EXISTS', LANES .. lane.band) == 0 then
+    redis.call('ZREM', READY .. lane.priority, lane.adapter)
   end
 end
 
@@ -47,28 +120,28 @@ local function holds_lease(worker, id, claim)
   return state == 'running' and holder == worker and current == claim
 end
 
--- Ends a delivery: the entry is deleted when it is acknowledged, so XLEN is waiting + in flight.
-local function drop_entry(adapter, entry)
-  if not (adapter and entry) then return end -- The job was deleted underneath.
-  local stream = STREAM .. adapter
-  redis.call('XACK', stream, GROUP, entry)
-  redis.call('XDEL', stream, entry)
-  if redis.call('XLEN', stream) == 0 then
-    redis.call('DEL', stream)
+-- Takes an entry out of its lane: deleted when it is acknowledged, so XLEN is waiting + in flight.
+local function drop_entry(lane, entry)
+  if not (lane and entry) then return end
+  redis.call('XACK', lane.stream, GROUP, entry)
+  redis.call('XDEL', lane.stream, entry)
+  if redis.call('XLEN', lane.stream) == 0 then
+    redis.call('DEL', lane.stream)
+    close_lane(lane)
   end
 end
 
--- The first entries of an adapter's stream that nobody has been given, up to `count`; they count as
--- given now. The group is made on first use, and again after a FLUSHALL.
-local function read_entries(adapter, count)
-  local stream = STREAM .. adapter
+-- The first entries of a lane that nobody has been given, up to `count`; they count as given now. The
+-- group is made on first use, and again after a FLUSHALL.
+local function read_entries(lane, count)
   local function group_read()
-    return redis.pcall('XREADGROUP', 'GROUP', GROUP, GROUP, 'COUNT', count, 'STREAMS', stream, '>')
+    return redis.pcall('XREADGROUP', 'GROUP', GROUP, GROUP, 'COUNT', count,
+      'STREAMS', lane.stream, '>')
   end
   local found = group_read()
   if type(found) == 'table' and found.err then
     if not string.find(found.err, 'NOGROUP', 1, true) then error(found) end
-    redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+    if redis.pcall('XGROUP', 'CREATE', lane.stream, GROUP, '0').err then return {} end -- No stream.
     found = group_read()
   end
   return found and found[1] and found[1][2] or {}
@@ -95,6 +168,7 @@ local function lend(id, worker, claim, until_ms)
   redis.call('HINCRBY', JOB .. id, 'attempts', 1)
   redis.call('HSET', JOB .. id, 'worker', worker, 'claim', claim, 'claimed', text(now_ms()))
   redis.call('ZADD', LEASES, text(until_ms), id)
+  redis.call('ZREM', DEADLINES, id)
   set_state(id, 'running')
 end
 
@@ -106,23 +180,29 @@ local function lent_job(id)
   return { id, adapter, payload, attempts, queued, string.match(submissions, '%S+') }
 end
 
--- Puts a job at the end of its adapter's stream and makes the adapter ready.
-local function enqueue(id, adapter)
-  redis.call('XADD', STREAM .. adapter, '*', 'id', id)
-  redis.call('ZADD', READY, 'NX', text(now_us()), adapter)
+-- A job that waits, wherever that is, expires at its deadline.
+local function heed_deadline(id)
+  local deadline = redis.call('HGET', JOB .. id, 'deadline')
+  if deadline then redis.call('ZADD', DEADLINES, deadline, id) end
 end
 
--- Lets a waiting job have its turn: at the end of its adapter's stream, or, if it is to run alone,
--- among the suspects. Those keep their entry, so that the stream's length counts them.
+-- Puts a job at the end of its lane.
+local function enqueue(id)
+  local lane = lane_of(id)
+  redis.call('HSET', JOB .. id, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
+  open_lane(lane)
+end
+
+-- Lets a waiting job have its turn: at the end of its lane, or, if it is to run alone, among the
+-- suspects, which keep their entry.
 local function wait_for_turn(id)
-  local adapter, entry, alone = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry', 'alone'))
+  local entry, alone = unpack(redis.call('HMGET', JOB .. id, 'entry', 'alone'))
   if alone and entry then
     redis.call('ZADD', SUSPECTS, text(now_ms()), id)
     return
   end
-  enqueue(id, adapter) -- Before the old entry goes, which may be the stream's only one.
-  drop_entry(adapter, entry)
-  redis.call('HDEL', JOB .. id, 'entry')
+  enqueue(id) -- Before the old entry goes, which may be the lane's only one.
+  drop_entry(lane_of(id), entry)
 end
 
 -- Takes a running job away from its worker.
@@ -130,6 +210,7 @@ local function take_back(id)
   redis.call('ZREM', LEASES, id)
   redis.call('HDEL', JOB .. id, 'worker', 'claim', 'claimed')
   set_state(id, 'waiting')
+  heed_deadline(id)
 end
 
 -- Takes a job away from its worker that has not begun it: the attempt does not count.
@@ -184,12 +265,34 @@ local function note_attempt(id, attempt, outcome, message)
   redis.call('HSET', JOB .. id, 'history', (history and history .. '\n' or '') .. line)
 end
 
+-- Ends a job that waits or runs without a result of a worker's.
+local function end_job(id, state, code, message)
+  local entry = redis.call('HGET', JOB .. id, 'entry')
+  redis.call('HSET', JOB .. id, 'error_code', code, 'error_message', message,
+    'finished', text(now_ms()))
+  redis.call('HDEL', JOB .. id, 'entry', 'claim', 'alone')
+  for _, set in ipairs({ LEASES, DEADLINES, SUSPECTS, DELAYED, SET_ASIDE }) do
+    redis.call('ZREM', set, id)
+  end
+  set_state(id, state)
+  drop_entry(lane_of(id), entry)
+end
+
+-- Ends a waiting job whose deadline has come.
+local function expire(id)
+  local queued, deadline = unpack(redis.call('HMGET', JOB .. id, 'queued', 'deadline'))
+  local seconds = (deadline - queued) / 1000
+  local when = seconds < 0 and ' s before it was sent' or ' s after it was sent, came while it waited'
+  end_job(id, 'expired', 'expired',
+    string.format('not run: its deadline, %.1f', math.abs(seconds)) .. when)
+end
+
 -- What workers that ended cannot have said themselves stands on a dead job as this code.
 local UNTOLD = { lease_expired = true, engine_failed = true }
 
 -- Ends a running job that has been tried often enough.
 local function give_up(id, attempts, outcome, message)
-  local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
+  local entry = redis.call('HGET', JOB .. id, 'entry')
   local reason = 'given up after ' .. attempts .. (attempts == 1 and ' attempt' or ' attempts') ..
     '; how the last one ended: ' .. message
   local dead = redis.call('XADD', DEAD, '*', 'id', id, 'reason', reason, 'attempts', attempts)
@@ -197,7 +300,7 @@ local function give_up(id, attempts, outcome, message)
     'error_message', reason, 'finished', text(now_ms()), 'dead', dead)
   set_state(id, 'dead')
   redis.call('ZREM', LEASES, id)
-  drop_entry(adapter, entry)
+  drop_entry(lane_of(id), entry)
   redis.call('HDEL', JOB .. id, 'entry', 'claim')
 end
 
@@ -226,23 +329,26 @@ local function end_attempt(id, outcome, message, alone, delay)
 end
 
 -- The suspect that waits for longest of those that a worker can run (of its adapters and of names
--- that the queue does not know, so that they fail), and since when; nil if there is none. One that
--- has ended while it waited goes.
+-- that the queue does not know, so that they fail) and that are not paused, and since when; nil if
+-- there is none. One that has ended while it waited goes, and one whose deadline has come expires.
 local function first_suspect(worker)
+  if redis.call('HEXISTS', PAUSED, '*') == 1 then return nil end
   local first, window = 0, 256
   while true do
     local found = redis.call('ZRANGE', SUSPECTS, first, first + window - 1, 'WITHSCORES')
     for i = 1, #found, 2 do
       local id = found[i]
-      local state, adapter, entry, v =
-        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry', 'v'))
+      local state, adapter, v, deadline =
+        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'v', 'deadline'))
       if state and not reads_version(v) then
         set_aside(id, v)
       elseif state ~= 'waiting' then
         redis.call('ZREM', SUSPECTS, id)
-        drop_entry(adapter, entry)
-      elseif adapter == BASE or redis.call('HEXISTS', ADAPTERS, adapter) == 0
-        or redis.call('SISMEMBER', WORKER .. worker .. ':adapters', adapter) == 1 then
+      elseif deadline and tonumber(deadline) <= now_ms() then
+        expire(id)
+      elseif redis.call('HEXISTS', PAUSED, adapter) == 0 and (adapter == BASE
+        or redis.call('HEXISTS', ADAPTERS, adapter) == 0
+        or redis.call('SISMEMBER', WORKER .. worker .. ':adapters', adapter) == 1) then
         return id, tonumber(found[i + 1])
       end
     end

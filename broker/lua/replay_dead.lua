@@ -4,8 +4,8 @@
 -- Safe to repeat.
 local num_replayed = 0
 for _, id in ipairs(ARGV) do
-  local state, adapter, dead, told, v =
-    unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'dead', 'told', 'v'))
+  local state, dead, told, v =
+    unpack(redis.call('HMGET', JOB .. id, 'state', 'dead', 'told', 'v'))
   if state == 'dead' and dead and reads_version(v) then
     redis.call('XDEL', DEAD, dead)
     for submission, entry in string.gmatch(told or '', '(%S+) (%S+)') do
@@ -15,7 +15,8 @@ for _, id in ipairs(ARGV) do
       'worker', 'claimed')
     redis.call('HSET', JOB .. id, 'attempts', 0)
     set_state(id, 'waiting')
-    enqueue(id, adapter)
+    heed_deadline(id)
+    enqueue(id)
     num_replayed = num_replayed + 1
   end
 end

@@ -3,44 +3,56 @@
 --   ARGV: name, how many jobs to fail at most
 --   Returns 1 if the adapter was taken off, 0 if it is not unloading or some of its jobs are left.
 -- Safe to repeat.
-local name, limit = ARGV[1], ARGV[2]
+local name, limit = ARGV[1], tonumber(ARGV[2])
 local record = read_record(name)
 if not record or type(record.unloading) ~= 'string' then return 0 end
 
-local function fail(entry, id)
-  local state, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'v'))
-  if state and not reads_version(v) then
-    redis.call('HSET', JOB .. id, 'entry', entry)
-    return set_aside(id, v)
+local MESSAGE = 'adapter ' .. name .. ' was unloaded by force while the job waited'
+
+-- Ends a job that waits, unless its record is of a version that is not read here.
+local function fail(id, state, v)
+  if not reads_version(v) then return set_aside(id, v) end
+  if state == 'waiting' then end_job(id, 'failed', 'adapter_unloaded', MESSAGE) end
+end
+
+-- Lets up to `most` waiting jobs of a lane fail; returns how many entries it found.
+local function fail_lane(lane, most)
+  local entries = read_entries(lane, most)
+  for _, entry in ipairs(entries) do
+    local state, v = unpack(redis.call('HMGET', JOB .. entry[2][2], 'state', 'v'))
+    if not state then
+      count('waiting', name, -1, 0) -- Its record was deleted.
+      drop_entry(lane, entry[1])
+    else
+      fail(entry[2][2], state, v)
+    end
   end
-  if state == 'waiting' then
-    redis.call('HSET', JOB .. id, 'error_code', 'adapter_unloaded',
-      'error_message', 'adapter ' .. name .. ' was unloaded by force while the job waited',
-      'finished', text(now_ms()))
-    set_state(id, 'failed')
-  end
-  drop_entry(name, entry)
+  if #entries < most then close_lane(lane) end
+  return #entries
 end
 
 -- Suspects and delayed jobs have entries that were read before.
 local function fail_those_in(set)
   for _, id in ipairs(redis.call('ZRANGE', set, 0, -1)) do
-    local adapter, entry = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'entry'))
-    if adapter == name then
-      redis.call('ZREM', set, id)
-      fail(entry, id)
-    end
+    local adapter, state, v = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'state', 'v'))
+    if adapter == name then fail(id, state, v) end
   end
 end
 
 if record.unloading == 'force' then
   fail_those_in(SUSPECTS)
   fail_those_in(DELAYED)
-  for _, entry in ipairs(read_entries(name, limit)) do fail(entry[1], entry[2][2]) end
+  for _, priority in ipairs(PRIORITIES) do
+    local lanes = redis.call('ZRANGE', LANES .. name .. ':' .. priority, 0, limit - 1)
+    for _, submission in ipairs(lanes) do
+      if limit > 0 then limit = limit - fail_lane(lane_in(name, priority, submission), limit) end
+    end
+  end
 end
-if redis.call('XLEN', STREAM .. name) > 0 then return 0 end
-redis.call('DEL', STREAM .. name)
-redis.call('ZREM', READY, name)
+if redis.call('HEXISTS', WAITING, name) == 1 or redis.call('HEXISTS', RUNNING, name) == 1 then
+  return 0
+end
 redis.call('HDEL', ADAPTERS, name)
+redis.call('HDEL', PAUSED, name)
 desired_state_changed()
 return 1

@@ -1,45 +1,98 @@
 -- Stores a run of a submission's jobs, all or none.
---   ARGV: submission, its name, its number of jobs, offset of the run in it,
---         then (id, adapter, payload) a job
+--   ARGV: submission, its name, its number of jobs, offset of the run in it, ms for which results are
+--         kept, jobs behind the run that must find room too, their bytes,
+--         then (id, adapter, priority, deadline, payload) a job; a deadline is '', a moment in ms, or
+--         with a '+' before it ms from now
 --   Returns {'ok'} | {'conflict', index, ...}: indices (from 0) of jobs whose id is taken by a
---   job of other content | {'gap', sent}: jobs before the offset are missing.
+--   job of other content | {'gap', sent}: jobs before the offset are missing | {'cancelled', sent}:
+--   the submission was cancelled meanwhile | {'full', fitting, jobs, bytes, max jobs, max bytes}: so
+--   many jobs of the run, the first ones, would find room beside the jobs and bytes that wait, and
+--   these are the limits ('' if there is none).
 -- Safe to repeat: a run that the submission already holds is not added again.
-local submission, name, total, offset = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local count = (#ARGV - 4) / 3
+local submission, name, total, offset, result_ttl = unpack(ARGV, 1, 5)
+local rest_jobs, rest_bytes, first = tonumber(ARGV[6]), tonumber(ARGV[7]), 8
+offset = tonumber(offset)
+local num_jobs = (#ARGV - 7) / 5
 local jobs = SUBMISSION .. submission .. ':jobs'
 
 local sent = redis.call('LLEN', jobs)
-if sent >= offset + count then return { 'ok' } end
+if sent >= offset + num_jobs then return { 'ok' } end
+if redis.call('HEXISTS', SUBMISSION .. submission, 'closed') == 1 then
+  return { 'cancelled', sent }
+end
 if sent ~= offset then return { 'gap', sent } end
 
+local waiting_jobs, waiting_bytes = unpack(redis.call('HMGET', BACKLOG, 'jobs', 'bytes'))
+local max_jobs, max_bytes = unpack(redis.call('HMGET', LIMITS, 'jobs', 'bytes'))
+
+local function has_room(num_new, bytes)
+  return (not max_jobs or (waiting_jobs or 0) + num_new <= tonumber(max_jobs))
+    and (not max_bytes or (waiting_bytes or 0) + bytes <= tonumber(max_bytes))
+end
+
 local reply, payloads = { 'conflict' }, {}
-for i = 0, count - 1 do
-  local id, payload = ARGV[5 + 3 * i], ARGV[7 + 3 * i]
+local num_new, num_bytes, num_fitting = 0, 0, 0
+for i = 0, num_jobs - 1 do
+  local id, payload = ARGV[first + 5 * i], ARGV[first + 5 * i + 4]
   local stored = payloads[id] or redis.call('HGET', JOB .. id, 'job')
   if stored and stored ~= payload then table.insert(reply, i) end
+  if not stored then num_new, num_bytes = num_new + 1, num_bytes + #payload end
+  if has_room(num_new, num_bytes) then num_fitting = i + 1 end
   payloads[id] = payload
 end
 if #reply > 1 then return reply end
+-- What adds nothing needs no room.
+if num_new > 0 and not has_room(num_new + rest_jobs, num_bytes + rest_bytes) then
+  return { 'full', num_fitting, tonumber(waiting_jobs or 0), tonumber(waiting_bytes or 0),
+    max_jobs or '', max_bytes or '' }
+end
 
 local now = now_ms()
 if offset == 0 then
-  redis.call('HSET', SUBMISSION .. submission, 'name', name, 'total', total, 'created', text(now))
+  redis.call('HSET', SUBMISSION .. submission, 'name', name, 'total', total, 'created', text(now),
+    'result_ttl', result_ttl)
   redis.call('ZADD', SUBMISSIONS, text(now), submission)
 end
-for i = 0, count - 1 do
-  local id, adapter, payload = ARGV[5 + 3 * i], ARGV[6 + 3 * i], ARGV[7 + 3 * i]
+
+local function moment_of(deadline)
+  local from_now = string.match(deadline, '^%+(%d+)$')
+  return from_now and text(now + from_now) or deadline
+end
+
+local lanes = {}
+
+-- Stores a job at the end of its lane.
+local function add(id, adapter, priority, deadline, payload)
+  local lane = lane_in(adapter, priority, submission)
+  lane = lanes[lane.band] or lane
+  lanes[lane.band] = lane
+  lane.num_jobs, lane.num_bytes = (lane.num_jobs or 0) + 1, (lane.num_bytes or 0) + #payload
+  redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,
+    'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', text(now),
+    'attempts', 0, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
+  if deadline ~= '' then
+    deadline = moment_of(deadline)
+    redis.call('HSET', JOB .. id, 'deadline', deadline)
+    redis.call('ZADD', DEADLINES, deadline, id)
+  end
+end
+
+for i = 0, num_jobs - 1 do
+  local id, adapter, priority, deadline, payload = unpack(ARGV, first + 5 * i, first + 5 * i + 4)
   local state, submissions = unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions'))
   if state then
     redis.call('HSET', JOB .. id, 'submissions', submissions .. ' ' .. submission)
     if TERMINAL[state] then tell_finished(submission, id, state) end
   else
-    state = 'waiting'
-    redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,
-      'state', state, 'submissions', submission, 'queued', text(now), 'attempts', 0)
-    enqueue(id, adapter)
+    add(id, adapter, priority, deadline, payload)
   end
-  redis.call('HINCRBY', SUBMISSION .. submission, state, 1)
+  redis.call('HINCRBY', SUBMISSION .. submission, state or 'waiting', 1)
   redis.call('RPUSH', jobs, id)
 end
+for _, lane in pairs(lanes) do
+  open_lane(lane)
+  count('waiting', lane.adapter, lane.num_jobs, lane.num_bytes)
+end
+set_expiry(submission)
 redis.call('PUBLISH', WAKE, submission)
 return { 'ok' }

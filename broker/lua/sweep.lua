@@ -35,14 +35,11 @@ local function let_due_ones_wait()
   local due = redis.call('ZRANGEBYSCORE', DELAYED, '-inf', now, 'LIMIT', 0, limit)
   for _, id in ipairs(due) do
     redis.call('ZREM', DELAYED, id)
-    local state, adapter, entry, v =
-      unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry', 'v'))
+    local state, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'v'))
     if state and not reads_version(v) then
       set_aside(id, v)
     elseif state == 'waiting' then
       wait_for_turn(id)
-    else
-      drop_entry(adapter, entry)
     end
   end
   return #due
@@ -54,14 +51,11 @@ local function take_up_what_was_set_aside()
     local found = redis.call('ZRANGEBYSCORE', SET_ASIDE, version, version, 'LIMIT', 0, limit)
     for _, id in ipairs(found) do
       redis.call('ZREM', SET_ASIDE, id)
-      local state, adapter, entry =
-        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'entry'))
+      local state = redis.call('HGET', JOB .. id, 'state')
       if state == 'running' then
         end_lost_attempt(id)
       elseif state == 'waiting' then
         wait_for_turn(id)
-      else
-        drop_entry(adapter, entry)
       end
     end
     num_taken_up = num_taken_up + #found
@@ -70,5 +64,6 @@ local function take_up_what_was_set_aside()
 end
 
 take_expired()
-if let_due_ones_wait() + take_up_what_was_set_aside() + again > 0 then redis.call('PUBLISH', WAKE, 'sweep') end
+local num_ready = again + let_due_ones_wait() + take_up_what_was_set_aside()
+if num_ready > 0 then redis.call('PUBLISH', WAKE, 'sweep') end
 return { again, given_up }
