@@ -33,6 +33,10 @@ for i = position, #ARGV do resident[ARGV[i]] = true end
 local now = now_ms()
 if redis.call('HEXISTS', PAUSED, '*') == 1 then return { text(now), '' } end
 local starved_before = now_us() - 1000 * patience
+local ready_priorities = {}
+for priority, name in ipairs(PRIORITIES) do
+  if redis.call('EXISTS', READY .. name) == 1 then table.insert(ready_priorities, priority) end
+end
 local num_waiting, bands, best_priority, unserved_since = {}, {}, {}, {}
 local picks, slotless, fullest = {}, {}, nil
 
@@ -40,7 +44,7 @@ local picks, slotless, fullest = {}, {}, nil
 -- since}, with the moment since when each is unserved. Returns false if there is nothing.
 local function look_at(name)
   bands[name] = {}
-  for priority = 1, #PRIORITIES do
+  for _, priority in ipairs(ready_priorities) do
     local since = tonumber(redis.call('ZSCORE', READY .. PRIORITIES[priority], name) or '')
     if since then
       table.insert(bands[name], { priority = priority, adapter = name, since = since })
@@ -87,7 +91,7 @@ end
 
 pick_what_has_a_slot(BASE)
 for name in pairs(in_use) do pick_what_has_a_slot(name) end
-for _, priority in ipairs(PRIORITIES) do find_what_wants_a_slot(priority) end
+for _, priority in ipairs(ready_priorities) do find_what_wants_a_slot(PRIORITIES[priority]) end
 
 local function is_starved(name)
   return unserved_since[name] < starved_before

@@ -51,12 +51,13 @@ end
 -- is named twice, so its counts always add up to its number of lines.
 local function tell_submissions(id, submissions, from, to)
   for submission in string.gmatch(submissions, '%S+') do
-    redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
+    local num_left = redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
     redis.call('HINCRBY', SUBMISSION .. submission, to, 1)
     if TERMINAL[to] then
       redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
     end
-    if TERMINAL[to] or TERMINAL[from] then set_expiry(submission) end
+    -- While others are in the state that this one left, it is not the last one to end.
+    if TERMINAL[from] or TERMINAL[to] and num_left <= 0 then set_expiry(submission) end
   end
 end
 
