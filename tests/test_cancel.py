@@ -89,7 +89,7 @@ def test_a_cancelled_submission_is_complete_and_leaves_nothing_behind(
     seen: list[int] = []
     cancelled = client.cancel("sub", on_progress=seen.append)
     assert (cancelled.waiting, cancelled.running, cancelled.ended) == (900, 299, 1)
-    assert seen == [500, 1000, 1200]
+    assert seen == list(range(200, 1201, 200))
     status = client.status("sub")
     assert status.is_complete  # type: ignore[union-attr]
     assert status.counts["cancelled"] == 1199  # type: ignore[union-attr]
@@ -117,7 +117,7 @@ def test_a_submission_cancelled_while_it_is_sent_takes_no_more(client: Client) -
             break
 
     with client.prepare(enumerate(["x"] * 700, 1), name="file") as spool:
-        with pytest.raises(LorryError, match="was cancelled while it was sent: 500 of 700 jobs"):
+        with pytest.raises(LorryError, match=r"while it was sent\. 500 of 700 jobs are known"):
             client.send(spool, on_sent)
         status = client.status(spool.submission)
     assert (status.total, status.counts["cancelled"]) == (500, 500)  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from redis import ResponseError
 
 from broker.connection import connect
 from broker.job_queue import FullError, JobQueue, Limits, Size
@@ -227,3 +228,18 @@ def test_sizes_are_numbers_that_may_have_a_unit() -> None:
     assert [parse_size(text, "--x") for text in ("7", "2K", "3M", "1G", "none")] == [
         *(7, 2_000, 3_000_000, 1_000_000_000, None)
     ]
+
+
+@pytest.mark.parametrize("wrong", ["priority", "deadline", "result_ttl"])
+def test_a_record_that_no_script_could_use_is_refused_whole(
+    queue: JobQueue, reader: QueueReader, wrong: str
+) -> None:
+    """From a program that does not use the Python client."""
+    given = {"priority": "normal", "deadline": "", "result_ttl": "1000"} | {wrong: "soon"}
+    jobs = [
+        *("first", "@base", "normal", "", "{}"),
+        *("second", "@base", given["priority"], given["deadline"], "{}"),
+    ]
+    with pytest.raises(ResponseError, match="soon"):
+        queue._run("submit", "sub", "file", 2, 0, given["result_ttl"], 0, 0, *jobs)
+    assert list(queue.client.scan_iter(match=queue.keys.prefix + "*")) == []

@@ -56,7 +56,8 @@ class Worker:
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
         queues = [JobQueue(connect(redis_url, config.queue), config.queue) for _ in range(6)]
-        self._queue, self._claim_queue, publish_queue, keep_queue, follow_queue, *others = queues
+        self._queue, self._claim_queue, publish_queue, *others = queues
+        keep_queue, follow_queue, cancel_queue = others
         # A few more than can run, so that the next ones are ready when others finish.
         self._num_ahead = max(4, config.running_limit // 8)
         self._max_jobs = config.running_limit + self._num_ahead
@@ -101,7 +102,7 @@ class Worker:
         )
         self._follow_loop = BackgroundLoop("follow", self._follower.turn, self._thread_failed)
         self._cancel_loop = BackgroundLoop(
-            "cancel", Cancellations(*others, self._leases).turn, self._thread_failed
+            "cancel", Cancellations(cancel_queue, self._leases).turn, self._thread_failed
         )
         self._sequences: dict[str, tuple[Claim, Sequence]] = {}
         """By job id, from the engine's taking it in to its end."""

@@ -22,7 +22,7 @@ local function forget(id, submission)
   redis.call('HSET', JOB .. id, 'submissions', table.concat(others, ' '))
 end
 
-local function expire(submission)
+local function expire_submission(submission)
   local key = SUBMISSION .. submission
   if redis.call('EXISTS', key) == 1 then redis.call('HSETNX', key, 'expired_at', now) end
   redis.call('ZREM', SUBMISSIONS, submission)
@@ -38,6 +38,6 @@ end
 
 local due = redis.call('ZRANGEBYSCORE', EXPIRY, '-inf', now, 'LIMIT', 0, limit)
 for _, submission in ipairs(due) do
-  if num_seen < limit then expire(submission) end
+  if num_seen < limit then expire_submission(submission) end
 end
 return num_seen

@@ -30,6 +30,23 @@ local function has_room(num_new, bytes)
     and (not max_bytes or (waiting_bytes or 0) + bytes <= tonumber(max_bytes))
 end
 
+local IS_PRIORITY = {}
+for _, priority in ipairs(PRIORITIES) do IS_PRIORITY[priority] = true end
+
+-- What is stored wrong would fail later, in a script that other jobs need.
+if not string.match(result_ttl, '^%d+$') then
+  return redis.error_reply('ERR no time to live: ' .. result_ttl)
+end
+for i = 0, num_jobs - 1 do
+  local priority, deadline = unpack(ARGV, first + 5 * i + 2, first + 5 * i + 3)
+  if not IS_PRIORITY[priority] then
+    return redis.error_reply('ERR no such priority: ' .. priority)
+  end
+  if deadline ~= '' and not string.match(deadline, '^[+-]?%d+$') then
+    return redis.error_reply('ERR no deadline: ' .. deadline)
+  end
+end
+
 local reply, payloads = { 'conflict' }, {}
 local num_new, num_bytes, num_fitting = 0, 0, 0
 for i = 0, num_jobs - 1 do
