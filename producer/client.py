@@ -476,7 +476,7 @@ class Client:
         if time.monotonic() < self._next_tidying:
             return
         self._next_tidying = time.monotonic() + BLOCK_SECONDS
-        with suppress(redis.exceptions.NoPermissionError):  # Who may only read leaves it to others.
+        with suppress(redis.ResponseError):  # Who may only read leaves it to others.
             self._job_queue.expire_jobs()
             self._job_queue.expire_submissions()
 

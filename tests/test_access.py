@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError
 from structlog.testing import capture_logs
 
 from broker.connection import connect, server_errors
-from broker.job_queue import ClaimRequest, JobQueue, Lease
+from broker.job_queue import ClaimRequest, JobQueue, Lease, Limits
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from schemas.adapter import AdapterRecord
@@ -81,6 +81,7 @@ def in_use(queue: JobQueue) -> Lease:
     queue.announce({name: AdapterRecord(source="/x", revision="r") for name in ("sql", "old")})
     queue.set_adapter("new", "/new", pinned=False)
     queue.unload_adapter("old", "drain")
+    queue.request_fetch("fetched", "f", "hf:a/b", pinned=False)
     queue.submit("sub", "file", 2, 0, JOBS)
     (claim,) = queue.claim("w", REQUEST, lease_seconds=60, patience=60).jobs
     return claim.lease
@@ -103,13 +104,23 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "claim": (lambda q, _: q.claim("w", REQUEST, lease_seconds=9, patience=9), STAFF),
     "commit": (lambda q, lease: q.commit("w", [(lease, RESULT)]), STAFF),
     "renew": (lambda q, lease: q.renew("w", [lease], lease_seconds=9), STAFF),
-    "release": (
-        lambda q, lease: q.release("w", [lease], attempt_counts=True, max_attempts=3),
+    "claim_suspect": (lambda q, _: q.claim_suspect("w", lease_seconds=9), STAFF),
+    "release": (lambda q, lease: q.release("w", [lease]), STAFF),
+    "retry": (
+        lambda q, lease: q.retry("w", [lease], outcome="x", message="x", alone=True),
         STAFF,
     ),
-    "sweep": (lambda q, _: q.sweep(max_attempts=3), STAFF),
-    "heartbeat": (lambda q, _: q.heartbeat(STATE, alive_seconds=9), {"worker"}),
-    "leave": (lambda q, _: q.leave("w"), {"worker"}),
+    "sweep": (lambda q, _: q.sweep(), STAFF),
+    "set_max_attempts": (lambda q, _: q.set_max_attempts(5), STAFF),
+    "cancel": (lambda q, _: q.cancel(["job", "next"]), STAFF),
+    "close_submission": (lambda q, _: q.close_submission("sub"), SENDERS),
+    "pause": (lambda q, _: q.pause("sql"), STAFF),
+    "resume": (lambda q, _: (q.pause(), q.resume()), STAFF),
+    "set_limits": (lambda q, _: q.set_limits(Limits(9, 9)), {"worker"}),
+    "expire_submissions": (lambda q, _: q.expire_submissions(), STAFF),
+    "expire_jobs": (lambda q, _: q.expire_jobs(), STAFF),
+    "heartbeat": (lambda q, _: q.heartbeat(STATE, alive_seconds=9), STAFF),
+    "leave": (lambda q, _: q.leave("w"), STAFF),
     "announce": (
         lambda q, _: q.announce({"chat": AdapterRecord(source="/x", revision="r")}),
         STAFF,
@@ -117,6 +128,13 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "set_adapter": (lambda q, _: q.set_adapter("sql", "/x", pinned=False), STAFF),
     "pin_adapter": (lambda q, _: q.pin_adapter("sql", True), STAFF),
     "unload_adapter": (lambda q, _: q.unload_adapter("sql", "force"), STAFF),
+    "request_fetch": (
+        lambda q, _: q.request_fetch("hub", "f", "hf:a/b", pinned=False),
+        STAFF,
+    ),
+    "begin_fetch": (lambda q, _: q.begin_fetch(seconds_apart=1), STAFF),
+    "publish_fetch": (lambda q, _: q.publish_fetch("fetched", "f", "hf:a/b@c", "r"), STAFF),
+    "fail_fetch": (lambda q, _: q.fail_fetch("fetched", "f", "x"), STAFF),
     "adopt_revision": (lambda q, _: q.adopt_revision("new", 2, "r"), STAFF),
     "retire_adapter": (lambda q, _: q.retire_adapter("old"), STAFF),
     "desired_state": (lambda q, _: q.desired_state(), {"worker"}),
@@ -137,7 +155,13 @@ READINGS: dict[str, Callable[[QueueReader], object]] = {
     "adapter": lambda r: r.adapter("sql"),
     "has_desired_state": lambda r: r.has_desired_state(),
     "workers": lambda r: r.workers(),
-    "waiting_by_adapter": lambda r: r.waiting_by_adapter(),
+    "num_set_aside": lambda r: r.num_set_aside(),
+    "num_out_of_turn": lambda r: r.num_out_of_turn(),
+    "num_dead": lambda r: r.num_dead(),
+    "paused": lambda r: r.paused(),
+    "backlog": lambda r: r.backlog(),
+    "limits": lambda r: r.limits(),
+    "unfinished_by_adapter": lambda r: r.unfinished_by_adapter(),
     "num_waiting_by_adapter": lambda r: r.num_waiting_by_adapter(),
     "num_jobs_of": lambda r: r.num_jobs_of("sql"),
 }
@@ -160,8 +184,14 @@ def test_an_operation_is_for_those_whom_the_table_names(
     call, allowed = OPERATIONS[operation]
     with users.admin() as admin, users.connect(role) as client:
         lease = in_use(JobQueue(admin, QUEUE))
+        # Something for those who look first.
         if operation == "sweep":
             admin.zadd(f"{{{QUEUE}}}:leases", {lease.job_id: 1})
+        if operation == "expire_jobs":
+            admin.zadd(f"{{{QUEUE}}}:deadlines", {"next": 1})
+            admin.hset(f"{{{QUEUE}}}:job:next", "deadline", 1)
+        if operation == "expire_submissions":
+            admin.zadd(f"{{{QUEUE}}}:expiry", {"sub": 1})
         if role in allowed:
             call(JobQueue(client, QUEUE), lease)
             return

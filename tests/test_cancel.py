@@ -61,8 +61,8 @@ def test_the_worker_of_a_running_job_has_lost_it(queue: JobQueue, reader: QueueR
     assert queue.cancel(["sub.0"]).running == 1
     assert queue.commit("w", [(running.lease, result(running))]) == [False]
     assert queue.renew("w", [running.lease], lease_seconds=60) == {running.lease}
-    assert queue.release("w", [running.lease], attempt_counts=True, max_attempts=1) == (0, 0)
-    assert queue.sweep(max_attempts=1) == (0, 0)
+    assert queue.release("w", [running.lease]) == 0
+    assert queue.sweep() == (0, 0)
     (cancelled,) = reader.results(["sub.0"])
     assert (cancelled.status, cancelled.text) == ("cancelled", None)
     assert cancelled.error is not None
@@ -162,7 +162,7 @@ def test_every_job_ends_once_though_claims_commits_and_releases_race_with_cancel
                 return
             if number % 5 == 0:  # One in five claims is handed back.
                 leases = [job.lease for job in claims]
-                mine.release(name, leases, attempt_counts=False, max_attempts=3)
+                mine.release(name, leases)
                 continue
             kept = mine.commit(name, [(job.lease, result(job)) for job in claims])
             recorded.extend(

@@ -90,7 +90,7 @@ def test_a_job_handed_back_after_its_deadline_is_not_run_again(
     submit(queue, 0.03)
     (job,) = claim(queue)
     time.sleep(0.04)
-    queue.release("w", [job.lease], attempt_counts=False, max_attempts=3)
+    queue.release("w", [job.lease])
     assert queue.expire_jobs() == 1
     assert claim(queue) == []
     assert reader.submission("sub").counts["expired"] == 1

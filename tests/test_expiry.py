@@ -116,7 +116,8 @@ def test_whatever_a_job_ends_as_it_expires(queue: JobQueue, how: str) -> None:
         queue.expire_jobs()
     elif how == "dead":
         (job,) = claim(queue)
-        queue.release("w", [job.lease], attempt_counts=True, max_attempts=1)
+        queue.set_max_attempts(1)
+        queue.retry("w", [job.lease], outcome="x", message="x", alone=True)
     else:
         queue.unload_adapter("a", "force")
         queue.retire_adapter("a")

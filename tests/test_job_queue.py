@@ -511,7 +511,7 @@ def test_workers_that_come_and_go_leave_no_consumer_behind(queue: JobQueue) -> N
         (job,) = claim(queue, 1, worker=f"w{number}")
         queue.commit(f"w{number}", [(job.lease, result(job))])
         queue.leave(f"w{number}")
-    assert len(queue.client.xinfo_consumers(queue.keys.stream(None), GROUP)) == 1
+    assert len(queue.client.xinfo_consumers(queue.keys.stream(None, "normal", "sub"), GROUP)) == 1
     assert not list(queue.client.scan_iter(match=queue.keys.claim("*")))
 
 
@@ -537,7 +537,7 @@ def test_jobs_of_a_worker_that_died_are_given_one_at_a_time_to_workers_that_hold
     make_suspects(queue)
     assert reader.submission("sub").counts["waiting"] == 2
     assert claim(queue) == []
-    assert queue.client.xlen(queue.keys.stream("a")) == 2
+    assert queue.client.xlen(queue.keys.stream("a", "normal", "sub")) == 2
     first, second = suspect(queue), suspect(queue, "other")
     assert {first.lease.job_id, second.lease.job_id} == {"job-a-0", "job-a-1"}
     assert queue.claim_suspect("w", lease_seconds=60) is None

@@ -66,7 +66,7 @@ def test_a_job_that_comes_back_to_a_paused_adapter_waits(queue: JobQueue) -> Non
     submit(queue, jobs(1, "a"))
     (job,) = claim(queue)
     queue.pause("a")
-    queue.release("w", [job.lease], attempt_counts=False, max_attempts=3)
+    queue.release("w", [job.lease])
     assert claim(queue) == []
     queue.resume("a")
     assert len(claim(queue)) == 1

@@ -137,7 +137,7 @@ def test_numbers_of_waiting_and_running_jobs_follow_every_change(
     assert int(queue.client.hget(queue.keys.backlog, "jobs") or 0) == 7
     running = claim(queue, 4)
     assert reader.num_jobs_of("a") + reader.num_jobs_of(BASE) == 7
-    queue.release("w", [running[0].lease], attempt_counts=False, max_attempts=3)
+    queue.release("w", [running[0].lease])
     assert sum(reader.num_waiting_by_adapter().values()) == 4
     commit(queue, running[1:])
     commit(queue, claim(queue, 9))

@@ -30,6 +30,7 @@ FLAGS = {
         "--redis-url",
         "--redis-password-file",
         "--lease-seconds",
+        "--max-attempts",
         "--patience",
         "--burst",
     ),
