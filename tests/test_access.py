@@ -116,7 +116,7 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "close_submission": (lambda q, _: q.close_submission("sub"), SENDERS),
     "pause": (lambda q, _: q.pause("sql"), STAFF),
     "resume": (lambda q, _: (q.pause(), q.resume()), STAFF),
-    "set_limits": (lambda q, _: q.set_limits(Limits(9, 9)), {"worker"}),
+    "set_limits": (lambda q, _: q.set_limits(Limits(9, 9)), STAFF),
     "expire_submissions": (lambda q, _: q.expire_submissions(), STAFF),
     "expire_jobs": (lambda q, _: q.expire_jobs(), STAFF),
     "heartbeat": (lambda q, _: q.heartbeat(STATE, alive_seconds=9), STAFF),
@@ -137,7 +137,7 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "fail_fetch": (lambda q, _: q.fail_fetch("fetched", "f", "x"), STAFF),
     "adopt_revision": (lambda q, _: q.adopt_revision("new", 2, "r"), STAFF),
     "retire_adapter": (lambda q, _: q.retire_adapter("old"), STAFF),
-    "desired_state": (lambda q, _: q.desired_state(), {"worker"}),
+    "desired_state": (lambda q, _: q.desired_state(), set(ROLES)),
 }
 
 #: Every way to read, which all roles have.
@@ -155,6 +155,7 @@ READINGS: dict[str, Callable[[QueueReader], object]] = {
     "adapter": lambda r: r.adapter("sql"),
     "has_desired_state": lambda r: r.has_desired_state(),
     "workers": lambda r: r.workers(),
+    "require_results": lambda r: r.require_results("sub"),
     "num_set_aside": lambda r: r.num_set_aside(),
     "num_out_of_turn": lambda r: r.num_out_of_turn(),
     "num_dead": lambda r: r.num_dead(),
