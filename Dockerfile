@@ -1,4 +1,4 @@
-# One image for the worker and the producer. CUDA 13 comes with torch's wheels; the host brings an
+# One image for the worker, the fetcher and the producer. CUDA 13 comes with torch's wheels; the host brings an
 # NVIDIA driver of version 580 or newer and the NVIDIA Container Toolkit.
 FROM python:3.12-slim
 
@@ -27,5 +27,7 @@ RUN pip install --no-deps .
 RUN useradd --create-home lorry
 USER lorry
 WORKDIR /home/lorry
+# A volume takes its owner from the folder that it is first mounted on.
+RUN mkdir --parents .cache/huggingface
 
 CMD ["worker", "--help"]

@@ -93,6 +93,15 @@ class _BoundedRetry(Retry):
             self._is_trying = False
 
 
+def undecoded(client: redis.Redis) -> redis.Redis:
+    """Another client of the same server, with connections of its own, whose replies are bytes."""
+    pool = client.connection_pool
+    settings = {**pool.connection_kwargs, "decode_responses": False}
+    return redis.Redis(
+        connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings)
+    )
+
+
 def may_pass(error: Exception) -> bool:
     """Whether a command may succeed later: its server is away, full, or takes no writes for now."""
     if isinstance(error, redis.ResponseError):

@@ -102,6 +102,7 @@ class JobQueue:
                 *("submit", "sync", "claim", "commit", "renew", "release", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter"),
+                *("request_fetch", "publish_fetch", "fail_fetch"),
             )
         }
 
@@ -248,6 +249,25 @@ class JobQueue:
         True once it is off. To be repeated until then; safe to repeat at any time.
         """
         return bool(self._run("retire_adapter", name, RETIRE_LIMIT))
+
+    def request_fetch(self, name: str, id_: str, source: str, *, pinned: bool) -> str:
+        """Ask for an adapter to be fetched from the hub and then loaded; ``id_`` is new. Returns
+        the id of the request: that of an equal one that is not over yet, else ``id_``."""
+        return str(self._run("request_fetch", name, id_, source, int(pinned)))
+
+    def publish_fetch(self, name: str, id_: str, source: str, revision: str) -> int | None:
+        """Load an adapter that was fetched; returns the version of the desired state, None if the
+        request was called off."""
+        return _version(self._run("publish_fetch", name, id_, source, revision))
+
+    def fail_fetch(self, name: str, id_: str, reason: str) -> bool:
+        """Give a fetch up; False if its request was called off, or is over."""
+        return bool(self._run("fail_fetch", name, id_, reason))
+
+    def begin_fetch(self, *, seconds_apart: float) -> bool:
+        """Whether a fetch of this queue may begin now, ``seconds_apart`` after the last one."""
+        taken = self.client.set(self.keys.fetch_turn, 1, nx=True, px=round(seconds_apart * 1000))
+        return bool(taken)
 
     def desired_state(self) -> tuple[int, dict[str, AdapterRecord]]:
         """The version of the desired state, 0 if nobody has ever written it, and its adapters.

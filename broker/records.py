@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError
+from schemas.hub import FetchRecord
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -30,3 +31,8 @@ def read_adapter(name: str, text: str) -> AdapterRecord:
 def read_adapters(records: dict[str, str]) -> dict[str, AdapterRecord]:
     """The desired state in the order of the names; raises LorryError for a damaged record."""
     return {name: read_adapter(name, record) for name, record in sorted(records.items())}
+
+
+def read_fetch(name: str, text: str) -> FetchRecord:
+    """One request of ``{queue}:fetches``; raises LorryError for a damaged record."""
+    return read_record(FetchRecord, text, f"The record of the fetch of adapter '{name}'")

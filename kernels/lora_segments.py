@@ -34,6 +34,17 @@ class LoraTile(NamedTuple):
     rank: int
 
 
+class GainRows(NamedTuple):
+    """Rows of a batch whose base product is multiplied before the low-rank one is added.
+
+    gains: [layers, out_features] float32
+    """
+
+    first_row: int
+    end_row: int
+    gains: torch.Tensor
+
+
 @dataclass(frozen=True)
 class LoraRows:
     """The rows of a batch, those of an adapter side by side."""
@@ -47,6 +58,13 @@ class LoraRows:
     """Ranks up to the last one of the segments' adapters."""
     shrink_tiles: torch.Tensor | None = None
     """On a GPU, where ``lora_shrink`` is to work by segments: its tiles, like ``tiles``."""
+    gains: Sequence[GainRows] = ()
+    """The rows of adapters with DoRA."""
+
+    def scale(self, y: torch.Tensor, layer: int) -> None:
+        """``y[rows] *= gains[layer]``, in float32; other rows keep every bit."""
+        for first_row, end_row, gains in self.gains:
+            y[first_row:end_row].mul_(gains[layer])
 
 
 def lora_tiles(segments: Sequence[Segment], tile_rows: int = TILE_ROWS) -> list[LoraTile]:

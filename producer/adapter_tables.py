@@ -8,6 +8,7 @@ from rich.text import Text
 
 from producer.adapters import AdapterStatus, Answer
 from producer.advice import listed
+from producer.hub import describe
 from producer.messages import printable
 from producer.tables import cell, cells, new_table, printed
 
@@ -54,6 +55,17 @@ def _short_revision(adapter: AdapterStatus) -> str:
 
 
 def _state(adapter: AdapterStatus) -> Text:
+    if adapter.fetch is None:
+        return _served(adapter)
+    style = "red" if adapter.fetch.state == "failed" else ""
+    fetch = cell(f"from the hub: {describe(adapter.fetch)}")
+    fetch.stylize(style)
+    if adapter.source == adapter.fetch.source and not adapter.revision:
+        return fetch  # Nothing of that name is desired yet.
+    return _served(adapter).append("; ").append_text(fetch)
+
+
+def _served(adapter: AdapterStatus) -> Text:
     what = "old revision loaded" if adapter.previous_revision else "loaded"
     parts = [f"{what} on {adapter.num_loaded} of {adapter.num_workers} workers"]
     if adapter.num_resident:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
-
+from broker.fetches import Fetches, FetchStatus
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.advice import counted, known_adapters, listed
-from schemas.adapter import AdapterName, AdapterRecord
+from schemas.adapter import AdapterRecord, is_adapter_name
 from schemas.errors import BadInput, UnknownId
 from schemas.worker_state import AdapterCounts, WorkerState
 
@@ -28,8 +27,6 @@ ANSWER_SECONDS = 60.0
 #: Told before every pause how many jobs of the adapter are left.
 OnPause = Callable[[int], None]
 
-_NAMES = TypeAdapter[str](AdapterName)
-
 
 @dataclass(frozen=True)
 class Change:
@@ -38,11 +35,13 @@ class Change:
     action: Literal["load", "unload", "pin", "unpin"]
     name: str
     version: int
-    """That of the desired state with it."""
+    """That of the desired state with it; 0 while the adapter is still to be fetched."""
     pinned: bool = False
     """Whether the adapter shall keep a slot."""
     is_retired: bool = False
     """Whether no job of an unloaded adapter was left, so that the queue knows it no more."""
+    fetch: str | None = None
+    """The request to fetch it from the hub, if it comes from there."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,24 @@ class AdapterStatus:
     loads: int
     evictions: int
     mean_load_seconds: float | None
+    fetch: FetchStatus | None = None
+    """How its fetching from the hub is going, until it is loaded from there."""
 
 
 def load(
     queue: JobQueue, reader: QueueReader, name: str, source: Path | str, *, pinned: bool
 ) -> Change:
     """Let every worker read an adapter from the folder, in place of one of that name."""
-    _require_name(name)
     folder = _folder(str(source))
+    check_load(reader, name, pinned=pinned)
+    return Change("load", name, queue.set_adapter(name, folder, pinned=pinned), pinned)
+
+
+def check_load(reader: QueueReader, name: str, *, pinned: bool) -> None:
+    """Raises BadInput for what cannot be a name, and if a worker has no slot left to keep."""
+    _require_name(name)
     if pinned:
         _require_slot_to_keep(reader, name)
-    return Change("load", name, queue.set_adapter(name, folder, pinned=pinned), pinned)
 
 
 def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> Change:
@@ -171,15 +177,23 @@ def answers(
         time.sleep(LOOK_SECONDS)
 
 
-def read_statuses(reader: QueueReader) -> list[AdapterStatus]:
-    """Every adapter of the desired state, by name, in a few round trips however many there are."""
+def read_statuses(reader: QueueReader, fetches: Fetches) -> list[AdapterStatus]:
+    """Every adapter that the queue knows or fetches, by name, in a few round trips however many
+    there are."""
     records, workers = reader.adapters(), reader.workers()
     waiting = reader.num_waiting_by_adapter()
     resident = [set(worker.resident) for worker in workers]
-    return [
-        _status(name, record, workers, sum(name in names for names in resident), waiting)
+    found = {
+        name: _status(name, record, workers, sum(name in names for names in resident), waiting)
         for name, record in records.items()
-    ]
+    }
+    for name, fetch in fetches.statuses().items():
+        if fetch.state != "loaded":
+            known = found.get(name) or _status(
+                name, AdapterRecord(source=fetch.source, pinned=fetch.pinned), workers, 0, waiting
+            )
+            found[name] = replace(known, fetch=fetch)
+    return [found[name] for name in sorted(found)]
 
 
 def _status(
@@ -258,13 +272,11 @@ def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool) ->
 
 
 def _require_name(name: str) -> None:
-    try:
-        _NAMES.validate_python(name)
-    except ValidationError:
+    if not is_adapter_name(name):
         raise BadInput(
             f"'{name}' cannot name an adapter: use up to 128 letters, digits and . _ - /"
             " beginning with a letter or digit."
-        ) from None
+        )
 
 
 def _folder(source: str) -> str:

@@ -75,6 +75,13 @@ def no_worker(queue: str) -> str:
     return f"No worker is alive on queue '{queue}'. {START_A_WORKER}"
 
 
+def no_fetcher(queue: str) -> str:
+    return (
+        f"Nobody fetches from the hub for queue '{queue}'. Start `fetcher --model-path DIR"
+        " --hub-owners OWNER`, or a worker with --with-fetcher --hub-owners OWNER."
+    )
+
+
 def counted(number: int, noun: str = "job") -> str:
     """ "1 job", "12 jobs" """
     return f"1 {noun}" if number == 1 else f"{number} {noun}s"

@@ -30,7 +30,7 @@ EXIT_CODES = """\
 - 3: unknown id or adapter
 - 4: no server
 - 5: not finished
-- 6: not finished, or told to nobody (lora), and no worker is alive
+- 6: not finished, or told to nobody (lora), and no worker (or no fetcher, for the hub) is alive
 - 130: interrupted by Ctrl-C; what was sent goes on
 """
 

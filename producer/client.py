@@ -20,12 +20,14 @@ from types import TracebackType
 
 from broker import durability, server_settings
 from broker.connection import connect, server_errors
+from broker.fetches import Fetches, FetchStatus
 from broker.job_queue import ConflictError, JobQueue
 from broker.queue_reader import QueueReader
 from broker.server import use_server
-from producer import adapters, advice, following
+from producer import adapters, advice, following, hub
 from producer.adapters import AdapterStatus, Answer, Change, OnPause
 from producer.following import OnWake
+from producer.hub import OnFetch
 from producer.intake import Line, prepare
 from producer.lines import numbered_lines
 from producer.spool import Run, Spool
@@ -75,6 +77,7 @@ class Client:
         self._url = server.url
         self._job_queue = JobQueue(connection, queue)
         self._reader = QueueReader(connection, queue)
+        self._fetches = Fetches(connection, queue)
         self.queue = queue
         #: How to speak of the server to a person.
         self.server = server.description
@@ -272,10 +275,16 @@ class Client:
         the old one. Returns at once; ``answers`` waits for the workers.
 
         ``source`` is a folder as the workers see it; a relative one counts from the current folder
-        of this process. A ``pinned`` adapter keeps a slot. Raises BadInput for what cannot be a
-        name or a folder, and for more pinned adapters than a worker can keep.
+        of this process. Or it is a text like ``owner/name[@revision]``, if there is no such folder:
+        a repository of the hub, which a fetcher fetches first (``hf:owner/name`` in any case). A
+        ``pinned`` adapter keeps a slot. Raises BadInput for what cannot be a name or a source, and
+        for more pinned adapters than a worker can keep.
         """
+        repository = hub.hub_source(source) if isinstance(source, str) else None
         with self._errors():
+            if repository:
+                adapters.check_load(self._reader, name, pinned=pinned)
+                return hub.request(self._job_queue, self._fetches, name, repository, pinned=pinned)
             return adapters.load(self._job_queue, self._reader, name, source, pinned=pinned)
 
     def unload_adapter(self, name: str, *, force: bool = False) -> Change:
@@ -298,6 +307,25 @@ class Client:
         with self._errors():
             return adapters.unpin(self._job_queue, self._reader, name)
 
+    def fetched(self, change: Change, on_fetch: OnFetch | None = None) -> Change:
+        """The change that workers act on, once the adapter has been fetched if it comes from the
+        hub.
+
+        Waits as long as a fetcher is alive; its tries are bounded. Raises LorryError if it cannot
+        be fetched or the request was called off, and NoWorker if no fetcher is alive.
+        """
+        if change.fetch is None or change.version:
+            return change
+        with self._errors():
+            return hub.wait_until_fetched(
+                self._fetches, change, self.queue, on_fetch or _ignore_fetch
+            )
+
+    def has_fetcher(self) -> bool:
+        """Whether a fetcher is alive, which brings adapters from the hub."""
+        with self._errors():
+            return self._fetches.has_fetcher()
+
     def answers(
         self, change: Change, timeout: float | None = None, on_pause: OnPause | None = None
     ) -> list[Answer]:
@@ -305,17 +333,19 @@ class Client:
 
         One that has not within ``timeout`` seconds answers that. Left out, these are 60, and an
         adapter that is unloaded may take as long as its jobs do. No worker is alive if there are
-        no answers.
+        no answers. An adapter from the hub is waited for first, as ``fetched`` does.
         """
+        change = self.fetched(change)
         with self._errors():
             return adapters.answers(
                 self._reader, change, timeout=timeout, on_pause=on_pause or _ignore_jobs_left
             )
 
     def adapters(self) -> list[AdapterStatus]:
-        """Every adapter that the queue knows, by name, and how the living workers serve it."""
+        """Every adapter that the queue knows or fetches, by name, and how the living workers serve
+        it."""
         with self._errors():
-            return adapters.read_statuses(self._reader)
+            return adapters.read_statuses(self._reader, self._fetches)
 
     def not_finished(self, what: str) -> LorryError:
         """The error that says so (``what`` is a sentence without its full stop): NotFinished, or
@@ -349,6 +379,10 @@ def _ignore() -> None:
 
 
 def _ignore_jobs_left(number: int) -> None:
+    pass
+
+
+def _ignore_fetch(status: FetchStatus) -> None:
     pass
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import typer
 
+from broker.fetches import FetchStatus
 from producer.adapters import AdapterStatus, Answer, Change
-from producer.advice import remedy
+from producer.advice import no_fetcher, remedy
 from producer.bars import ProgressLines
 from producer.client import Client
-from producer.messages import say
+from producer.hub import describe
+from producer.messages import notice, say, warn
 from producer.place import Place
 from schemas.errors import LorryError, NotFinished, NoWorker
+
+#: Seconds between two lines about a download.
+_DOWNLOAD_LINE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,17 @@ class Report:
         """
         lines = ProgressLines(f"jobs of '{change.name}' left", None)
         try:
+            if self.wait:
+                change = client.fetched(change, FetchLines())
             answers = client.answers(change, self.timeout, lines.update) if self.wait else []
         except KeyboardInterrupt:
             say("The workers act on it all the same.")
             raise
         if self.json_wanted:
-            found = {"version": change.version, "workers": [asdict(answer) for answer in answers]}
+            found = {
+                "version": change.version or None,
+                "workers": [asdict(answer) for answer in answers],
+            }
             typer.echo(json.dumps(found))
         elif answers:
             from producer import adapter_tables
@@ -49,6 +60,10 @@ class Report:
             _require_success(client, change, answers)
         elif change.is_retired:
             say(f"Queue '{client.queue}' does not know '{change.name}' any more.")
+        elif not self.wait and change.fetch:
+            say(f"'{change.name}' will be fetched and loaded; `producer lora list` shows how far.")
+            if not client.has_fetcher():
+                warn(no_fetcher(client.queue))
         elif not self.wait:
             say(f"Told the workers to {change.action} '{change.name}'.")
         else:
@@ -90,6 +105,20 @@ def _after_failed_load(status: AdapterStatus) -> str:
     return f"Its name stays on the queue: {remedy(status.name)}"
 
 
+class FetchLines:
+    """Tells on stderr how far a fetch is: when that changes, and a download now and then."""
+
+    def __init__(self) -> None:
+        self._told: tuple[str, int] | None = None
+        self._next_line = 0.0
+
+    def __call__(self, status: FetchStatus) -> None:
+        step, now = (status.state, status.attempt), time.monotonic()
+        if step != self._told or (status.state == "downloading" and now >= self._next_line):
+            self._told, self._next_line = step, now + _DOWNLOAD_LINE_SECONDS
+            notice(f"{status.source}: {describe(status)}")
+
+
 def load(place: Place, name: str, path: str, *, pinned: bool, report: Report) -> None:
     """Load an adapter on all workers."""
     with place.client() as client:
@@ -127,3 +156,6 @@ def list_adapters(place: Place, *, json_wanted: bool) -> None:
         from producer import adapter_tables
 
         typer.echo(adapter_tables.adapters(client.queue, found), nl=False)
+        is_fetching = any(a.fetch and a.fetch.state != "failed" for a in found)
+        if is_fetching and not client.has_fetcher():
+            warn(no_fetcher(client.queue))

@@ -35,8 +35,10 @@ def load(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH",
-            help="Its PEFT folder, as the workers see it; a relative one counts from here.",
+            metavar="PATH|REPO",
+            help="Its PEFT folder, as the workers see it; a relative one counts from here. Or"
+            " OWNER/NAME[@REVISION] on the Hugging Face hub, which a fetcher brings first: a folder"
+            " of that name here wins; hf:OWNER/NAME is always the hub, ./OWNER/NAME never.",
         ),
     ],
     pin: Annotated[bool, typer.Option("--pin", help="Let it keep a slot on every worker.")] = False,

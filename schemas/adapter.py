@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 #: Letters, digits and ``. _ - /``, beginning with a letter or digit: safe in a key, a file name
 #: and a shell, and never equal to ``schemas.keys.BASE``.
 AdapterName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=128)
 ]
+
+_NAMES = TypeAdapter[str](AdapterName)
+
+
+def is_adapter_name(name: str) -> bool:
+    try:
+        _NAMES.validate_python(name)
+    except ValidationError:
+        return False
+    return True
 
 
 #: How an adapter is taken off the queue: its waiting jobs are finished first, or they fail.

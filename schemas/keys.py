@@ -17,6 +17,8 @@ KEY_NAMES = {
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
     "ADAPTERS_VERSION": "adapters:version",  # counter: raised by every change of the desired state
+    "FETCHES": "fetches",  # hash: newest request to fetch an adapter, name -> FetchRecord
+    "FETCH_TURN": "fetch-turn",  # string: expires when the next fetch may begin
     "WORKERS": "workers",  # sorted set: worker ids by their last heartbeat
     "WORKER": "worker:",  # hash: the observed state of one worker; + ":adapters" set
     "WAKE": "wake",  # channel: new work has come
@@ -44,6 +46,8 @@ class Keys:
         self.leases = self._name("LEASES")
         self.adapters = self._name("ADAPTERS")
         self.adapters_version = self._name("ADAPTERS_VERSION")
+        self.fetches = self._name("FETCHES")
+        self.fetch_turn = self._name("FETCH_TURN")
         self.workers = self._name("WORKERS")
         self.wake = self._name("WAKE")
         self.control = self._name("CONTROL")

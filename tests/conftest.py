@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 # Triton's kernels are compiled where there is a GPU, and interpreted elsewhere. Triton looks at
 # this when a kernel is defined, so it is set before any of ours is imported.
@@ -21,6 +22,7 @@ from broker.connection import connect
 from broker.embedded import EmbeddedServer
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
+from tests.fake_hub import FakeHub, run_fake_hub
 
 # One thread each: tests run side by side, and two threads on a busy core wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -53,3 +55,22 @@ def queue(redis_url: str, queue_name: str) -> Iterator[JobQueue]:
 @pytest.fixture
 def reader(queue: JobQueue) -> QueueReader:
     return QueueReader(queue.client, queue.name)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub cache, empty."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub on this machine that this process asks."""
+    with run_fake_hub() as hub:
+        # They are read from the environment when huggingface_hub is imported, and so not again.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub

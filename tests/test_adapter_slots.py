@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import cycle
@@ -19,13 +20,24 @@ from kernels.lora_shrink import lora_shrink_torch
 from schemas.errors import BadInput
 from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
+from worker.adapters import peft_tensors
+from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter, LoraFactors
+from worker.adapters.peft_targets import Place
 from worker.adapters.registry import AdapterRegistry, load_registry
 from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
+from worker.adapters.sources import find_adapters
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
-from worker.model.config import LINEAR_GROUPS, LINEAR_MODULES, ModelConfig
-from worker.model.weights import random_weights
+from worker.model.config import (
+    END_MODULES,
+    LINEAR_GROUPS,
+    LINEAR_MODULES,
+    TARGET_GROUPS,
+    TARGET_MODULES,
+    ModelConfig,
+)
+from worker.model.weights import load_weights, random_weights
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -56,9 +68,11 @@ def random_adapter(
     seed: int = 0,
 ) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for layer in range(MODEL.num_layers):
-        for module in modules:
+    factors: dict[Place, LoraFactors] = {}
+    for layer in (*range(MODEL.num_layers), None):
+        for module in END_MODULES if layer is None else LINEAR_MODULES:
+            if module not in modules:
+                continue
             out_features, in_features = MODEL.linear_shape(module)
             a = torch.randn(rank, in_features, generator=generator)
             b = torch.randn(rank, out_features, generator=generator)
@@ -86,22 +100,21 @@ def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
     """Every layer's and group's product equals the formula in float64; 0 for a module that the
     adapter leaves alone."""
     segments = [Segment(0, 4, slots.first_rank(adapter), adapter.rank)]
-    for layer, groups in enumerate(slots.weights):
-        for group, weights in groups.items():
-            modules = LINEAR_GROUPS[group]
-            x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(layer))
-            y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
-            h = lora_shrink_torch(x, weights.a, segments, len(modules))
-            lora_expand_torch(y, h, weights.b, segments, weights.part_sizes)
-            expected = []
-            for module in modules:
-                if factors := adapter.factors.get((layer, module)):
-                    expected.append(x.double() @ factors.a.double().t() @ factors.b.double())
-                else:
-                    expected.append(torch.zeros(4, MODEL.linear_shape(module)[0]).double())
-            torch.testing.assert_close(
-                y.double(), torch.cat(expected, dim=1), rtol=0, atol=TOLERANCE
-            )
+    for seed, ((layer, group), weights) in enumerate(slots.weights.items()):
+        if layer is None and group not in adapter.target_groups:
+            continue  # No row of the adapter comes there.
+        modules = TARGET_GROUPS[group]
+        x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(seed))
+        y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
+        h = lora_shrink_torch(x, weights.a, segments, len(modules))
+        lora_expand_torch(y, h, weights.b, segments, weights.part_sizes)
+        expected = []
+        for module in modules:
+            if factors := adapter.factors.get((layer, module)):
+                expected.append(x.double() @ factors.a.double().t() @ factors.b.double())
+            else:
+                expected.append(torch.zeros(4, MODEL.linear_shape(module)[0]).double())
+        torch.testing.assert_close(y.double(), torch.cat(expected, dim=1), rtol=0, atol=TOLERANCE)
 
 
 # --- Which slot ---------------------------------------------------------------------------------
@@ -217,9 +230,9 @@ def test_placing_again_gives_the_same_slot() -> None:
 def test_placing_again_does_not_load_again() -> None:
     slots, a = make_slots(2), random_adapter("a")
     slots.place(a, ())
-    slots.weights[0]["o_proj"].a.fill_(7)
+    slots.weights[0, "o_proj"].a.fill_(7)
     slots.place(a, ())
-    assert (slots.weights[0]["o_proj"].a == 7).all()
+    assert (slots.weights[0, "o_proj"].a == 7).all()
 
 
 def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
@@ -235,11 +248,11 @@ def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
 @pytest.mark.parametrize("rank", [1, 3, MAX_RANK])
 @pytest.mark.parametrize(
     "modules",
-    [LINEAR_MODULES, ("k_proj", "down_proj"), ("v_proj", "up_proj", "o_proj"), ("q_proj",)],
+    [TARGET_MODULES, ("k_proj", "down_proj"), ("v_proj", "up_proj", "lm_head"), ("embed_tokens",)],
     ids=" ".join,
 )
 def test_a_slot_computes_its_adapters_product(rank: int, modules: tuple[str, ...]) -> None:
-    slots, adapter = make_slots(2), random_adapter("a", rank=rank, modules=modules)
+    slots, adapter = make_slots(2, TARGET_MODULES), random_adapter("a", rank=rank, modules=modules)
     slots.place(adapter, ())
     assert_slot_computes(slots, adapter)
 
@@ -254,12 +267,12 @@ def test_each_slot_computes_its_own_adapters_product() -> None:
         assert_slot_computes(slots, adapter)
 
 
-@pytest.mark.parametrize("modules", [LINEAR_MODULES, ("k_proj",), ("gate_proj", "down_proj")])
+@pytest.mark.parametrize("modules", [TARGET_MODULES, ("k_proj",), ("gate_proj", "lm_head")])
 def test_a_smaller_adapter_over_a_larger_one_leaves_no_trace_of_it(
     modules: tuple[str, ...],
 ) -> None:
-    slots = make_slots(1)
-    slots.place(random_adapter("large", rank=MAX_RANK, seed=1), ())
+    slots = make_slots(1, TARGET_MODULES)
+    slots.place(random_adapter("large", rank=MAX_RANK, modules=TARGET_MODULES, seed=1), ())
     small = random_adapter("small", rank=3, modules=modules, seed=2)
     slots.place(small, ())
     assert_slot_computes(slots, small)
@@ -286,9 +299,19 @@ def test_loading_a_slot_leaves_its_neighbours_alone() -> None:
     assert_slot_computes(slots, c)
 
 
+def test_an_adapter_that_changes_no_end_pays_for_none() -> None:
+    """Where others may, ends of a large vocabulary would be most of its bytes."""
+    slots = make_slots(2, TARGET_MODULES)
+    ends = random_adapter("ends", modules=TARGET_MODULES)
+    plain = random_adapter("plain")
+    assert slots.num_bytes(plain) == make_slots(2).num_bytes(plain)
+    numbers = 2 * MAX_RANK * (MODEL.vocab_size + MODEL.hidden_size)
+    assert slots.num_bytes(ends) - slots.num_bytes(plain) == 4 * numbers
+
+
 def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
     slots = make_slots(2, modules=("v_proj", "down_proj"))
-    assert [set(groups) for groups in slots.weights] == 2 * [{"qkv_proj", "down_proj"}]
+    assert slots.weights.keys() == {(n, g) for n in range(2) for g in ("qkv_proj", "down_proj")}
 
 
 @pytest.mark.parametrize(
@@ -296,13 +319,14 @@ def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
     [
         (("v_proj",), ["qkv_proj"]),
         (("down_proj", "gate_proj"), ["gate_up_proj", "down_proj"]),
-        (LINEAR_MODULES, list(LINEAR_GROUPS)),
+        (("lm_head", "q_proj"), ["qkv_proj", "lm_head"]),
+        (TARGET_MODULES, [*LINEAR_GROUPS, *END_MODULES]),
     ],
 )
 def test_an_adapter_names_the_groups_that_it_changes(
     modules: tuple[str, ...], groups: list[str]
 ) -> None:
-    assert random_adapter("a", modules=modules).linear_groups == groups
+    assert random_adapter("a", modules=modules).target_groups == groups
 
 
 # --- An adapter that spoils its own answers -----------------------------------------------------
@@ -369,7 +393,15 @@ def registry(model_folder: Path, folder: Path, **flags: object) -> AdapterRegist
     config = WorkerConfig.model_validate(
         {"model_path": model_folder, "lora_paths": (lora,), "device": "cpu", **flags}
     )
-    return load_registry(config, ModelConfig.from_folder(model_folder), torch.float32)
+    return load(config)
+
+
+def load(config: WorkerConfig) -> AdapterRegistry:
+    model = ModelConfig.from_folder(config.model_path)
+    found = find_adapters(config.lora_paths)
+    limits = find_limits(config, found, model)
+    weights = load_weights(config.model_path, model, torch.device("cpu"), torch.float32)
+    return load_registry(config, found, AdapterLoader(model, weights, limits))
 
 
 def refusal(model_folder: Path, folder: Path, **flags: object) -> str:
@@ -414,7 +446,7 @@ def test_limits_are_inferred_from_adapters_too_that_others_have_evicted(
         max_loras_per_batch=1,
         device="cpu",
     )
-    known = load_registry(config, ModelConfig.from_folder(model_folder), torch.float32)
+    known = load(config)
     for name in ("large", "small", "large"):
         assert known.get(name)
 
@@ -446,3 +478,47 @@ def test_a_module_outside_the_limit_is_refused_by_name(model_folder: Path, folde
 
 def test_all_as_target_modules_allows_every_module(model_folder: Path, folder: Path) -> None:
     assert registry(model_folder, folder, lora_target_modules=("all",)).get("mine")
+
+
+def test_limits_are_inferred_from_adapters_of_the_ends_too(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
+        make_adapter(
+            *(model_folder, tmp_path),
+            rank=2,
+            seed=1,
+            target_modules=["lm_head", "q_proj"],
+            rank_pattern={"lm_head": 5},
+        )
+    known = registry(model_folder, tmp_path)
+    limits = known.loader.limits
+    assert (limits.max_rank, set(limits.target_modules)) == (5, {"lm_head", "q_proj"})
+    assert registry(model_folder, tmp_path, lora_target_modules=("all",)).get("mine")
+    assert refusal(model_folder, tmp_path, lora_target_modules=("q_proj",)) == (
+        "--lora-paths mine: it changes lm_head, which --lora-target-modules leaves out;"
+        " add them to the flag, or give 'all'."
+    )
+
+
+def test_modules_trained_in_full_need_no_flag(model_folder: Path, tmp_path: Path) -> None:
+    """They take no room in the slots."""
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    make_adapter(model_folder, tmp_path, rank=2, seed=1, **settings)
+    assert registry(model_folder, tmp_path, lora_target_modules=("q_proj",)).get("mine")
+
+
+def test_an_adapter_for_which_the_device_has_no_memory_left_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=["q_proj"], use_dora=True)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(peft_tensors, "dora_gain", no_memory)
+    assert refusal(model_folder, tmp_path) == (
+        "--lora-paths mine: the device's memory is full. Unload other adapters, or start the worker"
+        " with a lower --mem-fraction-static or --max-loaded-loras."
+    )

@@ -97,7 +97,11 @@ def test_mistyped_model_folder_is_not_created() -> None:
 @needs_compose
 def test_model_and_adapters_cannot_be_written_by_the_worker() -> None:
     volumes = services(ADAPTERS_DIR="/data/adapters")["worker"]["volumes"]
-    mounts = {volume["source"]: (volume["target"], volume["read_only"]) for volume in volumes}
+    mounts = {
+        volume["source"]: (volume["target"], volume["read_only"])
+        for volume in volumes
+        if volume["type"] == "bind"
+    }
     assert mounts == {
         MODEL_DIR: ("/models/base", True),
         "/data/adapters": ("/adapters", True),
@@ -127,13 +131,51 @@ def test_worker_has_time_to_finish_and_deliver_before_it_is_killed() -> None:
 
 
 @needs_compose
-@pytest.mark.parametrize("service", ["worker", "producer"])
+@pytest.mark.parametrize("service", ["worker", "producer", "fetcher"])
 def test_service_uses_the_redis_beside_it(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from broker.address import resolve_url
 
     for name, value in services()[service]["environment"].items():
         monkeypatch.setenv(name, value)
     assert resolve_url(None) == "redis://redis:6379"
+
+
+@needs_compose
+def test_fetcher_and_workers_share_the_hub_cache() -> None:
+    """Where huggingface_hub keeps it, in the home folder of the image's user."""
+    resolved = services()
+    shared = {"type": "volume", "source": "hub-cache", "target": "/home/lorry/.cache/huggingface"}
+    for service in ("worker", "fetcher"):
+        volumes = resolved[service]["volumes"]
+        assert [{key: volume.get(key) for key in shared} for volume in volumes].count(shared) == 1
+    assert "mkdir --parents .cache/huggingface" in instructions("RUN")
+    assert instructions("WORKDIR")[-1] == "/home/lorry"
+
+
+@needs_compose
+def test_fetcher_needs_no_gpu_and_starts_only_when_asked_for() -> None:
+    fetcher = services()["fetcher"]
+    assert "deploy" not in fetcher
+    assert fetcher["profiles"] == ["hub"]
+    assert not any(volume["target"] == "/adapters" for volume in fetcher["volumes"])
+
+
+@needs_compose
+def test_fetcher_and_workers_allow_the_same_owners() -> None:
+    import worker.cli
+    import worker.hub.cli
+
+    resolved = services(HUB_OWNERS="acme other", HF_TOKEN="hf_x", HF_HUB_OFFLINE="1")
+    for service, parser in (
+        ("worker", worker.cli.build_parser()),
+        ("fetcher", worker.hub.cli.build_parser()),
+    ):
+        name, *flags = resolved[service]["command"]
+        assert name == service
+        assert parser.parse_args(flags).hub_owners == ["acme", "other"]
+        environment = resolved[service]["environment"]
+        assert (environment["HF_TOKEN"], environment["HF_HUB_OFFLINE"]) == ("hf_x", "1")
+    assert "--hub-owners" not in services()["worker"]["command"]
 
 
 @needs_compose
@@ -201,9 +243,10 @@ def test_commands_are_scripts_of_the_project() -> None:
     named = [
         resolved["worker"]["command"][0],
         resolved["producer"]["entrypoint"][0],
+        resolved["fetcher"]["command"][0],
         json.loads(default)[0],
     ]
-    assert named == ["worker", "producer", "worker"]
+    assert named == ["worker", "producer", "fetcher", "worker"]
     assert set(named) <= set(project()["project"]["scripts"])
 
 

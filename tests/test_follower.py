@@ -279,6 +279,82 @@ def test_a_server_that_lost_everything_after_a_failed_replacement_is_told_what_i
     assert worker.registry.errors == {}
 
 
+# --- From the hub -------------------------------------------------------------------------------
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.fixture
+def cached(cache: Path) -> Path:
+    """The folder of ``acme/sql`` at ``COMMIT`` in the hub cache."""
+    folder = cache / "models--acme--sql" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("hub weights")
+    return folder
+
+
+def test_a_repository_of_a_named_owner_is_read_from_the_cache(
+    queue: JobQueue, make_follower: MakeFollower, cached: Path
+) -> None:
+    follower = make_follower(hub_owners=["acme"])
+    queue.set_adapter("sql", f"hf:acme/sql@{COMMIT}", pinned=False)
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "hub weights"}
+    assert follower.registry.records["sql"].source == f"hf:acme/sql@{COMMIT}"
+    queue.pin_adapter("sql", True)
+    follower.follow()
+    assert follower.registry.loader.num_read["sql"] == 1  # type: ignore[attr-defined]
+
+
+def test_a_repository_of_the_command_line_needs_no_owner(
+    queue: JobQueue, make_follower: MakeFollower, cached: Path
+) -> None:
+    follower = make_follower(own_repositories=["acme/sql"])
+    queue.set_adapter("sql", f"hf:acme/sql@{COMMIT}", pinned=False)
+    follower.follow()
+    assert follower.registry.revisions == {"sql": "hub weights"}
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (f"hf:evil/sql@{COMMIT}", "evil is not among the worker's --hub-owners (acme)."),
+        ("hf:acme/sql", "hf:acme/sql is not in the hub cache"),
+        ("hf:acme/sql@main", "hf:acme/sql@main is not in the hub cache"),
+        (f"hf:acme/sql@{'f' * 40}", "is not in the hub cache"),
+        (f"hf:acme/other@{COMMIT}", "is not in the hub cache"),
+        ("hf:acme/../../etc", "names no repository of the hub"),
+        ("hf:acme/sql@../../../../etc", "names no repository of the hub"),
+        ("hf:/etc", "names no repository of the hub"),
+    ],
+)
+def test_what_is_not_cached_or_not_allowed_is_refused(
+    queue: JobQueue, make_follower: MakeFollower, cached: Path, source: str, reason: str
+) -> None:
+    follower = make_follower(hub_owners=["acme"])
+    queue.set_adapter("x", source, pinned=False)
+    follower.follow()
+    assert reason in follower.registry.errors["x"]
+    assert follower.registry.revisions == {}
+
+
+def test_the_cache_itself_cannot_be_loaded_as_a_folder(
+    queue: JobQueue, make_follower: MakeFollower, cached: Path
+) -> None:
+    follower = make_follower(hub_owners=["acme"])
+    assert "is not below --lora-root" in refusal(queue, follower, cached)
+
+
+def test_what_a_worker_reads_is_what_the_fetcher_read(
+    queue: JobQueue, make_follower: MakeFollower, cached: Path
+) -> None:
+    queue.request_fetch("sql", "fetch-1", "hf:acme/sql", pinned=False)
+    queue.publish_fetch("sql", "fetch-1", f"hf:acme/sql@{COMMIT}", "other weights")
+    follower = make_follower(hub_owners=["acme"])
+    follower.follow()
+    assert "holds revision hub weights here, and other weights" in follower.registry.errors["sql"]
+
+
 # --- The command line's adapters ----------------------------------------------------------------
 
 

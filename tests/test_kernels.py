@@ -11,8 +11,9 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kernels.linear import Linear
+from kernels.lora_embed import lora_embed
 from kernels.lora_expand import lora_expand_torch, lora_expand_triton
-from kernels.lora_segments import LoraRows, LoraTile, Segment, lora_tiles
+from kernels.lora_segments import GainRows, LoraRows, LoraTile, Segment, lora_tiles
 from kernels.lora_shrink import lora_shrink_torch
 from kernels.paged_attention_decode import (
     paged_attention_decode_torch,
@@ -542,6 +543,31 @@ def test_silu_and_mul_with_lora_is_expand_and_then_silu_and_mul(backend: str) ->
     lora_expand_torch(gate_up, h, loras.b, segments, loras.sizes)
     expected = silu_and_mul_torch(gate_up.double())
     assert_within(actual, expected, torch.full_like(expected, 200 * ROUNDING))
+
+
+@pytest.mark.parametrize("tiles", [None, torch.empty(0, 4)], ids=["segments", "tiles"])
+def test_lora_embed_is_the_product_of_one_hot_rows(tiles: torch.Tensor | None) -> None:
+    a, token_ids = normal(12, 31), torch.tensor([30, 0, 7, 7, 3], dtype=torch.int32)
+    one_hot = torch.nn.functional.one_hot(token_ids.long(), 31).float()
+    segments = [Segment(0, 2, 8, 3), Segment(3, 5, 0, 5)]
+    h = lora_embed(token_ids, a, LoraRows(segments, tiles, 11))
+    assert h.is_contiguous()  # As lora_expand reads it.
+    for first_row, end_row, first_rank, rank in segments:
+        rows, ranks = slice(first_row, end_row), slice(first_rank, first_rank + rank)
+        assert h[rows, ranks].equal(one_hot[rows] @ a[ranks].t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gains_multiply_their_rows_in_float32_and_no_others(dtype: torch.dtype) -> None:
+    wide = normal(9, 20).to(dtype)
+    before, y = wide.clone(), wide[:, 3:14]
+    gains = {rows: normal(2, 11, seed=rows[0]) for rows in ((1, 3), (5, 9))}
+    given = [GainRows(*rows, tensor) for rows, tensor in gains.items()]
+    LoraRows([], None, 0, gains=given).scale(y, layer=1)
+    expected = before.clone()
+    for (first, end), tensor in gains.items():
+        expected[first:end, 3:14] = (before[first:end, 3:14].float() * tensor[1]).to(dtype)
+    assert wide.equal(expected)
 
 
 # --- sample -------------------------------------------------------------------------------------

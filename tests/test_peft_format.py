@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
+from worker.adapters import device_weights, peft_format
 from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
+from worker.model.weights import DecoderWeights, load_weights, random_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model.layers"
@@ -74,13 +77,25 @@ def insert_name(weights: Weights, keys: list[str], name: str) -> None:
         weights[key.replace(".weight", f".{name}.weight")] = weights.pop(key)
 
 
-def load(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Adapter:
-    return load_adapter("name", folder, model, dtype)
+def load(
+    folder: Path,
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    base: DecoderWeights | None = None,
+) -> Adapter:
+    """``base`` matters only to adapters that refer to its weights."""
+    base = base or random_weights(model, torch.device("cpu"), dtype)
+    return load_adapter("name", folder, check_adapter(folder, model), model, base)
 
 
-def refusal(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> str:
+def refusal(
+    folder: Path,
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    base: DecoderWeights | None = None,
+) -> str:
     with pytest.raises(BadInput) as error:
-        load(folder, model, dtype)
+        load(folder, model, dtype, base)
     return str(error.value)
 
 
@@ -131,6 +146,31 @@ def test_the_outline_tells_rank_and_modules_and_reads_no_weight(
     assert (outline.rank, outline.target_modules) == (RANK, set(ALL_MODULES))
 
 
+def test_an_adapter_that_is_loaded_does_not_change_with_its_file(
+    folder: Path, model: ModelConfig
+) -> None:
+    adapter = load(folder, model)
+    before = [factors.a.clone() for factors in adapter.factors.values()]
+    with (folder / WEIGHTS).open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    after = [factors.a for factors in adapter.factors.values()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_files_that_change_while_they_are_read_are_refused(
+    folder: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def revision_after_a_change(folder: Path) -> str:
+        os.utime(folder / WEIGHTS, ns=(0, 0))
+        return "0"
+
+    monkeypatch.setattr(peft_format, "revision_of", revision_after_a_change)
+    with pytest.raises(BadInput, match=r"were changed while they were read; load it again\."):
+        load(folder, model)
+
+
 def test_where_the_base_model_stood_when_the_adapter_was_trained_does_not_matter(
     folder: Path, model: ModelConfig
 ) -> None:
@@ -168,13 +208,418 @@ def test_factors_get_the_type_that_is_asked_for(folder: Path, model: ModelConfig
     assert (factors.a.dtype, factors.b.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
+# --- Token embeddings and output head -----------------------------------------------------------
+
+ENDS = ("embed_tokens", "lm_head")
+BASE_COPY = {
+    "embed_tokens": "base_model.model.model.embed_tokens.base_layer.weight",
+    "lm_head": "base_model.model.lm_head.base_layer.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def of_ends(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA of both ends and of q_proj. PEFT saves the base weights of the ends along."""
+    path = tmp_path_factory.mktemp("ends")
+    modules = [*ENDS, "q_proj"]
+    with ignoring_warnings():
+        return make_adapter(model_folder, path, rank=RANK, seed=1, target_modules=modules)
+
+
+@pytest.fixture
+def ends_folder(of_ends: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(of_ends, tmp_path / "ends"))
+
+
+@pytest.fixture(scope="module")
+def base(model_folder: Path, model: ModelConfig) -> DecoderWeights:
+    return load_weights(model_folder, model, torch.device("cpu"), torch.float32)
+
+
+def test_lora_of_embeddings_and_head_is_read(
+    ends_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    adapter = load(ends_folder, model, base=base)
+    weights = load_file(ends_folder / WEIGHTS)
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    embedding, head = adapter.factors[None, "embed_tokens"], adapter.factors[None, "lm_head"]
+    assert embedding.a.equal(weights[f"{prefix}A"])
+    assert embedding.b.equal(weights[f"{prefix}B"].t() * (ALPHA / RANK))
+    assert head.a.equal(weights["base_model.model.lm_head.lora_A.weight"])
+    assert head.b.equal(weights["base_model.model.lm_head.lora_B.weight"].t() * (ALPHA / RANK))
+    assert adapter.target_modules == {*ENDS, "q_proj"}
+
+
+def test_keys_of_embeddings_may_hold_the_adapters_name(
+    ends_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    def rename(weights: Weights) -> None:
+        for key in [key for key in weights if "lora_" in key]:
+            ending = ".weight" if key.endswith(".weight") else ""
+            weights[key.removesuffix(".weight") + ".default" + ending] = weights.pop(key)
+
+    edit_weights(ends_folder, rename)
+    assert load(ends_folder, model, base=base).target_modules == {*ENDS, "q_proj"}
+
+
+def test_base_weights_saved_along_are_compared_in_the_workers_type(
+    ends_folder: Path, model_folder: Path, model: ModelConfig
+) -> None:
+    base = load_weights(model_folder, model, torch.device("cpu"), torch.bfloat16)
+    assert load(ends_folder, model, torch.bfloat16, base).rank == RANK
+
+
+def test_embeddings_saved_beside_lora_of_other_modules_do_no_harm(
+    folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    """As ``save_embedding_layers=True`` does."""
+    keys = {"base_model.model.model.embed_tokens.weight": base.embedding}
+    keys["base_model.model.lm_head.weight"] = base.head
+    edit_weights(folder, lambda weights: weights.update(keys))
+    assert load(folder, model, base=base).target_modules == set(ALL_MODULES)
+
+
+@pytest.mark.parametrize("module", ENDS)
+def test_base_weights_saved_along_that_are_not_the_workers_are_refused(
+    ends_folder: Path, model: ModelConfig, base: DecoderWeights, module: str
+) -> None:
+    key = BASE_COPY[module]
+    edit_weights(ends_folder, lambda weights: weights[key][210, 71].add_(1e-3))
+    assert refusal(ends_folder, model, base=base) == (
+        f"{ends_folder / WEIGHTS}: {key} is not this base model's {module} in torch.float32: it is"
+        " of another base model, rounded to another type, or trained. If it is trained, name it in"
+        " modules_to_save; if not, leave it out (save_embedding_layers=False)."
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [209, 212])
+def test_a_vocabulary_of_the_adapters_own_is_refused(
+    ends_folder: Path, model: ModelConfig, num_tokens: int
+) -> None:
+    key = BASE_COPY["lm_head"]
+    resized = torch.zeros(num_tokens, HIDDEN)
+    edit_weights(ends_folder, lambda weights: weights.update({key: resized}))
+    assert refusal(ends_folder, model) == (
+        f"{ends_folder / WEIGHTS}: {key} has the shape {(num_tokens, HIDDEN)}, and the base model's"
+        f" is {(211, HIDDEN)}: an adapter with a vocabulary of its own cannot be served. Resize and"
+        " save the base model with it, or train the adapter on the model as it is."
+    )
+
+
+def test_embeddings_stored_as_no_plain_numbers_are_refused(
+    ends_folder: Path, model: ModelConfig
+) -> None:
+    key = BASE_COPY["lm_head"]
+    quantized = torch.zeros(211, HIDDEN, dtype=torch.int8)
+    edit_weights(ends_folder, lambda weights: weights.update({key: quantized}))
+    assert refusal(ends_folder, model) == (
+        f"{ends_folder / WEIGHTS}: {key} is stored as I8; save it as float32 or bfloat16."
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("model.embed_tokens.lora_embedding_A", (RANK, 211)),
+        ("model.embed_tokens.lora_embedding_B", (HIDDEN, RANK)),
+        ("lm_head.lora_A.weight", (RANK, HIDDEN)),
+        ("lm_head.lora_B.weight", (211, RANK)),
+    ],
+)
+def test_factors_of_embeddings_and_head_are_held_against_the_model(
+    ends_folder: Path, model: ModelConfig, key: str, shape: tuple[int, int]
+) -> None:
+    key = f"base_model.model.{key}"
+    edit_weights(ends_folder, lambda weights: weights.update({key: torch.zeros(2, 2)}))
+    assert refusal(ends_folder, model) == (
+        f"{ends_folder / WEIGHTS}: {key} has the shape (2, 2); rank {RANK} of {CONFIG} and the"
+        f" model ask for {shape}. Is the adapter for another base model?"
+    )
+    edit_weights(ends_folder, lambda weights: weights.pop(key))
+    assert refusal(ends_folder, model).startswith(f"{ends_folder / WEIGHTS}: lacks {key}, of a")
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.lora_embedding_A", "lm_head.lora_A.weight"])
+def test_factors_of_embeddings_or_head_that_the_config_does_not_select_are_refused(
+    folder: Path, model: ModelConfig, key: str
+) -> None:
+    key = f"base_model.model.{key}"
+    edit_weights(folder, lambda weights: weights.update({key: torch.ones(RANK, HIDDEN)}))
+    expected = f"{folder / WEIGHTS}: {key}: {CONFIG} does not select this module."
+    assert refusal(folder, model) == expected
+
+
+# --- Fully trained embeddings and output head ---------------------------------------------------
+
+TRAINED = {
+    "embed_tokens": "base_model.model.model.embed_tokens.weight",
+    "lm_head": "base_model.model.lm_head.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def of_trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, settings = tmp_path_factory.mktemp("trained"), {"modules_to_save": list(ENDS)}
+    modules = ["q_proj"]
+    return make_adapter(model_folder, path, rank=RANK, seed=1, target_modules=modules, **settings)
+
+
+@pytest.fixture
+def trained_folder(of_trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(of_trained, tmp_path / "trained"))
+
+
+def test_trained_modules_are_read(
+    trained_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    adapter = load(trained_folder, model, base=base)
+    stored = load_file(trained_folder / WEIGHTS)
+    assert adapter.target_modules == {"q_proj"}
+    assert adapter.on_device.trained.keys() == set(ENDS)
+    for module, weight in adapter.on_device.trained.items():
+        assert weight.equal(stored[TRAINED[module]])
+        assert not weight.equal(base.ends()[module])
+    assert adapter.on_device.num_bytes == 2 * 4 * 211 * HIDDEN
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.lm_head"])
+def test_a_trained_module_is_named_by_the_end_of_its_name(
+    trained_folder: Path, model: ModelConfig, name: str
+) -> None:
+    edit_config(trained_folder, modules_to_save=[name.removeprefix("model."), "model.embed_tokens"])
+    assert load(trained_folder, model).on_device.trained.keys() == set(ENDS)
+
+
+@pytest.mark.parametrize("name", ["norm", "q_proj", "score", "tokens", "layers.0"])
+def test_other_trained_modules_are_refused(
+    trained_folder: Path, model: ModelConfig, name: str
+) -> None:
+    edit_config(trained_folder, modules_to_save=["lm_head", name])
+    assert refusal(trained_folder, model) == (
+        f"{trained_folder / CONFIG}: modules_to_save: '{name}': of fully trained modules only"
+        " embed_tokens and lm_head can be served."
+    )
+
+
+def test_a_trained_module_that_has_lora_too_is_refused(
+    trained_folder: Path, model: ModelConfig
+) -> None:
+    edit_config(trained_folder, target_modules=["q_proj", "lm_head"])
+    assert refusal(trained_folder, model) == (
+        f"{trained_folder / CONFIG}: both target_modules and modules_to_save select lm_head; a"
+        " module is either replaced or changed by LoRA."
+    )
+
+
+@pytest.mark.parametrize("key", TRAINED.values())
+def test_a_trained_module_without_its_weight_is_refused(
+    trained_folder: Path, model: ModelConfig, key: str
+) -> None:
+    edit_weights(trained_folder, lambda weights: weights.pop(key))
+    assert refusal(trained_folder, model).startswith(f"{trained_folder / WEIGHTS}: lacks {key}, of")
+
+
+@pytest.mark.parametrize("key", TRAINED.values())
+def test_a_trained_module_of_a_resized_vocabulary_is_refused(
+    trained_folder: Path, model: ModelConfig, key: str
+) -> None:
+    edit_weights(trained_folder, lambda weights: weights.update({key: torch.zeros(219, HIDDEN)}))
+    assert refusal(trained_folder, model).startswith(
+        f"{trained_folder / WEIGHTS}: {key} has the shape {(219, HIDDEN)}, and the base model's is"
+    )
+
+
+@pytest.mark.parametrize("key", TRAINED.values())
+def test_a_trained_module_that_is_not_finite_is_refused(
+    trained_folder: Path, model: ModelConfig, key: str
+) -> None:
+    edit_weights(trained_folder, lambda weights: weights[key][210, 71].fill_(float("inf")))
+    assert refusal(trained_folder, model) == (
+        f"{trained_folder / WEIGHTS}: {key} holds NaN or infinite values, or such as torch.float32"
+        " cannot hold."
+    )
+
+
+def test_trained_modules_that_find_no_room_on_the_device_are_refused_with_the_figure(
+    trained_folder: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_weights, "_SPARED_BYTES", 1 << 60)
+    assert refusal(trained_folder, model) == (
+        "its own embed_tokens needs 0.1 MB of the device's memory, which has 0.0 MB to spare."
+        " Unload other adapters, or start the worker with a lower --mem-fraction-static or"
+        " --max-loaded-loras."
+    )
+
+
+def test_the_base_weight_beside_a_trained_one_is_compared(
+    trained_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    key = "base_model.model.lm_head.original_module.weight"
+    edit_weights(trained_folder, lambda weights: weights.update({key: base.head}))
+    assert load(trained_folder, model, base=base).rank == RANK
+    edit_weights(trained_folder, lambda weights: weights[key][0].add_(1))
+    assert f"{key} is not this base model's lm_head" in refusal(trained_folder, model, base=base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "one", "other"),
+    [
+        ({"modules_to_save": ["lm_head"]}, TRAINED["embed_tokens"], TRAINED["lm_head"]),
+        (
+            {"target_modules": ["lm_head"]},
+            "base_model.model.model.embed_tokens.lora_embedding_A",
+            "base_model.model.lm_head.lora_B.weight",
+        ),
+        (
+            {"target_modules": ["embed_tokens"]},
+            "base_model.model.model.embed_tokens.lora_embedding_B",
+            "base_model.model.lm_head.lora_A.weight",
+        ),
+    ],
+)
+def test_changes_of_both_ends_that_are_to_be_one_and_differ_are_refused(
+    tmp_path: Path, settings: dict[str, list[str]], one: str, other: str
+) -> None:
+    model_folder = make_llama(tmp_path / "model", tie_word_embeddings=True)
+    model = ModelConfig.from_folder(model_folder)
+    base = load_weights(model_folder, model, torch.device("cpu"), torch.float32)
+    folder = tmp_path / "adapter"
+    settings = {"target_modules": ["q_proj"]} | settings
+    with ignoring_warnings():
+        make_adapter(model_folder, folder, rank=2, seed=1, ensure_weight_tying=True, **settings)
+    assert load(folder, model, base=base)
+    edit_weights(folder, lambda weights: weights[other][0].add_(1))
+    assert refusal(folder, model, base=base) == (
+        f"{folder / WEIGHTS}: {one} and {other} differ, and by ensure_weight_tying of {CONFIG} they"
+        " are one."
+    )
+
+
+# --- DoRA ---------------------------------------------------------------------------------------
+
+Q_M = f"{PREFIX}.1.self_attn.q_proj.lora_magnitude_vector"
+
+
+@pytest.fixture(scope="module")
+def of_dora(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dora")
+    modules = ["q_proj", "v_proj", "lm_head"]
+    with ignoring_warnings():
+        return make_adapter(
+            model_folder, path, rank=RANK, seed=1, target_modules=modules, use_dora=True
+        )
+
+
+@pytest.fixture
+def dora_folder(of_dora: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(of_dora, tmp_path / "dora"))
+
+
+def test_dora_multiplies_rows_by_magnitude_over_length(
+    dora_folder: Path, model: ModelConfig, model_folder: Path, base: DecoderWeights
+) -> None:
+    adapter = load(dora_folder, model, base=base)
+    stored = {key: tensor.double() for key, tensor in load_file(dora_folder / WEIGHTS).items()}
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weight = load_file(model_folder / "model.safetensors")[name].double()
+    b = stored[Q_B] * ALPHA / RANK
+    gain = stored[Q_M] / (weight + b @ stored[Q_A]).norm(dim=1)
+    # The sums of 75 squares under the norm are rounded to float32.
+    close = {"rtol": 75 * 2.0**-24, "atol": 0}
+    gains = adapter.on_device.gains["qkv_proj"]
+    torch.testing.assert_close(gains[1, :HIDDEN].double(), gain, **close)
+    factors = adapter.factors[1, "q_proj"]
+    torch.testing.assert_close(factors.b.double(), b.t() * gain, **close)
+    assert factors.a.equal(stored[Q_A].float())
+
+
+def test_dora_leaves_the_rows_of_other_modules_alone(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    gains = load(dora_folder, model, base=base).on_device.gains
+    assert gains.keys() == {"qkv_proj", "lm_head"}
+    assert gains["qkv_proj"].shape == (3, 72 + 24 + 24)
+    assert gains["lm_head"].shape == (1, 211)
+    assert (gains["qkv_proj"][:, 72:96] == 1).all()
+
+
+def test_magnitudes_may_stand_under_the_adapters_name(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    def rename(weights: Weights) -> None:
+        for key in [key for key in weights if "lora_" in key]:
+            weights[key.removesuffix(".weight") + ".mine.weight"] = weights.pop(key)
+
+    expected = load(dora_folder, model, base=base).on_device.gains["qkv_proj"]
+    edit_weights(dora_folder, rename)
+    assert load(dora_folder, model, base=base).on_device.gains["qkv_proj"].equal(expected)
+
+
+def test_a_module_without_its_magnitude_is_refused(dora_folder: Path, model: ModelConfig) -> None:
+    edit_weights(dora_folder, lambda weights: weights.pop(Q_M))
+    assert refusal(dora_folder, model) == (
+        f"{dora_folder / WEIGHTS}: lacks {Q_M}, of a module that {CONFIG} selects."
+        " Is the file whole, and the adapter for this base model?"
+    )
+
+
+def test_a_magnitude_of_the_wrong_shape_is_refused(dora_folder: Path, model: ModelConfig) -> None:
+    edit_weights(dora_folder, lambda weights: weights.update({Q_M: torch.ones(HIDDEN, 1)}))
+    assert refusal(dora_folder, model) == (
+        f"{dora_folder / WEIGHTS}: {Q_M} has the shape {(HIDDEN, 1)}; rank {RANK} of {CONFIG} and"
+        f" the model ask for {(HIDDEN,)}. Is the adapter for another base model?"
+    )
+
+
+@pytest.mark.parametrize("ending", ["", ".default.weight"])
+def test_a_magnitude_of_an_adapter_without_dora_is_refused(
+    folder: Path, model: ModelConfig, ending: str
+) -> None:
+    key = Q_M + ending
+    edit_weights(folder, lambda weights: weights.update({key: torch.ones(HIDDEN)}))
+    assert refusal(folder, model) == (
+        f"{folder / WEIGHTS}: {key}: {CONFIG} does not say that this module has DoRA (use_dora)."
+    )
+
+
+def test_a_magnitude_that_is_not_finite_is_refused(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    edit_weights(dora_folder, lambda weights: weights[Q_M][3].fill_(float("nan")))
+    assert refusal(dora_folder, model, base=base) == (
+        f"{dora_folder / WEIGHTS}: {Q_M}, divided by the lengths of the changed weight's rows,"
+        " holds NaN or infinite values."
+    )
+
+
+def test_a_row_without_length_is_refused(dora_folder: Path, model: ModelConfig) -> None:
+    """PEFT would answer NaN."""
+    base = random_weights(model, torch.device("cpu"), torch.float32)
+    base.layers[1].linears["qkv_proj"][7] = 0
+    base.ends()["lm_head"].copy_(load_file(dora_folder / WEIGHTS)[BASE_COPY["lm_head"]])
+    edit_weights(dora_folder, lambda weights: weights[Q_B][7].fill_(0))
+    assert f"{Q_M}, divided by the lengths" in refusal(dora_folder, model, base=base)
+
+
+def test_magnitudes_that_find_no_room_on_the_device_are_refused_with_the_figure(
+    dora_folder: Path, model: ModelConfig, base: DecoderWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_weights, "_SPARED_BYTES", 1 << 60)
+    assert refusal(dora_folder, model, base=base) == (
+        "DoRA of qkv_proj needs 0.0 MB of the device's memory, which has 0.0 MB to spare."
+        " Unload other adapters, or start the worker with a lower --mem-fraction-static or"
+        " --max-loaded-loras."
+    )
+
+
 # --- Revisions ----------------------------------------------------------------------------------
 
 
 def test_the_revision_does_not_change_with_names(
     original: Path, folder: Path, model: ModelConfig
 ) -> None:
-    there = load_adapter("another", original, model, torch.float32)
+    base = random_weights(model, torch.device("cpu"), torch.float32)
+    there = load_adapter("another", original, check_adapter(original, model), model, base)
     assert load(folder, model).revision == there.revision
 
 
@@ -217,8 +662,6 @@ def test_the_revision_changes_with_the_order_of_patterns(folder: Path, model: Mo
 @pytest.mark.parametrize(
     ("setting", "value", "what"),
     [
-        ("use_dora", True, "DoRA"),
-        ("modules_to_save", ["lm_head"], "fully trained modules"),
         ("layer_replication", [[0, 2], [1, 3]], "replicated layers"),
         ("lora_bias", True, "a bias in B"),
         ("trainable_token_indices", [3], "trained token embeddings"),
@@ -229,6 +672,8 @@ def test_the_revision_changes_with_the_order_of_patterns(folder: Path, model: Mo
         ("arrow_config", {"top_k": 2}, "Arrow routing"),
         ("kasa_config", {"beta": 1e-4}, "KaSA"),
         ("monteclora_config", {"num_samples": 8}, "MonteCLoRA"),
+        ("velora_config", {"num_groups": 2}, "VeLoRA"),
+        ("megatron_config", {"tensor_model_parallel_size": 2}, "LoRA of Megatron's layers"),
     ],
 )
 def test_a_setting_that_changes_the_product_is_refused(
@@ -236,28 +681,6 @@ def test_a_setting_that_changes_the_product_is_refused(
 ) -> None:
     edit_config(folder, **{setting: value})
     assert refusal(folder, model) == f"{folder / CONFIG}: {setting}: {what} is not supported."
-
-
-def test_an_adapter_that_peft_made_with_dora_is_refused(
-    model_folder: Path, tmp_path: Path, model: ModelConfig
-) -> None:
-    make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=["o_proj"], use_dora=True)
-    assert refusal(tmp_path, model).endswith("use_dora: DoRA is not supported.")
-
-
-@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
-def test_an_adapter_that_peft_made_for_embeddings_or_output_head_is_refused(
-    model_folder: Path, tmp_path: Path, model: ModelConfig, module: str
-) -> None:
-    name, what = {
-        "embed_tokens": ("model.embed_tokens", "the token embeddings"),
-        "lm_head": ("lm_head", "the output head"),
-    }[module]
-    with ignoring_warnings():
-        make_adapter(model_folder, tmp_path, rank=2, seed=1, target_modules=["q_proj", module])
-    assert refusal(tmp_path, model) == (
-        f"{tmp_path / CONFIG}: target_modules selects {name}: LoRA of {what} is not supported."
-    )
 
 
 @pytest.mark.parametrize(
@@ -281,7 +704,7 @@ def test_a_config_that_targets_nothing_the_model_has_is_refused(
     assert refusal(folder, model) == (
         f"{folder / CONFIG}: targets nothing the model has. Look at target_modules, exclude_modules"
         " and layers_to_transform; the model has 3 layers with q_proj, k_proj, v_proj, o_proj,"
-        " gate_proj, up_proj, down_proj."
+        " gate_proj, up_proj, down_proj, embed_tokens, lm_head."
     )
 
 
@@ -372,7 +795,7 @@ def test_an_unknown_setting_that_is_off_does_no_harm(
     assert load(folder, model).rank == RANK
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "OLoRA", "corda", "lora_ga"])
 def test_a_start_that_changes_the_base_model_is_refused(
     folder: Path, model: ModelConfig, init: str
 ) -> None:
@@ -383,7 +806,25 @@ def test_a_start_that_changes_the_base_model_is_refused(
     )
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_a_start_on_a_quantized_base_model_is_refused(folder: Path, model: ModelConfig) -> None:
+    edit_config(folder, init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+    assert refusal(folder, model) == (
+        f"{folder / CONFIG}: init_lora_weights is 'loftq': the adapter makes up for the errors of a"
+        " quantized base model, and this one is not quantized."
+    )
+
+
+def test_an_unknown_start_is_refused(folder: Path, model: ModelConfig) -> None:
+    edit_config(folder, init_lora_weights="next-years")
+    assert refusal(folder, model) == (
+        f"{folder / CONFIG}: init_lora_weights is 'next-years', which is unknown here and may have"
+        " changed the base model's weights. Write true if it has not."
+    )
+
+
+@pytest.mark.parametrize(
+    "init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"]
+)
 def test_a_start_that_leaves_the_base_model_alone_is_served(
     folder: Path, model: ModelConfig, init: object
 ) -> None:
@@ -391,9 +832,33 @@ def test_a_start_that_leaves_the_base_model_alone_is_served(
     assert load(folder, model).rank == RANK
 
 
-def test_another_kind_of_adapter_is_refused(folder: Path, model: ModelConfig) -> None:
-    edit_config(folder, peft_type="ADALORA")
-    expected = f"{folder / CONFIG}: peft_type is ADALORA; only LORA can be served."
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+        {"eva_config": {"rho": 2.0}},
+        {"corda_config": {"corda_method": "kpm"}},
+        {"lora_ga_config": {"scale": "stable"}},
+        {"alora_invocation_tokens": []},
+        {"qalora_group_size": 8, "use_qalora": False},
+        {"megatron_core": "megatron.core"},
+    ],
+    ids=str,
+)
+def test_what_is_left_of_a_start_or_of_what_is_off_does_no_harm(
+    folder: Path, model: ModelConfig, settings: dict[str, object]
+) -> None:
+    """PEFT does not look at it either."""
+    edit_config(folder, **settings)
+    assert load(folder, model).rank == RANK
+
+
+@pytest.mark.parametrize("peft_type", ["ADALORA", "XLORA", "VERA", "LOHA", "TRAINABLE_TOKENS"])
+def test_another_kind_of_adapter_is_refused(
+    folder: Path, model: ModelConfig, peft_type: str
+) -> None:
+    edit_config(folder, peft_type=peft_type)
+    expected = f"{folder / CONFIG}: peft_type is {peft_type}; only LORA can be served."
     assert refusal(folder, model) == expected
 
 
@@ -488,25 +953,21 @@ def test_a_key_that_matches_no_module_is_refused(
     edit_weights(folder, lambda weights: weights.update({key: torch.ones(RANK, HIDDEN)}))
     assert refusal(folder, model) == (
         f"{folder / WEIGHTS}: {key}: matches no module that an adapter can change here"
-        " (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)."
+        " (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head)."
     )
 
 
 @pytest.mark.parametrize(
     ("key", "what"),
     [
-        ("lm_head.lora_A.weight", "LoRA of the output head"),
-        ("lm_head.weight", "fully trained modules"),
-        ("model.embed_tokens.lora_embedding_A", "LoRA of the token embeddings"),
-        ("model.embed_tokens.base_layer.weight", "fully trained modules"),
-        ("model.embed_tokens.weight", "fully trained modules"),
         ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trained token embeddings"),
-        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight", "DoRA"),
         ("model.layers.0.self_attn.q_proj.lora_B.bias", "a bias in B"),
         ("model.layers.0.self_attn.q_proj.base_layer.bias", "a trained bias"),
-        ("model.layers.0.self_attn.q_proj.base_layer.weight", "fully trained modules"),
-        ("model.norm.modules_to_save.default.weight", "fully trained modules"),
+        (
+            "model.layers.0.self_attn.q_proj.base_layer.weight",
+            "a changed weight of a linear module",
+        ),
+        ("lm_head.modules_to_save.weight", "a second copy of a trained module"),
     ],
 )
 @pytest.mark.parametrize("bias", ["none", "all"])

@@ -41,6 +41,7 @@ ADAPTERS: dict[str, dict[str, object]] = {
     "excluded": {"rank": 3, "exclude_modules": ["k_proj", "1.mlp.down_proj"]},
     "excluded-by-pattern": {"rank": 17, "exclude_modules": r".*\.2\.(mlp\.up|self_attn\.q)_proj"},
     "targets-by-pattern": {"rank": 64, "target_modules": r".*\.[12]\..*\.(q|o|gate)_proj"},
+    "mica": {"rank": 11, "init_lora_weights": "mica", "target_modules": ["q_proj", "up_proj"]},
     "all-linear": {"rank": 2, "target_modules": "all-linear"},
 }
 

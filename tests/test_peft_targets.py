@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_llama
 from worker.adapters.peft_config import PeftConfig, read_config
-from worker.adapters.peft_targets import Place, module_name, selected_places
+from worker.adapters.peft_targets import Place, module_name, select
 from worker.model.config import ModelConfig
 
 #: Enough that the number of a layer may begin with that of another.
@@ -70,6 +70,23 @@ CONFIGS: dict[str, dict[str, object]] = {
         "target_modules": ["gate_proj"],
         "exclude_modules": r"layers\.3",
     },
+    "both ends": {"target_modules": ["embed_tokens", "lm_head"]},
+    "whole names of ends": {"target_modules": ["model.embed_tokens", "model.lm_head"]},
+    "ends by a pattern": {"target_modules": r"(.*\.)?(lm_head|embed_tokens|q_proj)"},
+    "ends have no layer": {
+        "target_modules": ["embed_tokens", "lm_head", "q_proj"],
+        "layers_to_transform": [1],
+    },
+    "an excluded end": {
+        "target_modules": ["embed_tokens", "lm_head"],
+        "exclude_modules": ["embed_tokens"],
+    },
+    "ranks of ends": {
+        "target_modules": ["embed_tokens", "lm_head"],
+        "use_rslora": True,
+        "rank_pattern": {"lm_head": 3, "model.embed_tokens": 6},
+        "alpha_pattern": {"embed_.*": 3},
+    },
     "ranks": {
         "target_modules": list(ALL_MODULES),
         "rank_pattern": {
@@ -112,7 +129,7 @@ def test_modules_ranks_and_scalings_are_those_that_peft_gives(
         (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     config = read_config(tmp_path)
     found = {}
-    for place in selected_places(tmp_path, config, model):
+    for place in select(tmp_path, config, model).places:
         name = module_name(place)
         found[name] = (config.rank_of(name), config.scaling_of(name))
     assert found == peft_modules(tmp_path)
@@ -142,18 +159,20 @@ def peft_modules(folder: Path) -> dict[str, tuple[int, float]]:
 
 # --- Any config at all --------------------------------------------------------------------------
 
-NAMES = {
-    module_name((layer, module)): (layer, module)
-    for layer in range(NUM_LAYERS)
-    for module in ALL_MODULES
-}
+PLACES: list[Place] = [(layer, module) for layer in range(NUM_LAYERS) for module in ALL_MODULES]
+PLACES += [(None, "embed_tokens"), (None, "lm_head")]
+NAMES = {module_name(place): place for place in PLACES}
 
 #: Pieces of names and of regular expressions, which make sense together now and then.
 REGEX = ("", ".", r"\.", "|", "^", "$", "(q|v)", "[0-9]", r"\d+", ".*", "_proj", "(", ")", "(?i)")
-WORDS = ("model", "layers", "self_attn", "mlp", *map(str, range(NUM_LAYERS)))
+WORDS = ("model", "layers", "self_attn", "mlp", *map(str, range(NUM_LAYERS)), "lm_head", "embed")
 pieces = st.sampled_from([*ALL_MODULES, *WORDS, *REGEX])
 patterns = st.lists(pieces, max_size=6).map("".join)
-names = st.one_of(patterns, st.sampled_from(sorted(NAMES)), st.sampled_from(ALL_MODULES))
+names = st.one_of(
+    patterns,
+    st.sampled_from(sorted(NAMES)),
+    st.sampled_from([*ALL_MODULES, "embed_tokens", "lm_head"]),
+)
 
 
 @given(
@@ -175,7 +194,7 @@ def test_a_config_selects_what_peft_selects_or_is_refused(
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 10} | targets
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     try:
-        found = selected_places(folder, read_config(folder), model)
+        found = select(folder, read_config(folder), model).places
     except BadInput as error:
         if "targets nothing" not in str(error):
             return

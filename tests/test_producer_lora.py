@@ -316,7 +316,7 @@ def test_workers_are_told_an_absolute_path(
     (tmp_path / "sql").mkdir()
     (tmp_path / "current").symlink_to(tmp_path / "sql")
     monkeypatch.chdir(tmp_path)
-    for path in ("sql", "only/here-is-it-not", "current", "/adapters/sql"):
+    for path in ("sql", "./only/here-is-it-not", "current", "/adapters/sql"):
         producer("lora", "load", "sql", path, "--no-wait")
         assert desired(queue)["sql"].source == str(tmp_path / path)
 
@@ -584,6 +584,7 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
         "loads": 2,
         "evictions": 2,
         "mean_load_seconds": 0.25,
+        "fetch": None,
     }
     assert adapters[0]["errors"] == {"w2": "its rank is too large"}
     assert adapters[0]["mean_load_seconds"] is None

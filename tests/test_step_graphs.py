@@ -5,6 +5,7 @@ The kernels that graphs need are interpreted, and A stands under the base weight
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from schemas.job import Job
-from tests.tiny_models import Oracle, make_adapter, make_llama
+from tests.tiny_models import ALL_MODULES, Oracle, OracleOfEach, make_adapter, make_llama
 from worker import assembly
 from worker.adapters.slots import rank_levels
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
+from worker.model_runner import ModelRunner
 from worker.step_graphs import Output, StepGraphs
 
 if torch.cuda.is_available():
@@ -158,6 +160,79 @@ def test_replayed_steps_of_the_base_model_leave_each_others_keys_alone(
     jobs = [job.model_copy(update={"lora": None}) for job in make_jobs(9)]
     assert run(engine, jobs) == expected(Oracle(model_folder, adapters), jobs)
     assert replays.keys() == {(True, False, True), (False, False, True)}
+
+
+def test_steps_of_adapters_that_graphs_do_not_hold_run_without_one(
+    engine: Engine,
+    model_folder: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    replays: Counter[tuple[bool, bool, bool]],
+) -> None:
+    """Base jobs and others beside them too; alone they are replayed again."""
+    modules = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    dora = make_adapter(
+        model_folder, tmp_path, rank=4, seed=7, target_modules=modules, use_dora=True
+    )
+    engine.adapters.serve("dora", engine.adapters.read("dora", dora, version=1))
+    jobs = make_jobs(6)
+    jobs[1] = jobs[1].model_copy(update={"lora": "dora", "max_tokens": 9})
+    oracle = Oracle(model_folder, adapters | {"dora": dora})
+    assert run(engine, jobs) == expected(oracle, jobs)
+    replays.clear()
+    assert run(engine, jobs[1:2]) == expected(oracle, jobs[1:2])
+    assert not replays
+    assert run(engine, jobs[2:]) == expected(oracle, jobs[2:])
+    assert replays[False, True, True]
+
+
+def test_steps_without_graph_run_the_kernels_of_a_gpu_for_adapters_of_all_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "_stacks_adapters", lambda device: True)
+    monkeypatch.setattr(
+        ModelRunner, "_tiles", lambda _, numbers: numbers.view(-1, 4) if len(numbers) else None
+    )
+    model_folder = make_llama(tmp_path / "model", num_hidden_layers=1)
+    kinds: dict[str, dict[str, Any]] = {
+        "all": {"rank": 3, "target_modules": [*ALL_MODULES, "embed_tokens", "lm_head"]},
+        "dora": {
+            "rank": 5,
+            "target_modules": ["embed_tokens", "v_proj", "lm_head"],
+            "use_dora": True,
+        },
+        "own": {"rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]},
+        "plain": {"rank": 4},
+        "embedding": {"rank": 8, "target_modules": ["embed_tokens"]},
+        "head": {"rank": 7, "target_modules": ["lm_head"]},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
+        adapters = {
+            name: make_adapter(model_folder, tmp_path / name, seed=seed, **settings)
+            for seed, (name, settings) in enumerate(kinds.items())
+        }
+    engine = Engine(
+        WorkerConfig(
+            model_path=model_folder,
+            lora_paths=tuple(
+                LoraPath(lora_name=name, lora_path=str(path)) for name, path in adapters.items()
+            ),
+            device="cpu",
+            context_length=64,
+            max_total_tokens=512,
+            max_loras_per_batch=2,  # So that adapters stand where others of other modules stood.
+        )
+    )
+    assert engine.slots
+    for by_segments in (False, True):  # The warm-up compiles them all.
+        engine._runner._run_empty(7, engine.slots.capacity, by_segments=by_segments)
+    names = ["all", "dora", "plain", "embedding", "own", None, "all", "plain", "head"]
+    jobs = [
+        job.model_copy(update={"lora": name, "max_tokens": 2})
+        for job, name in zip(make_jobs(len(names)), names, strict=True)
+    ]
+    assert run(engine, jobs) == expected(OracleOfEach(model_folder, adapters), jobs)
 
 
 def test_a_step_with_more_prompts_than_its_graph_holds_runs_without_one(

@@ -13,7 +13,7 @@ import torch
 
 from schemas.errors import BadInput
 from worker.cli import build_parser
-from worker.config import LoraPath, WorkerConfig
+from worker.config import FetcherConfig, LoraPath, WorkerConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,12 +21,14 @@ ROOT = Path(__file__).parents[1]
 FLAGS = {
     *("--model-path", "--lora-paths", "--max-loras-per-batch", "--max-loaded-loras"),
     *("--max-lora-rank", "--lora-target-modules", "--enable-lora", "--lora-root"),
+    *("--hub-owners", "--with-fetcher"),
     *("--lora-eviction-policy", "--lora-backend", "--max-running-requests"),
     *("--max-total-tokens", "--mem-fraction-static", "--chunked-prefill-size"),
     *("--context-length", "--device", "--dtype", "--load-format"),
     *("--queue", "--redis-url", "--redis-password-file", "--lease-seconds", "--burst"),
 }
-MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+LIMITS = {"max_lora_rank": 8, "lora_target_modules": ["all"]}
+MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head"
 
 
 # --- --lora-paths -------------------------------------------------------------------------------
@@ -64,9 +66,43 @@ def test_a_wrong_lora_path_is_refused_with_the_three_forms_named(text: str) -> N
         LoraPath.parse(text)
     assert str(error.value).startswith(f"--lora-paths {text}: ")
     assert str(error.value).endswith(
-        " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned; a name begins with a"
-        " letter or digit and goes on with those and . _ - /"
+        " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned, with a folder or"
+        " OWNER/NAME[@REVISION] of the hub as the path; a name begins with a letter or digit and"
+        " goes on with those and . _ - /"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "repository"),
+    [
+        ("acme/sql", "sql", "hf:acme/sql"),
+        ("acme/sql@v1", "sql", "hf:acme/sql@v1"),
+        ("hf:acme/sql@v1", "sql", "hf:acme/sql@v1"),
+        ("x=acme/sql@refs/pr/1", "x", "hf:acme/sql@refs/pr/1"),
+        ('{"lora_name": "x", "lora_path": "acme/sql@v1"}', "x", "hf:acme/sql@v1"),
+        ("x=here/sql", "x", None),
+        ("x=hf:here/sql", "x", "hf:here/sql"),
+        ("x=./acme/sql", "x", None),
+        ("/acme/sql", "sql", None),
+    ],
+)
+def test_a_lora_path_is_a_repository_where_no_folder_of_that_name_exists(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    name: str,
+    repository: str | None,
+) -> None:
+    (tmp_path / "here" / "sql").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    lora = LoraPath.parse(text)
+    assert lora.lora_name == name
+    assert (lora.repository and str(lora.repository)) == repository
+
+
+def test_a_lora_path_that_says_hub_and_is_none_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"hf:\.\./x is not hf:OWNER/NAME\[@REVISION\]"):
+        LoraPath.parse("x=hf:../x")
 
 
 @pytest.mark.parametrize("text", ['{"lora_name": "sql"}', "sql=", "two words=/data/a"])
@@ -123,6 +159,13 @@ def test_a_count_below_one_is_refused(flag: str) -> None:
         ("lease_seconds", 0.5, "--lease-seconds 0.5: Input should be greater than or equal to 1"),
         ("lease_seconds", 1e6, "--lease-seconds 1000000.0: Input should be less than or equal to"),
         ("lease_seconds", float("nan"), "--lease-seconds NaN: Input should be less than or equal"),
+        ("hub_owners", ["a/b"], '--hub-owners ["a/b"]: a/b is no user or organization of the hub'),
+        (
+            "hub_owners",
+            ["hf:a"],
+            '--hub-owners ["hf:a"]: hf:a is no user or organization of the hub',
+        ),
+        ("hub_owners", [".."], '--hub-owners [".."]: .. is no user or organization of the hub'),
         ("queue", "two words", '--queue "two words": String should match pattern'),
         ("queue", "{tag}", '--queue "{tag}": String should match pattern'),
     ],
@@ -156,6 +199,17 @@ def test_target_modules_stand_apart_by_spaces_or_commas(given: list[str]) -> Non
     assert config.lora_target_modules == ("q_proj", "v_proj")
 
 
+def test_a_fetcher_beside_the_worker_needs_owners() -> None:
+    assert refusal({"with_fetcher": True, "enable_lora": True, **LIMITS}) == (
+        "--with-fetcher needs --hub-owners: whose repositories it may fetch"
+    )
+
+
+def test_a_fetchers_wrong_flag_is_refused_by_its_name() -> None:
+    with pytest.raises(BadInput, match="--max-lora-rank 0: Input should be greater than or equal"):
+        FetcherConfig.from_flags({"model_path": "m", "hub_owners": ["acme"], "max_lora_rank": 0})
+
+
 def test_fewer_adapters_in_memory_than_in_a_batch_are_refused() -> None:
     assert refusal({"max_loaded_loras": 3, "max_loras_per_batch": 4}) == (
         "--max-loaded-loras 3 is below --max-loras-per-batch 4; a batch's adapters must all be in"
@@ -174,13 +228,13 @@ def test_fewer_adapters_in_memory_than_given_are_accepted() -> None:
 
 
 def test_adapters_that_come_later_need_limits(tmp_path: Path) -> None:
-    for flags in ({"enable_lora": True}, {"lora_root": [tmp_path]}):
+    for flags in ({"enable_lora": True}, {"lora_root": [tmp_path]}, {"hub_owners": ["acme"]}):
         assert refusal(flags) == (
-            "--enable-lora and --lora-root need --max-lora-rank and --lora-target-modules (names,"
-            " or all) where no --lora-paths tell which adapters will be loaded"
+            "--enable-lora, --lora-root and --hub-owners need --max-lora-rank and"
+            " --lora-target-modules (names, or all) where no --lora-paths tell which adapters will"
+            " be loaded"
         )
-        limits = {"max_lora_rank": 8, "lora_target_modules": ["all"]}
-        assert WorkerConfig.from_flags({"model_path": "m", **flags, **limits}).has_lora
+        assert WorkerConfig.from_flags({"model_path": "m", **flags, **LIMITS}).has_lora
 
 
 def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,12 @@ def make_adapter(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.3 / rank**0.5 if "lora_B" in name else 0.3)
+                if "magnitude" in name:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 2))
+                else:
+                    parameter.normal_(std=0.3 / rank**0.5 if "_B." in name else 0.3)
+            elif "modules_to_save" in name:
+                parameter.add_(torch.empty_like(parameter).normal_(std=0.1))
     model.save_pretrained(folder)
     return folder
 
@@ -101,3 +106,21 @@ class Oracle:
                     yield
             else:
                 yield
+
+
+class OracleOfEach(Oracle):
+    """A model for each adapter: PEFT cannot have LoRA and a copy of one module in the same."""
+
+    def __init__(self, model_folder: Path, adapters: dict[str, Path]) -> None:
+        self._oracles = {
+            name: Oracle(model_folder, {name: folder}) for name, folder in adapters.items()
+        }
+        self._oracles[None] = Oracle(model_folder, {})
+
+    def generate(
+        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int
+    ) -> list[int]:
+        return self._oracles[adapter].generate(prompt_ids, adapter, num_tokens)
+
+    def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        return self._oracles[adapter].logits(ids, adapter)

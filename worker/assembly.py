@@ -8,7 +8,7 @@ from collections.abc import Callable
 import structlog
 import torch
 
-from worker.adapters.registry import AdapterRegistry
+from worker.adapters.loader import AdapterLimits
 from worker.adapters.slots import AdapterSlots, rank_capacity, rank_levels, spare_rows
 from worker.config import WorkerConfig
 from worker.kv_cache import KVCache, num_pages
@@ -32,7 +32,7 @@ def build_runner(
     # One page more than the pool hands out, for rows that belong to no sequence.
     cache = KVCache(model, pages + 1, weights.norm.device, weights.norm.dtype)
     runner = ModelRunner(
-        Decoder(model, weights, cache, slots.weights if slots else None, context_length),
+        Decoder(model, weights, cache, slots.weights if slots else {}, context_length),
         max_running=config.running_limit,
         max_pages=num_pages(context_length),
         unused_page=pages,
@@ -69,18 +69,15 @@ def _stacks_adapters(device: torch.device) -> bool:
 def load_weights_and_slots(
     config: WorkerConfig,
     model: ModelConfig,
-    adapters: AdapterRegistry,
+    limits: AdapterLimits,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[DecoderWeights, AdapterSlots | None]:
     """The base weights, and the slots; None for a worker without adapters."""
-    max_rank, target_modules = adapters.loader.max_rank, adapters.loader.target_modules
-    assert max_rank is not None
-    assert target_modules is not None
     # On a GPU the slots' A stand behind the base weights, so that one product makes both.
     is_stacked = config.has_lora and _stacks_adapters(device)
-    capacity = rank_capacity(config.max_loras_per_batch, max_rank) if is_stacked else 0
-    spare = spare_rows(target_modules, capacity)
+    capacity = rank_capacity(config.max_loras_per_batch, limits.max_rank) if is_stacked else 0
+    spare = spare_rows(limits.target_modules, capacity)
     if config.load_format == "dummy":
         weights = random_weights(model, device, dtype, spare)
     else:
@@ -90,13 +87,10 @@ def load_weights_and_slots(
     slots = AdapterSlots(
         model,
         num_slots=config.max_loras_per_batch,
-        max_rank=max_rank,
-        target_modules=target_modules,
+        max_rank=limits.max_rank,
+        target_modules=limits.target_modules,
         device=device,
         dtype=dtype,
         stacked=weights if is_stacked else None,
     )
-    for adapter in adapters.loaded:
-        slots.prepare(adapter)
-    adapters.prepare = slots.prepare
     return weights, slots

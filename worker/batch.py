@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.lora_segments import Segment
+from kernels.lora_segments import GainRows, Segment
 from kernels.paged_attention_prefill import PrefillChunk
 from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
+from worker.model.config import END_MODULES, TARGET_GROUPS
+from worker.model.decoder import TrainedRows
 from worker.scheduler import ScheduledSequence
 from worker.sequence import Sequence
 
@@ -50,7 +53,14 @@ class Batch:
     segments: list[Segment]
     """All rows; those without adapter have rank ``NO_RANK``."""
     group_segments: dict[str, list[Segment]]
-    """For each linear group that an adapter of the batch changes, the segments of such adapters."""
+    """For each group of modules that an adapter of the batch changes, the segments of such
+    adapters. Those of the output head are of ``sampled_rows``."""
+
+    group_gains: dict[str, list[GainRows]]
+    """Likewise, for each group that an adapter changes with DoRA."""
+
+    trained: dict[str, list[TrainedRows]]
+    """For each of ``END_MODULES`` that an adapter replaces, the rows of such adapters, likewise."""
 
     num_ranks: int
     """Ranks of the slots up to the last one of the batch's adapters."""
@@ -58,6 +68,13 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether adapters change nothing but the layers' linear modules, and by LoRA: CUDA graphs
+        hold no more than that."""
+        is_more = self.group_gains or self.trained
+        return not is_more and self.group_segments.keys().isdisjoint(END_MODULES)
 
     @property
     def max_decode_length(self) -> int:
@@ -95,7 +112,21 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         if end == sequence.num_tokens:
             sampled.append(sequence)
             sampled_rows.append(len(token_ids) - 1)
-    segments, group_segments = _segments(ordered, first_rank, slots)
+    segments = _segments(((item.sequence.adapter, item.num_rows) for item in ordered), slots)
+    sampled_segments: list[tuple[Segment, Adapter | None]] = []
+    if any(adapter.changes_head for adapter in adapters):
+        sampled_segments = _segments(((sequence.adapter, 1) for sequence in sampled), slots)
+    trained = {
+        "embed_tokens": _trained("embed_tokens", segments),
+        "lm_head": _trained("lm_head", sampled_segments),
+    }
+    group_segments, group_gains = {}, {}
+    for group in TARGET_GROUPS:
+        rows = sampled_segments if group == "lm_head" else segments
+        if changed := [(s, a) for s, a in rows if a and group in a.target_groups]:
+            group_segments[group] = [segment for segment, _ in changed]
+            if gains := _gains(group, changed):
+                group_gains[group] = gains
     return Batch(
         scheduled=ordered,
         sampled=sampled,
@@ -110,8 +141,10 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         page_updates=_page_updates(ordered),
         num_decode_rows=len(ordered) - len(chunks),
         chunks=chunks,
-        segments=segments,
+        segments=[segment for segment, _ in segments],
         group_segments=group_segments,
+        group_gains=group_gains,
+        trained={module: rows for module, rows in trained.items() if rows},
         num_ranks=slots.num_ranks(adapters) if slots else 0,
     )
 
@@ -127,23 +160,33 @@ def _page_updates(scheduled: list[ScheduledSequence]) -> Int32s:
 
 
 def _segments(
-    ordered: list[ScheduledSequence],
-    first_rank: Callable[[ScheduledSequence], int],
-    slots: AdapterSlots | None,
-) -> tuple[list[Segment], dict[str, list[Segment]]]:
-    segments: list[Segment] = []
-    by_group: dict[str, list[Segment]] = {}
+    rows: Iterable[tuple[Adapter | None, int]], slots: AdapterSlots | None
+) -> list[tuple[Segment, Adapter | None]]:
+    """For adapters with their numbers of rows, those of one adapter side by side."""
+    segments: list[tuple[Segment, Adapter | None]] = []
     first_row = 0
-    for _, items in groupby(ordered, key=first_rank):
-        run = list(items)
-        end_row = first_row + sum(item.num_rows for item in run)
-        adapter = run[0].sequence.adapter
+    for adapter, items in groupby(rows, key=itemgetter(0)):
+        end_row = first_row + sum(num_rows for _, num_rows in items)
         if slots and adapter:
-            segment = Segment(first_row, end_row, first_rank(run[0]), adapter.rank)
-            for group in adapter.linear_groups:
-                by_group.setdefault(group, []).append(segment)
+            segment = Segment(first_row, end_row, slots.first_rank(adapter), adapter.rank)
         else:
             segment = Segment(first_row, end_row, 0, NO_RANK)
-        segments.append(segment)
+        segments.append((segment, adapter))
         first_row = end_row
-    return segments, by_group
+    return segments
+
+
+def _gains(group: str, segments: list[tuple[Segment, Adapter]]) -> list[GainRows]:
+    return [
+        GainRows(segment.first_row, segment.end_row, gains)
+        for segment, adapter in segments
+        if (gains := adapter.on_device.gains.get(group)) is not None
+    ]
+
+
+def _trained(module: str, segments: list[tuple[Segment, Adapter | None]]) -> list[TrainedRows]:
+    return [
+        TrainedRows(segment.first_row, segment.end_row, adapter.on_device.trained[module])
+        for segment, adapter in segments
+        if adapter and module in adapter.on_device.trained
+    ]

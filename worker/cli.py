@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -56,13 +57,16 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
     lora.add_argument(
         "--enable-lora",
         action="store_true",
-        help="serve adapters that are loaded later (on by itself with --lora-paths, --lora-root)",
+        help="serve adapters that are loaded later (on by itself with --lora-paths, --lora-root,"
+        " --hub-owners)",
     )
     lora.add_argument(
         "--lora-paths",
         nargs="+",
         metavar="LORA",
-        help="PEFT folders: PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned",
+        help="PEFT folders: PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned; where no"
+        " folder PATH exists, OWNER/NAME[@REVISION] is a repository of the Hugging Face hub"
+        " (hf:OWNER/NAME always is)",
     )
     lora.add_argument(
         "--max-loras-per-batch", type=int, metavar="N", help="distinct adapters in a batch (8)"
@@ -82,13 +86,26 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
         help="folders below which `producer lora load` may name adapters (none)",
     )
     lora.add_argument(
+        "--hub-owners",
+        nargs="+",
+        metavar="OWNER",
+        help="users and organizations of the hub whose adapters `producer lora load` may name, once"
+        " a fetcher has brought them into this machine's hub cache (none)",
+    )
+    lora.add_argument(
+        "--with-fetcher",
+        action="store_true",
+        help="run a fetcher beside the worker, for a machine alone",
+    )
+    lora.add_argument(
         "--max-lora-rank", type=int, metavar="N", help="largest rank (of the adapters given)"
     )
     lora.add_argument(
         "--lora-target-modules",
         nargs="+",
         metavar="MODULE",
-        help="modules that adapters may change, or all (those of the adapters given)",
+        help="modules that adapters may change by LoRA: linear ones, embed_tokens, lm_head, or all"
+        " (those of the adapters given)",
     )
     lora.add_argument("--lora-backend", help="triton (on a GPU) or torch (on a CPU)")
 
@@ -150,12 +167,12 @@ def _run(flags: dict[str, object]) -> int:
     from broker.address import has_password
     from broker.connection import server_errors
     from broker.server import find_server
-    from broker.server_settings import warnings
     from schemas.errors import LorryError
-    from worker.background import keep_trying
+    from worker.background import wait_for_server
     from worker.config import WorkerConfig
     from worker.engine import Engine
     from worker.host_memory import keep_freed_memory
+    from worker.hub.fetcher_process import FetcherProcess
     from worker.logs import configure_logs, log
     from worker.worker import Worker
 
@@ -164,17 +181,15 @@ def _run(flags: dict[str, object]) -> int:
     try:
         config = WorkerConfig.from_flags(flags)
         with find_server(config.redis_url, config.redis_password_file) as server:
-            log.info("queue_server", server=server.description)
             if has_password(config.redis_url):
                 log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
-            with server_errors(server.url):
-                settings = keep_trying(server.settings, at="start")
-            for sentence in warnings(settings):
-                log.warning("server_settings", problem=sentence)
-            worker = Worker(config, Engine(config), server.url)
+            wait_for_server(server)
+            engine = Engine(config)
+            worker = Worker(config, engine, server.url)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: worker.stop())
-            with server_errors(server.url):
+            fetcher = FetcherProcess(config, engine.adapters.loader.limits, server.url)
+            with server_errors(server.url), fetcher if config.with_fetcher else nullcontext():
                 return worker.run()
     except LorryError as error:
         print(f"worker: error: {error}", file=sys.stderr)

@@ -18,8 +18,9 @@ from pydantic import (
 
 from schemas.adapter import AdapterName
 from schemas.errors import BadInput
+from schemas.hub import HUB_PREFIX, HubSource
 from schemas.keys import QUEUE_NAME
-from worker.model.config import LINEAR_MODULES
+from worker.model.config import TARGET_MODULES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,26 +38,45 @@ class LoraPath(BaseModel):
     def folder(self) -> Path:
         return Path(self.lora_path).resolve()
 
+    @property
+    def repository(self) -> HubSource | None:
+        """The repository of the hub that the path means; None for a folder.
+
+        A folder of that name wins; with ``hf:`` before it, it is the repository.
+        """
+        if self.lora_path.startswith(HUB_PREFIX) or not self.folder.is_dir():
+            return HubSource.parse(self.lora_path)
+        return None
+
+    @model_validator(mode="after")
+    def _names_a_source(self) -> LoraPath:
+        if self.lora_path.startswith(HUB_PREFIX) and not self.repository:
+            raise ValueError(f"{self.lora_path} is not hf:OWNER/NAME[@REVISION]")
+        return self
+
     @classmethod
     def parse(cls, text: str) -> LoraPath:
-        """Read ``PATH``, ``NAME=PATH`` or ``{"lora_name", "lora_path", "pinned"}``.
+        """Read ``PATH``, ``NAME=PATH`` or ``{"lora_name", "lora_path", "pinned"}``; a path may be a
+        repository of the hub, ``OWNER/NAME[@REVISION]``.
 
-        A bare path gets its last component as its name.
+        A bare path gets its last component as its name, a bare repository its name.
         """
         try:
             if text.lstrip().startswith("{"):
                 return cls.model_validate_json(text)
             name, separator, path = text.partition("=")
             if not separator:
-                name, path = Path(text).name, text
+                source = HubSource.parse(text)
+                name, path = source.name if source else Path(text).name, text
             return cls(lora_name=name, lora_path=path)
         except ValidationError as error:
             problem = error.errors()[0]
             field = "".join(f"{part}: " for part in problem["loc"])
             raise BadInput(
                 f"--lora-paths {text}: {field}{problem['msg']}."
-                " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned; a name"
-                " begins with a letter or digit and goes on with those and . _ - /"
+                " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned, with a folder"
+                " or OWNER/NAME[@REVISION] of the hub as the path; a name begins with a letter or"
+                " digit and goes on with those and . _ - /"
             ) from error
 
 
@@ -66,13 +86,49 @@ def _known_modules(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None
     modules = tuple(module for value in given for module in value.split(",") if module)
     if modules == ("all",):
-        return LINEAR_MODULES
-    if unknown := [module for module in modules if module not in LINEAR_MODULES]:
-        raise ValueError(f"{', '.join(unknown)}: choose from {', '.join(LINEAR_MODULES)}, or 'all'")
+        return TARGET_MODULES
+    if unknown := [module for module in modules if module not in TARGET_MODULES]:
+        raise ValueError(f"{', '.join(unknown)}: choose from {', '.join(TARGET_MODULES)}, or 'all'")
     return modules
 
 
 Positive = Annotated[int, Field(ge=1)]
+TargetModules = Annotated[tuple[str, ...] | None, AfterValidator(_known_modules)]
+
+
+def _known_owners(owners: tuple[str, ...]) -> tuple[str, ...]:
+    for owner in owners:
+        source = HubSource.parse(f"{owner}/x")
+        if source is None or source.owner != owner:
+            raise ValueError(f"{owner} is no user or organization of the hub")
+    return owners
+
+
+HubOwners = Annotated[tuple[str, ...], AfterValidator(_known_owners)]
+
+
+class FetcherConfig(BaseModel):
+    """All settings of a fetcher; names are those of the flags."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_path: Path
+    hub_owners: HubOwners
+    max_lora_rank: Positive | None = None
+    lora_target_modules: TargetModules = None
+    queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
+    redis_url: str | None = None
+    redis_password_file: Path | None = None
+    end_with: int | None = None
+    """Process without which it ends."""
+
+    @classmethod
+    def from_flags(cls, flags: dict[str, Any]) -> FetcherConfig:
+        """Check parsed flags; raises BadInput that names the flag."""
+        try:
+            return cls(**flags)
+        except ValidationError as error:
+            raise BadInput(_first_problem(error)) from error
 
 
 class WorkerConfig(BaseModel):
@@ -84,11 +140,13 @@ class WorkerConfig(BaseModel):
     enable_lora: bool = False
     lora_paths: tuple[LoraPath, ...] = ()
     lora_root: tuple[Path, ...] = ()
+    hub_owners: HubOwners = ()
+    with_fetcher: bool = False
     max_loras_per_batch: Positive = 8
     max_loaded_loras: Positive | None = None
     lora_eviction_policy: Literal["lru", "fifo"] = "lru"
     max_lora_rank: Positive | None = None
-    lora_target_modules: Annotated[tuple[str, ...] | None, AfterValidator(_known_modules)] = None
+    lora_target_modules: TargetModules = None
     lora_backend: Literal["triton", "torch"] | None = None
     max_running_requests: Positive | None = None
     max_total_tokens: Positive | None = None
@@ -132,9 +190,12 @@ class WorkerConfig(BaseModel):
             )
         if self.has_lora and not names and not (self.max_lora_rank and self.lora_target_modules):
             raise ValueError(
-                "--enable-lora and --lora-root need --max-lora-rank and --lora-target-modules"
-                " (names, or all) where no --lora-paths tell which adapters will be loaded"
+                "--enable-lora, --lora-root and --hub-owners need --max-lora-rank and"
+                " --lora-target-modules (names, or all) where no --lora-paths tell which adapters"
+                " will be loaded"
             )
+        if self.with_fetcher and not self.hub_owners:
+            raise ValueError("--with-fetcher needs --hub-owners: whose repositories it may fetch")
         if missing := [str(root) for root in self.lora_root if not root.is_dir()]:
             raise ValueError(f"--lora-root {missing[0]}: there is no folder of that name")
         if self.max_total_tokens is not None and self.mem_fraction_static is not None:
@@ -150,7 +211,7 @@ class WorkerConfig(BaseModel):
     @property
     def has_lora(self) -> bool:
         """Whether adapters can be served, from the start or loaded later."""
-        return self.enable_lora or bool(self.lora_paths) or bool(self.lora_root)
+        return self.enable_lora or bool(self.lora_paths or self.lora_root or self.hub_owners)
 
     @property
     def resolved_device(self) -> torch.device:

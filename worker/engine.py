@@ -12,9 +12,11 @@ import structlog
 from kernels.largest_token import NO_TOKEN
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
+from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import load_registry
 from worker.adapters.residency import AdapterResidency
+from worker.adapters.sources import find_adapters
 from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
@@ -54,9 +56,14 @@ class Engine:
         self.dtype = config.resolved_dtype(model.dtype)
         self.context_length = _context_length(config, model)
         self.tokenizer = Tokenizer(config.model_path, model.vocab_size)
-        self.adapters = load_registry(config, model, self.dtype)
-        weights, self.slots = load_weights_and_slots(
-            config, model, self.adapters, self.device, self.dtype
+        found = find_adapters(config.lora_paths)
+        limits = find_limits(config, found, model)
+        weights, self.slots = load_weights_and_slots(config, model, limits, self.device, self.dtype)
+        self.adapters = load_registry(
+            config,
+            found,
+            AdapterLoader(model, weights, limits),
+            self.slots.prepare if self.slots else None,
         )
         build = partial(build_runner, config, model, weights, self.slots, self.context_length)
         pages = pages_that_fit(

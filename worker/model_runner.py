@@ -5,26 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import structlog
 import torch
 
 from kernels.largest_token import largest_token
+from kernels.lora_expand import FEW_ROWS
 from kernels.lora_segments import LoraRows, Segment, lora_tiles
 from kernels.lora_shrink import SHRINK_TILE_ROWS
 from kernels.paged_attention_prefill import PrefillChunk, PrefillRows, prefill_tiles
 from kernels.sample import Draw, sample
 from worker.batch import IN_FLIGHT, Batch, Int32s
 from worker.kv_cache import PAGE_SIZE
-from worker.model.config import LINEAR_GROUPS
-from worker.model.decoder import Decoder, DecoderInput
+from worker.model.config import TARGET_GROUPS
+from worker.model.decoder import Decoder, DecoderInput, TrainedRows
 from worker.sampler import draw
 from worker.staging import Staging, send
 from worker.step_arrays import StepArrays, step_arrays, total_size, views
 from worker.step_graphs import Record, StepGraphs, cuda_recorder
 
 log = structlog.get_logger()
+
+#: No adapter of a batch replaces a weight.
+NO_ROWS: Mapping[str, Sequence[TrainedRows]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class ModelRunner:
         self._max_running = max_running
         # The last line is for rows that fill up a CUDA graph's batch.
         self.page_table = torch.zeros(max_running + 1, max_pages, dtype=torch.int32, device=device)
+        self._max_length = max_pages * PAGE_SIZE
         self._unused_page = unused_page
         self.page_table[-1] = unused_page
         self.newest_tokens = torch.zeros(max_running + 1, dtype=torch.int32, device=device)
@@ -90,6 +96,8 @@ class ModelRunner:
         self._run_empty(num_rows, max(rank_levels, default=0), by_segments=False)
         if rank_levels:
             self._run_empty(num_rows, max(rank_levels), by_segments=True)
+            # Few rows take other kernels, and those of the model's ends are in no graph.
+            self._run_empty(min(num_rows, FEW_ROWS), max(rank_levels), by_segments=False)
         torch.cuda.empty_cache()  # As capturing does, which would count as memory won.
         started, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         self.make_graphs(
@@ -120,7 +128,7 @@ class ModelRunner:
             record,
             max_running=self._max_running,
             max_prefill_tokens=max_prefill_tokens,
-            max_length=self.page_table.shape[1] * PAGE_SIZE,
+            max_length=self._max_length,
             unused_page=self._unused_page,
             max_adapters=max_adapters,
             rank_levels=rank_levels,
@@ -134,7 +142,9 @@ class ModelRunner:
         """Start a batch; on a GPU returns before it is done."""
         began = self._mark()
         step = step_arrays(batch)
-        replayed = self._graphs.replay(step, num_ranks=batch.num_ranks) if self._graphs else None
+        replayed = None
+        if self._graphs and batch.has_graph:
+            replayed = self._graphs.replay(step, num_ranks=batch.num_ranks)
         logits, tokens = replayed or self._run(batch, step)
         if draw(tokens, logits, batch.sampled):
             lines = [sequence.line for sequence in batch.sampled]
@@ -143,21 +153,37 @@ class ModelRunner:
 
     def _run(self, batch: Batch, step: StepArrays[Int32s]) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = self._upload(step)
-        prefill_tiles = lora_tiles = shrink_tiles = None
-        if self.device.type == "cuda":
-            prefill_tiles = on_device.prefill_tiles.view(-1, 4)
-            lora_tiles = on_device.lora_tiles.view(-1, 4)
-            if len(on_device.shrink_tiles):
-                shrink_tiles = on_device.shrink_tiles.view(-1, 4)
+        prefill_tiles = self._tiles(on_device.prefill_tiles)
+        tiles = self._tiles(on_device.lora_tiles), self._tiles(on_device.shrink_tiles)
+        end_tiles = {
+            "embed_tokens": (self._tiles(on_device.embedding_tiles), None),
+            "lm_head": (
+                self._tiles(on_device.head_tiles),
+                self._tiles(on_device.head_shrink_tiles),
+            ),
+        }
+        lora = {}
+        for group, segments in batch.group_segments.items():
+            expand, shrink = end_tiles.get(group, tiles)
+            gains = batch.group_gains.get(group, ())
+            lora[group] = LoraRows(segments, expand, batch.num_ranks, shrink, gains)
+        max_length = batch.max_decode_length
+        if self.device.type == "cuda" and not batch.has_graph:
+            # As in a graph: attention is compiled for each number of parts that this leads to.
+            max_length = self._max_length
         return self.forward(
             on_device,
-            max_length=batch.max_decode_length,
+            max_length=max_length,
             prefill=PrefillRows(batch.chunks, prefill_tiles) if batch.chunks else None,
-            lora={
-                group: LoraRows(segments, lora_tiles, batch.num_ranks, shrink_tiles)
-                for group, segments in batch.group_segments.items()
-            },
+            lora=lora,
+            trained=batch.trained,
         )
+
+    def _tiles(self, numbers: torch.Tensor) -> torch.Tensor | None:
+        """[tiles, 4]; None without any, or where the torch twins run, which go by segments."""
+        if self.device.type != "cuda" or not len(numbers):
+            return None
+        return numbers.view(-1, 4)
 
     def forward(
         self,
@@ -166,6 +192,7 @@ class ModelRunner:
         max_length: int,
         prefill: PrefillRows | None,
         lora: Mapping[str, LoraRows],
+        trained: Mapping[str, Sequence[TrainedRows]] = NO_ROWS,
         logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [sampled, vocabulary] and the largest one's tokens [sampled], which become the
@@ -192,6 +219,7 @@ class ModelRunner:
                 page_table=self.page_table,
                 prefill=prefill,
                 lora=lora,
+                trained=trained,
                 sampled_rows=step.sampled_rows,
             ),
             logits,
@@ -208,14 +236,14 @@ class ModelRunner:
 
     def _run_empty(self, num_rows: int, num_ranks: int, *, by_segments: bool) -> None:
         """Run so many rows of prompts of nobody, on adapters of no rank among so many."""
-        max_length = self.page_table.shape[1] * PAGE_SIZE
+        max_length = self._max_length
         no_line = self._max_running
         chunks = [
             PrefillChunk(row, end := min(row + max_length, num_rows), no_line, end - row)
             for row in range(0, num_rows, max_length)
         ]
         nothing = np.zeros(num_rows, np.int32)
-        segment = Segment(0, num_rows, 0, 0)
+        segment, sampled = Segment(0, num_rows, 0, 0), Segment(0, min(no_line, num_rows), 0, 0)
         step = StepArrays(
             token_ids=nothing,
             lines=nothing + no_line,
@@ -227,15 +255,20 @@ class ModelRunner:
             prefill_tiles=np.array(prefill_tiles(chunks), np.int32).ravel(),
             lora_tiles=np.array(lora_tiles([segment]), np.int32).ravel(),
             shrink_tiles=np.array(lora_tiles([segment], SHRINK_TILE_ROWS), np.int32).ravel(),
+            embedding_tiles=nothing[:0],
+            head_tiles=np.array(lora_tiles([sampled]), np.int32).ravel(),
+            head_shrink_tiles=np.array(lora_tiles([sampled], SHRINK_TILE_ROWS), np.int32).ravel(),
         )
         on_device = self._upload(step)
         tiles, shrink_tiles = on_device.lora_tiles.view(-1, 4), on_device.shrink_tiles.view(-1, 4)
-        lora = LoraRows([], tiles, num_ranks, shrink_tiles if by_segments else None)
+        rows = LoraRows([], tiles, num_ranks, shrink_tiles if by_segments else None)
+        head_tiles, head_shrink_tiles = on_device.head_tiles, on_device.head_shrink_tiles
+        head = LoraRows([], head_tiles.view(-1, 4), num_ranks, head_shrink_tiles.view(-1, 4))
         self.forward(
             on_device,
             max_length=0,
             prefill=PrefillRows(chunks, on_device.prefill_tiles.view(-1, 4)),
-            lora=dict.fromkeys(LINEAR_GROUPS, lora) if num_ranks else {},
+            lora=dict.fromkeys(TARGET_GROUPS, rows) | {"lm_head": head} if num_ranks else {},
         )
 
     def _upload(self, step: StepArrays[Int32s]) -> StepArrays[torch.Tensor]:

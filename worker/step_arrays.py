@@ -32,6 +32,9 @@ class StepArrays(NamedTuple, Generic[Array]):
     prefill_tiles: [4 * tiles], the fields of ``PrefillTile``
     lora_tiles: [4 * tiles], the fields of ``LoraTile``; empty if the batch has no adapter
     shrink_tiles: likewise, for ``lora_shrink``; empty if it is not to work by segments
+    embedding_tiles: likewise, of the rows of adapters that change the embedding alone
+    head_tiles, head_shrink_tiles: likewise, of the sampled rows of adapters that change the output
+        head alone; its ``lora_shrink`` always works by segments
     """
 
     token_ids: Array
@@ -44,10 +47,14 @@ class StepArrays(NamedTuple, Generic[Array]):
     prefill_tiles: Array
     lora_tiles: Array
     shrink_tiles: Array
+    embedding_tiles: Array
+    head_tiles: Array
+    head_shrink_tiles: Array
 
 
 def step_arrays(batch: Batch) -> StepArrays[Int32s]:
     """The arrays of a batch, on the host."""
+    head_segments = batch.group_segments.get("lm_head", [])
     return StepArrays(
         token_ids=batch.token_ids,
         lines=batch.lines,
@@ -63,6 +70,9 @@ def step_arrays(batch: Batch) -> StepArrays[Int32s]:
             if _shrinks_by_segments(batch)
             else []
         ),
+        embedding_tiles=_flat(lora_tiles(batch.group_segments.get("embed_tokens", []))),
+        head_tiles=_flat(lora_tiles(head_segments)),
+        head_shrink_tiles=_flat(lora_tiles(head_segments, SHRINK_TILE_ROWS)),
     )
 
 

@@ -146,7 +146,7 @@ class _StepGraph:
         self._logits = logits
         self._sizes = StepArrays(
             *(size, size, size, num_sampled, 3 * size, num_sampled, num_sampled),
-            *(4 * num_prefill_tiles, 4 * num_lora_tiles, 0),
+            *(4 * num_prefill_tiles, 4 * num_lora_tiles, 0, 0, 0, 0),
         )
         self._staging = staging
         # Rows, tiles and updates that do nothing.

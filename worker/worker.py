@@ -74,6 +74,10 @@ class Worker:
             is_enabled=config.has_lora,
             own_folders=[lora.folder for lora in config.lora_paths],
             roots=config.lora_root,
+            own_repositories=[
+                lora.repository.repo for lora in config.lora_paths if lora.repository
+            ],
+            hub_owners=config.hub_owners,
             max_pinned=config.max_loras_per_batch - 1,
             report=lambda: follow_queue.heartbeat(self._state(), alive_seconds=ALIVE_SECONDS),
         )

@@ -1,4 +1,4 @@
--- Pins or unpins an adapter, or begins to unload it.
+-- Pins or unpins an adapter, or begins to unload it, which also calls off a fetch under its name.
 --   ARGV: name, 'pin' | 'unpin' | 'drain' (unload once its waiting jobs are finished)
 --         | 'force' (unload, and let its waiting jobs fail)
 --   Returns the version of the desired state, or nil if the name is unknown.
@@ -9,9 +9,14 @@ local CHANGES = {
 }
 local name, change = ARGV[1], CHANGES[ARGV[2]]
 if not change then return redis.error_reply('ERR no such change: ' .. ARGV[2]) end
-local record = read_record(name)
-if not record then return false end
 local field, value = unpack(change)
+local fetch = field == 'unloading' and read_fetch(name)
+if fetch then redis.call('HDEL', FETCHES, name) end
+local record = read_record(name)
+if not record then
+  -- Unloaded while it was fetched, or after that had failed: there is nothing else to take away.
+  return fetch and type(fetch.version) ~= 'number' and desired_state_changed()
+end
 if record[field] == value then return tonumber(redis.call('GET', ADAPTERS_VERSION)) end
 record[field] = value
 write_record(name, record)

@@ -122,3 +122,38 @@ local function desired_state_changed()
   redis.call('PUBLISH', CONTROL, version)
   return version
 end
+
+-- What a load under a name replaces: what a worker has read last.
+local function what_is_replaced(name)
+  local record = read_record(name)
+  if not record then return cjson.null end
+  if type(record.previous) == 'table' then return record.previous end
+  if type(record.revision) ~= 'string' then return cjson.null end
+  return { source = record.source, revision = record.revision }
+end
+
+-- Lets every worker read an adapter from a source, in place of one of that name; returns the version
+-- of the desired state. `revision` is cjson.null where the first worker that reads it shall say.
+local function load_adapter(name, source, revision, pinned)
+  local version = desired_state_changed()
+  write_record(name, {
+    source = source, revision = revision, pinned = pinned, unloading = cjson.null,
+    version = version, previous = what_is_replaced(name),
+  })
+  return version
+end
+
+-- The newest request to fetch an adapter of that name, if it is the one of this id, or of any id.
+local function read_fetch(name, id)
+  local fetch = redis.call('HGET', FETCHES, name)
+  fetch = fetch and cjson.decode(fetch)
+  return fetch and (not id or fetch.id == id) and fetch or nil
+end
+
+local function write_fetch(name, fetch)
+  redis.call('HSET', FETCHES, name, cjson.encode(fetch))
+end
+
+local function is_over(fetch)
+  return type(fetch.error) == 'string' or type(fetch.version) == 'number'
+end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.end_to_end.at_work import (
     succeed,
     wait_until_running,
 )
-from tests.tiny_models import Oracle
+from tests.tiny_models import Oracle, OracleOfEach, make_adapter
 
 
 def test_adapters_come_change_and_go_while_jobs_run(
@@ -67,6 +68,27 @@ def test_a_replacement_lets_running_jobs_end_on_the_weights_they_began_with(
     # No result of one revision has tokens of the other, nor a mixture.
     assert len({revision for revision, _ in revisions}) == len(revisions)
     assert any(is_old for _, is_old in revisions)
+
+
+def test_an_adapter_with_dora_and_a_head_of_its_own_replaces_a_plain_one_by_command(
+    client: Client, root: Path, model_folder: Path
+) -> None:
+    settings = {"use_dora": True, "modules_to_save": ["lm_head"]}
+    modules = ["q_proj", "down_proj", "embed_tokens"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
+        make_adapter(
+            model_folder, root / "whole", rank=6, seed=9, target_modules=modules, **settings
+        )
+    folders = {name: root / name for name in ("whole", "lora1", "lora2")}
+    oracle = OracleOfEach(model_folder, folders)
+    for name in ("lora1", "lora2"):
+        succeed(client, client.load_adapter(name, root / name))
+    assert_answers(client, oracle, {None: None, "lora1": "lora1", "lora2": "lora2"})
+    succeed(client, client.load_adapter("lora1", root / "whole"))
+    assert_answers(client, oracle, {None: None, "lora1": "whole", "lora2": "lora2"})
+    succeed(client, client.load_adapter("lora1", root / "lora1"))
+    assert_answers(client, oracle, {None: None, "lora1": "lora1", "lora2": "lora2"})
 
 
 def test_a_folder_that_cannot_be_served_is_refused_by_each_worker_with_the_reason(

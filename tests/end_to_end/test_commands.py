@@ -19,6 +19,7 @@ from broker.embedded import EmbeddedServer
 from producer.cli import app
 from producer.client import Client
 from tests.end_to_end.at_work import (
+    answers,
     assert_answers,
     expected_tokens,
     job,
@@ -122,7 +123,8 @@ def test_commands_that_race_a_running_batch_do_not_change_its_answers(
             client.unpin_adapter(name)
         client.load_adapter("lora0", root / "lora0")
         for name in ("lora1", "lora2"):
-            succeed(client, client.unload_adapter(name))
+            # Not `succeed`: what else each worker has just then may differ.
+            assert all(answer.success for answer in answers(client, client.unload_adapter(name)))
         num_rounds += 1
     assert num_rounds > 1
     client.wait(running, timeout=120)

@@ -11,7 +11,9 @@ import structlog
 from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, LorryError
-from worker.adapters.registry import AdapterRegistry
+from schemas.hub import HUB_PREFIX, HubSource
+from worker.adapters.registry import AdapterRegistry, ReadAdapter
+from worker.hub.repository import HubRepository
 
 log = structlog.get_logger()
 
@@ -32,14 +34,19 @@ class DesiredStateFollower:
         roots: Collection[Path],
         max_pinned: int,
         report: Callable[[], None],
+        own_repositories: Collection[str] = (),
+        hub_owners: Collection[str] = (),
     ) -> None:
-        """``own_folders`` are those of the command line; any other must stand below one of
-        ``roots``. ``report`` writes the worker's observed state."""
+        """``own_folders`` and ``own_repositories`` are those of the command line; any other must
+        stand below one of ``roots``, or belong to one of ``hub_owners``. ``report`` writes the
+        worker's observed state."""
         self._is_enabled = is_enabled
         self._queue = queue
         self._registry = registry
         self._own_folders = frozenset(own_folders)
         self._roots = [root.resolve() for root in roots]
+        self._own_repositories = frozenset(own_repositories)
+        self._hub_owners = frozenset(hub_owners)
         self._max_pinned = max_pinned
         self._report = report
         self._nudges = queue.client.pubsub(ignore_subscribe_messages=True)
@@ -112,11 +119,11 @@ class DesiredStateFollower:
 
     def _load(self, name: str, record: AdapterRecord) -> None:
         known = self._registry.known(name)
-        if known and (str(known.source), known.revision) == (record.source, record.revision):
+        if known and (known.source, known.revision) == (record.source, record.revision):
             self._registry.accept(name, record.version)
             return
         try:
-            read = self._registry.read(name, self._allowed(record.source), record.version)
+            read = self._read(name, record.source, record.version)
             # Settled before anything is served, so that no two workers serve different weights.
             recorded = self._queue.adopt_revision(name, record.version, read.known.revision)
             if recorded is None:
@@ -143,12 +150,15 @@ class DesiredStateFollower:
         if not previous:
             return
         try:
-            read = self._registry.read(name, self._allowed(previous.source), record.version)
+            read = self._read(name, previous.source, record.version)
         except BadInput as error:
             log.warning("previous_adapter_unavailable", adapter=name, reason=str(error))
             return
         if read.known.revision == previous.revision:
             self._registry.serve(name, read)
+
+    def _read(self, name: str, source: str, version: int) -> ReadAdapter:
+        return self._registry.read(name, self._allowed(source), version, source=source)
 
     def _allowed(self, source: str) -> Path:
         """Raises BadInput for a folder that commands may not name."""
@@ -157,6 +167,8 @@ class DesiredStateFollower:
                 "this worker serves no adapters; start it with --enable-lora, --lora-paths or"
                 " --lora-root."
             )
+        if source.startswith(HUB_PREFIX):
+            return self._allowed_in_cache(source)
         folder = Path(source).resolve()
         if folder in self._own_folders:
             return folder
@@ -169,6 +181,19 @@ class DesiredStateFollower:
             roots = ", ".join(map(str, self._roots))
             raise BadInput(f"{source} is not below --lora-root {roots}.")
         return folder
+
+    def _allowed_in_cache(self, source: str) -> Path:
+        """Raises BadInput for a repository that commands may not name, or that is not cached."""
+        repository = HubSource.parse(source)
+        if repository is None:
+            raise BadInput(f"{source} names no repository of the hub.")
+        is_own = repository.repo in self._own_repositories
+        if not is_own and repository.owner not in self._hub_owners:
+            owners = ", ".join(sorted(self._hub_owners)) or "none"
+            raise BadInput(
+                f"{source}: {repository.owner} is not among the worker's --hub-owners ({owners})."
+            )
+        return HubRepository(repository).folder()
 
     def _pin(self, records: Mapping[str, AdapterRecord]) -> None:
         pinned = sorted(name for name, record in records.items() if record.pinned)

@@ -2,42 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from schemas.errors import BadInput
-from worker.adapters.peft_format import Adapter, load_adapter, revision_of
+from worker.adapters.peft_format import (
+    Adapter,
+    AdapterOutline,
+    check_adapter,
+    load_adapter,
+    revision_of,
+)
+from worker.adapters.peft_tensors import check_finite
+from worker.adapters.sources import FoundAdapter
+from worker.config import WorkerConfig
 from worker.model.config import ModelConfig
+from worker.model.weights import DecoderWeights
 
 
 @dataclass(frozen=True)
-class AdapterLoader:
-    """``max_rank`` and ``target_modules`` are None while nothing limits them."""
+class AdapterLimits:
+    """What adapters may be for which memory is set aside."""
 
-    model: ModelConfig
-    dtype: torch.dtype
-    max_rank: int | None
-    target_modules: Collection[str] | None
+    max_rank: int
+    target_modules: Collection[str]
 
-    def load(self, name: str, folder: Path) -> Adapter:
-        """Raises BadInput for an adapter that cannot be served."""
-        if not folder.is_dir():
-            raise BadInput(f"there is no folder {folder}.")
-        adapter = load_adapter(name, folder, self.model, self.dtype)
-        if self.max_rank is not None and adapter.rank > self.max_rank:
+    def check(self, outline: AdapterOutline) -> None:
+        """Raises BadInput, naming the flag, for an adapter that is beyond them."""
+        if outline.rank > self.max_rank:
             raise BadInput(
-                f"its rank {adapter.rank} is above --max-lora-rank {self.max_rank}; raise the flag."
+                f"its rank {outline.rank} is above --max-lora-rank {self.max_rank}; raise the flag."
             )
-        allowed = adapter.target_modules if self.target_modules is None else self.target_modules
-        if beyond := sorted(adapter.target_modules - set(allowed)):
+        if beyond := sorted(outline.target_modules.difference(self.target_modules)):
             raise BadInput(
                 f"it changes {', '.join(beyond)}, which --lora-target-modules leaves out; add them"
                 " to the flag, or give 'all'."
             )
-        return adapter
+
+
+def find_limits(
+    config: WorkerConfig, found: Iterable[FoundAdapter], model: ModelConfig
+) -> AdapterLimits:
+    """What the flags say, or else what the adapters of ``--lora-paths`` need.
+
+    Raises BadInput for the first of these that cannot be served, as far as can be told without
+    reading weights.
+    """
+    max_rank, modules = config.max_lora_rank or 0, frozenset(config.lora_target_modules or ())
+    for lora in found:
+        try:
+            limits = _limits_for(
+                _outline(lora.folder, model), config.max_lora_rank, config.lora_target_modules
+            )
+        except BadInput as error:
+            raise BadInput(f"--lora-paths {lora.name}: {error}") from error
+        max_rank = max(max_rank, limits.max_rank)
+        modules = modules.union(limits.target_modules)
+    return AdapterLimits(max_rank, modules)
+
+
+def _limits_for(
+    outline: AdapterOutline, max_rank: int | None, target_modules: Collection[str] | None
+) -> AdapterLimits:
+    """Those that are given, or else what the adapter needs; raises BadInput if it is beyond."""
+    limits = AdapterLimits(max_rank or outline.rank, target_modules or outline.target_modules)
+    limits.check(outline)
+    return limits
+
+
+@dataclass(frozen=True)
+class AdapterChecker:
+    """Says which adapters a worker can serve, as far as that can be told without the weights of the
+    base model; ``max_rank`` and ``target_modules`` are None where nothing limits them."""
+
+    model: ModelConfig
+    max_rank: int | None
+    target_modules: Collection[str] | None
+
+    def revision(self, folder: Path) -> str:
+        """A hash of what decides the adapter's answers; raises BadInput for one that cannot be
+        served."""
+        _limits_for(_outline(folder, self.model), self.max_rank, self.target_modules)
+        check_finite(folder)
+        return revision_of(folder)
+
+
+@dataclass(frozen=True)
+class AdapterLoader:
+    """Reads adapters for a base model."""
+
+    model: ModelConfig
+    base: DecoderWeights
+    limits: AdapterLimits
+
+    def load(self, name: str, folder: Path) -> Adapter:
+        """Raises BadInput for an adapter that cannot be served."""
+        outline = _outline(folder, self.model)
+        self.limits.check(outline)
+        try:
+            with _beside_batches(self.base.device):
+                return load_adapter(name, folder, outline, self.model, self.base)
+        except torch.OutOfMemoryError as error:
+            raise BadInput(
+                "the device's memory is full. Unload other adapters, or start the worker with a"
+                " lower --mem-fraction-static or --max-loaded-loras."
+            ) from error
 
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput if it cannot be read."""
@@ -47,3 +121,30 @@ class AdapterLoader:
             return revision_of(folder)
         except (OSError, ValueError) as error:
             raise BadInput(f"{folder}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _beside_batches(device: torch.device) -> Iterator[None]:
+    """On a GPU what is launched in here does not wait for batches nor they for it, and has ended
+    when this does."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _stream(device)
+    # It has made the base weights.
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loads: torch keeps the memory that it frees for the stream that had it."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _outline(folder: Path, model: ModelConfig) -> AdapterOutline:
+    if not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}.")
+    return check_adapter(folder, model)

@@ -22,14 +22,15 @@ CONFIG_FILE = "adapter_config.json"
 _MODULE_PATTERN = r"(.*\.)?({})$"
 _LAYER_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
-#: Ways to begin training that leave the base model's weights as they are. The others (PiSSA,
-#: OLoRA, CorDA, LoftQ) change them, and an adapter over the unchanged base would answer wrongly.
-_INNOCENT_INIT = (True, False, "gaussian", "eva", "orthogonal")
+#: Ways to begin training (in lower case, as PEFT compares them) that leave the base model's weights
+#: as they are. The others change them, and an adapter over the unchanged base would answer wrongly.
+_INNOCENT_INIT = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+
+#: Of the others, those whose adapters PEFT can turn into such for the unchanged base.
+_CONVERTIBLE_INIT = re.compile("pissa.*|olora|corda|lora_ga")
 
 #: Settings that change the product ``B A`` and are not served.
 _REFUSED_SETTINGS = {
-    "use_dora": "DoRA",
-    "modules_to_save": "fully trained modules",
     "layer_replication": "replicated layers",
     "lora_bias": "a bias in B",
     "trainable_token_indices": "trained token embeddings",
@@ -40,6 +41,8 @@ _REFUSED_SETTINGS = {
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "megatron_config": "LoRA of Megatron's layers",
 }
 
 #: Settings that matter to training or to other tools and not to the result. ``fan_in_fan_out`` is
@@ -48,7 +51,6 @@ _IGNORED_SETTINGS = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
     "inference_mode",
@@ -56,7 +58,6 @@ _IGNORED_SETTINGS = {
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
-    "megatron_config",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -83,6 +84,7 @@ class PeftConfig(BaseModel):
     r: _Rank
     lora_alpha: _Alpha
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Alpha] | None = None
     target_modules: list[str] | str | None = None
@@ -91,6 +93,8 @@ class PeftConfig(BaseModel):
     layers_pattern: list[str] | str | None = None
     # PEFT trains and saves biases of the base model, and Llama has none.
     bias: Literal["none", "all", "lora_only"] = "none"
+    ensure_weight_tying: bool = False
+    modules_to_save: list[str] | None = None
 
     @property
     def layer_patterns(self) -> list[str]:
@@ -160,12 +164,28 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"{path}: the setting '{setting}' is unknown here, so the adapter may not be"
                 " served as it was trained. Remove the setting if it does not matter."
             )
-    init = settings.get("init_lora_weights", True)
-    if init not in _INNOCENT_INIT:
+    _check_init(path, settings.get("init_lora_weights", True))
+
+
+def _check_init(path: Path, init: object) -> None:
+    kind = str(init).lower()
+    if kind in _INNOCENT_INIT:
+        return
+    place = f"{path}: init_lora_weights is '{init}'"
+    if _CONVERTIBLE_INIT.fullmatch(kind):
         raise BadInput(
-            f"{path}: init_lora_weights is '{init}', which changes the base model's weights."
+            f"{place}, which changes the base model's weights."
             " Convert the adapter with PEFT (path_initial_model_for_weight_conversion) first."
         )
+    if kind == "loftq":
+        raise BadInput(
+            f"{place}: the adapter makes up for the errors of a quantized base model, and this one"
+            " is not quantized."
+        )
+    raise BadInput(
+        f"{place}, which is unknown here and may have changed the base model's weights."
+        " Write true if it has not."
+    )
 
 
 def _check_targets(path: Path, config: PeftConfig) -> None:

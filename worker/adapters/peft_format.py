@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from schemas.errors import BadInput
-from worker.adapters.peft_config import read_config, read_settings
-from worker.adapters.peft_targets import Place, selected_places
+from worker.adapters.device_weights import DeviceWeights, stack_gains
+from worker.adapters.peft_config import CONFIG_FILE, read_config, read_settings
+from worker.adapters.peft_targets import Place, select
+from worker.adapters.peft_tensors import check_base_copies, check_tied, read_factors, read_trained
 from worker.adapters.peft_weights import (
     LoraFactors,
-    StoredFactors,
-    find_factors,
-    read_factors,
+    StoredWeights,
+    find_weights,
     weights_file,
 )
-from worker.model.config import LINEAR_GROUPS, ModelConfig
+from worker.model.config import TARGET_GROUPS, ModelConfig
+from worker.model.weights import DecoderWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +38,22 @@ class Adapter:
     """The largest of its modules' ranks."""
     factors: dict[Place, LoraFactors]
     """By layer and module, each of its own rank."""
+    on_device: DeviceWeights = field(default_factory=DeviceWeights)
 
     @cached_property
     def target_modules(self) -> frozenset[str]:
         return frozenset(module for _, module in self.factors)
 
     @cached_property
-    def linear_groups(self) -> list[str]:
-        """The groups of fused linear modules that it changes."""
+    def changes_head(self) -> bool:
+        return "lm_head" in self.target_modules or "lm_head" in self.on_device.trained
+
+    @cached_property
+    def target_groups(self) -> list[str]:
+        """The groups of fused modules that it changes."""
         return [
             group
-            for group, parts in LINEAR_GROUPS.items()
+            for group, parts in TARGET_GROUPS.items()
             if not self.target_modules.isdisjoint(parts)
         ]
 
@@ -56,15 +62,15 @@ class Adapter:
 class AdapterOutline:
     """What a folder holds, told without reading its weights."""
 
-    factors: dict[Place, StoredFactors]
+    weights: StoredWeights
 
     @property
     def rank(self) -> int:
-        return max(factors.rank for factors in self.factors.values())
+        return max(factors.rank for factors in self.weights.factors.values())
 
     @property
     def target_modules(self) -> frozenset[str]:
-        return frozenset(module for _, module in self.factors)
+        return frozenset(module for _, module in self.weights.factors)
 
 
 def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
@@ -74,18 +80,34 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     exactly.
     """
     config = read_config(folder)
-    places = selected_places(folder, config, model)
-    return AdapterOutline(find_factors(folder, config, places, model))
+    selection = select(folder, config, model)
+    return AdapterOutline(find_weights(folder, config, selection, model))
 
 
-def load_adapter(name: str, folder: Path, model: ModelConfig, dtype: torch.dtype) -> Adapter:
-    """Read an adapter's PEFT folder.
+def load_adapter(
+    name: str, folder: Path, outline: AdapterOutline, model: ModelConfig, base: DecoderWeights
+) -> Adapter:
+    """Read an adapter's PEFT folder, in the type of the base weights.
 
-    Raises BadInput as ``check_adapter`` does, and for weights that are not finite in ``dtype``.
+    Raises BadInput for weights that are not finite in that type, for copies of base weights that
+    differ from them, if there is no room on the device, and if the files change meanwhile.
     """
-    outline = check_adapter(folder, model)
-    factors = read_factors(folder, outline.factors, dtype)
-    return Adapter(name, str(folder), revision_of(folder), outline.rank, factors)
+    stored, stamp = outline.weights, _stamp(folder)
+    check_base_copies(folder, stored.base_copies, base)
+    check_tied(folder, stored)
+    factors, gains = read_factors(folder, stored.factors, model, base)
+    trained = read_trained(folder, stored, base)
+    on_device = DeviceWeights(stack_gains(gains, model, base.device), trained)
+    revision = revision_of(folder)
+    if _stamp(folder) != stamp:
+        raise BadInput(f"{folder}: its files were changed while they were read; load it again.")
+    return Adapter(name, str(folder), revision, outline.rank, factors, on_device)
+
+
+def _stamp(folder: Path) -> list[tuple[int, int, int]]:
+    """What changes with the files."""
+    found = [os.stat(path) for path in (folder / CONFIG_FILE, weights_file(folder))]
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
 
 
 def revision_of(folder: Path) -> str:

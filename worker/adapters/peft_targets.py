@@ -1,51 +1,88 @@
-"""Which linear modules of a model an adapter's config selects, by the rules of PEFT."""
+"""Which modules of a model an adapter's config selects, by the rules of PEFT."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.model.config import LINEAR_MODULES, ModelConfig
+from worker.model.config import END_MODULES, LINEAR_MODULES, TARGET_MODULES, ModelConfig
 from worker.model.weights import PARENTS, group_of
 
-#: A layer, and one of its linear modules.
-Place = tuple[int, str]
+#: A layer and one of its linear modules, or no layer and one of ``END_MODULES``.
+Place = tuple[int | None, str]
 
 #: Where ``layers_pattern`` is not given, the layer is the first number between dots.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
-#: What PEFT can change besides the linear modules of the layers.
-_OTHER_MODULES = {"model.embed_tokens": "the token embeddings", "lm_head": "the output head"}
+#: What transformers and PEFT call ``END_MODULES``.
+_END_NAMES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
 def module_name(place: Place) -> str:
     """What transformers and PEFT call it, ``model.layers.0.self_attn.q_proj``."""
     layer, module = place
+    if layer is None:
+        return _END_NAMES[module]
     return f"model.layers.{layer}.{PARENTS[group_of(module)]}.{module}"
 
 
-def selected_places(folder: Path, config: PeftConfig, model: ModelConfig) -> list[Place]:
-    """The modules that the adapter changes, at least one.
+def all_places(model: ModelConfig) -> list[Place]:
+    """Every module that an adapter can change."""
+    layers = [(layer, module) for layer in range(model.num_layers) for module in LINEAR_MODULES]
+    return [*layers, *((None, module) for module in END_MODULES)]
 
-    Raises BadInput if there is none, or one that cannot be changed here.
-    """
+
+@dataclass(frozen=True)
+class Selection:
+    """What an adapter's config says that it changes."""
+
+    places: list[Place]
+    """Modules with LoRA, at least one."""
+    trained: list[str]
+    """Those of ``END_MODULES`` that it replaces."""
+    is_tied: bool
+    """Whether the changes of both ends are one, as the base model's weights of both are."""
+
+
+def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
+    """Raises BadInput, naming the setting, if nothing is selected, or what cannot be changed."""
     path = folder / CONFIG_FILE
-    for name, what in _OTHER_MODULES.items():
-        if _selects(config, name):
-            raise BadInput(
-                f"{path}: target_modules selects {name}: LoRA of {what} is not supported."
-            )
-    places = [(layer, module) for layer in range(model.num_layers) for module in LINEAR_MODULES]
-    selected = [place for place in places if _selects(config, module_name(place))]
-    if not selected:
+    places = [place for place in all_places(model) if _selects(config, module_name(place))]
+    trained = _trained(path, config)
+    is_tied = model.tie_word_embeddings and config.ensure_weight_tying
+    if is_tied and trained:
+        trained = [*END_MODULES]
+    elif is_tied and any(layer is None for layer, _ in places):
+        places = [place for place in places if place[0] is not None]
+        places += [(None, module) for module in END_MODULES]
+    if not places:
         raise BadInput(
             f"{path}: targets nothing the model has. Look at target_modules, exclude_modules and"
             f" layers_to_transform; the model has {model.num_layers} layers with"
-            f" {', '.join(LINEAR_MODULES)}."
+            f" {', '.join(TARGET_MODULES)}."
         )
-    return selected
+    for module in trained:
+        if (None, module) in places:
+            raise BadInput(
+                f"{path}: both target_modules and modules_to_save select {module}; a module is"
+                " either replaced or changed by LoRA."
+            )
+    return Selection(places, trained, is_tied)
+
+
+def _trained(path: Path, config: PeftConfig) -> list[str]:
+    """The modules that ``modules_to_save`` names, by their whole names or the ends of them."""
+    names = config.modules_to_save or []
+    for name in names:
+        if not any(_is_named(whole, [name]) for whole in _END_NAMES.values()):
+            raise BadInput(
+                f"{path}: modules_to_save: '{name}': of fully trained modules only"
+                f" {' and '.join(END_MODULES)} can be served."
+            )
+    return [module for module, whole in _END_NAMES.items() if _is_named(whole, names)]
 
 
 def _selects(config: PeftConfig, name: str) -> bool:
@@ -58,7 +95,7 @@ def _selects(config: PeftConfig, name: str) -> bool:
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            return name not in _OTHER_MODULES
+            return name not in _END_NAMES.values()
         return re.fullmatch(targets, name) is not None
     # A whole name is selected whatever layers_to_transform says.
     return name in targets or (_is_named(name, targets) and _is_in_layers(config, name))

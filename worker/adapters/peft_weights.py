@@ -13,34 +13,39 @@ from safetensors import SafetensorError, safe_open
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.adapters.peft_targets import Place, module_name
-from worker.model.config import LINEAR_MODULES, ModelConfig
+from worker.adapters.peft_targets import Place, Selection, all_places, module_name
+from worker.model.config import END_MODULES, TARGET_MODULES, ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 
-#: PEFT leaves the adapter's name out when it saves; what is saved by hand may hold it.
+_PREFIX = "base_model.model."
+
+#: PEFT leaves the adapter's name out when it saves; what is saved by hand may hold it. Factors of
+#: the embedding are bare parameters: their keys do not end in ``weight``.
 _LORA_KEY = re.compile(
-    r"base_model\.model\.(?P<name>.+)\.lora_[AB](?:\.(?P<adapter>[^.]+))?\.weight"
+    r"base_model\.model\.(?P<name>.+)\.lora_(?P<bare>embedding_)?[AB]"
+    r"(?:\.(?P<adapter>[^.]+))?(?(bare)|\.weight)"
 )
+
+_MAGNITUDE = "lora_magnitude_vector"
 
 _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\..+")
 
 #: What a key may tell of, whatever the config says; the first that is found in it.
 _REFUSED_KEYS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA of the token embeddings",
-    "lm_head.lora_": "LoRA of the output head",
     "trainable_tokens_delta": "trained token embeddings",
-    "modules_to_save": "fully trained modules",
     "lora_diag": "KaSA",
     "lora_B.bias": "a bias in B",
     ".bias": "a trained bias",
-    "base_layer.weight": "fully trained modules",
-    "embed_tokens.weight": "fully trained modules",
-    "lm_head.weight": "fully trained modules",
+    "modules_to_save": "a second copy of a trained module",
+    "base_layer.weight": "a changed weight of a linear module",
 }
+
+
+#: Where PEFT saves the base weight of a module with LoRA, of one that is replaced, and of others.
+_BASE_ENDINGS = ("base_layer.weight", "original_module.weight", "weight")
 
 
 @dataclass(frozen=True)
@@ -53,32 +58,57 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class StoredFactors:
-    """Where the factors of one module stand in the file: A [rank, in], B [out, rank]."""
+    """Keys of one module: A [rank, in], B [out, rank], and with DoRA the magnitude [out]."""
 
-    key_a: str
-    key_b: str
+    a: str
+    b: str
+    magnitude: str | None
     rank: int
     scaling: float
 
+    @property
+    def keys(self) -> set[str]:
+        return {self.a, self.b, *filter(None, [self.magnitude])}
 
-def find_factors(
-    folder: Path, config: PeftConfig, places: Collection[Place], model: ModelConfig
-) -> dict[Place, StoredFactors]:
-    """The factors of the modules that the config selects, by the header of the file alone.
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What stands where in the file."""
+
+    factors: dict[Place, StoredFactors]
+    base_copies: dict[str, str]
+    """Key -> the one of ``END_MODULES`` whose base weight PEFT has saved along."""
+    trained: dict[str, str]
+    """The one of ``END_MODULES`` that is replaced -> the key of its weight."""
+    is_tied: bool
+    """Whether factors and trained weights of both ends must agree."""
+
+
+def find_weights(
+    folder: Path, config: PeftConfig, selection: Selection, model: ModelConfig
+) -> StoredWeights:
+    """The weights of what the config selects, by the header of the file alone.
 
     Raises BadInput, naming the key, if one is missing, has another shape or type than config and
     model ask for, or belongs to no selected module.
     """
     path = folder / WEIGHTS_FILE
-    file = _open(folder)
+    file = open_weights(folder)
     keys = sorted(file.keys())
-    if not keys:
-        raise BadInput(f"{path}: holds no LoRA weights.")
     inserted = _adapter_name(path, keys)
-    found = {place: _stored(config, place, inserted) for place in places}
-    known = {key for factors in found.values() for key in (factors.key_a, factors.key_b)}
+    found = {place: _stored(config, place, inserted, keys) for place in selection.places}
+    trained = {module: _end_key(module, "weight") for module in selection.trained}
+    base_copies = {
+        key: module
+        for module in END_MODULES
+        for key in (_end_key(module, ending) for ending in _BASE_ENDINGS)
+        if key in keys and key not in trained.values()
+    }
+    if not set(keys).difference(base_copies):
+        raise BadInput(f"{path}: holds no LoRA weights.")
+    known = {key for factors in found.values() for key in factors.keys}.union(trained.values())
     for key in keys:
-        if key not in known:
+        if key not in known and key not in base_copies:
             raise BadInput(f"{path}: {key}: {_why_not(key, model)}")
     if missing := sorted(known.difference(keys)):
         raise BadInput(
@@ -88,34 +118,13 @@ def find_factors(
     for (_, module), factors in found.items():
         out_features, in_features = model.linear_shape(module)
         rank = factors.rank
-        _check_header(path, factors.key_a, file, rank, (rank, in_features))
-        _check_header(path, factors.key_b, file, rank, (out_features, rank))
-    return found
-
-
-def read_factors(
-    folder: Path, stored: dict[Place, StoredFactors], dtype: torch.dtype
-) -> dict[Place, LoraFactors]:
-    """Read what ``find_factors`` found; raises BadInput if a number is not finite in ``dtype``."""
-    path = folder / WEIGHTS_FILE
-    file = _open(folder)
-
-    def read(key: str, scaling: float) -> torch.Tensor:
-        tensor: torch.Tensor = file.get_tensor(key)
-        ready = (tensor.float() * scaling).to(dtype)
-        if not ready.isfinite().all():
-            raise BadInput(
-                f"{path}: {key} holds NaN or infinite values, or such as {dtype} cannot hold."
-            )
-        return ready
-
-    return {
-        place: LoraFactors(
-            read(factors.key_a, 1).contiguous(),
-            read(factors.key_b, factors.scaling).t().contiguous(),
-        )
-        for place, factors in stored.items()
-    }
+        _check_header(path, factors.a, file, rank, (rank, in_features))
+        _check_header(path, factors.b, file, rank, (out_features, rank))
+        if factors.magnitude:
+            _check_header(path, factors.magnitude, file, rank, (out_features,))
+    for key in (*base_copies, *trained.values()):
+        _check_vocabulary(path, key, file, model)
+    return StoredWeights(found, base_copies, trained, selection.is_tied)
 
 
 def weights_file(folder: Path) -> Path:
@@ -133,7 +142,7 @@ def weights_file(folder: Path) -> Path:
     raise BadInput(f"{folder}: lacks {WEIGHTS_FILE}.{hint}")
 
 
-def _open(folder: Path) -> Any:
+def open_weights(folder: Path) -> Any:
     """Reads the header, which must cover the whole file."""
     path = weights_file(folder)
     try:
@@ -154,17 +163,35 @@ def _adapter_name(path: Path, keys: Collection[str]) -> str | None:
     return next(iter(examples), None)
 
 
-def _stored(config: PeftConfig, place: Place, adapter: str | None) -> StoredFactors:
+def _stored(
+    config: PeftConfig, place: Place, adapter: str | None, keys: Collection[str]
+) -> StoredFactors:
     name = module_name(place)
+    factors, ending = ("lora_A", "lora_B"), "weight"
+    if place[1] == "embed_tokens":
+        factors, ending = ("lora_embedding_A", "lora_embedding_B"), ""
     key_a, key_b = (
-        ".".join(filter(None, ("base_model.model", name, factor, adapter, "weight")))
-        for factor in ("lora_A", "lora_B")
+        _PREFIX + ".".join(filter(None, (name, factor, adapter, ending))) for factor in factors
     )
-    return StoredFactors(key_a, key_b, config.rank_of(name), config.scaling_of(name))
+    magnitude = _magnitude_key(name, adapter, keys) if config.use_dora else None
+    return StoredFactors(key_a, key_b, magnitude, config.rank_of(name), config.scaling_of(name))
+
+
+def _magnitude_key(name: str, adapter: str | None, keys: Collection[str]) -> str:
+    """PEFT leaves out the ``weight`` at its end, and the adapter's name; by hand they are there."""
+    bare = f"{_PREFIX}{name}.{_MAGNITUDE}"
+    whole = f"{bare}.{adapter}.weight"
+    return whole if adapter and whole in keys else bare
+
+
+def _end_key(module: str, ending: str) -> str:
+    return f"{_PREFIX}{module_name((None, module))}.{ending}"
 
 
 def _why_not(key: str, model: ModelConfig) -> str:
     """What is wrong with a key that is of no selected module."""
+    if _MAGNITUDE in key:
+        return f"{CONFIG_FILE} does not say that this module has DoRA (use_dora)."
     for part, what in _REFUSED_KEYS.items():
         if part in key:
             return f"{what} is not supported."
@@ -175,18 +202,32 @@ def _why_not(key: str, model: ModelConfig) -> str:
         return (
             f"the model has only {model.num_layers} layers. Is the adapter for another base model?"
         )
-    places = ((number, module) for number in range(model.num_layers) for module in LINEAR_MODULES)
-    if name in map(module_name, places):
+    if name in map(module_name, all_places(model)):
         return f"{CONFIG_FILE} does not select this module."
-    return f"matches no module that an adapter can change here ({', '.join(LINEAR_MODULES)})."
+    return f"matches no module that an adapter can change here ({', '.join(TARGET_MODULES)})."
 
 
-def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, int]) -> None:
+def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, ...]) -> None:
     header = file.get_slice(key)
     if (found := tuple(header.get_shape())) != shape:
         raise BadInput(
             f"{path}: {key} has the shape {found}; rank {rank} of {CONFIG_FILE} and the model ask"
             f" for {shape}. Is the adapter for another base model?"
         )
-    if (stored := header.get_dtype()) not in _WEIGHT_TYPES:
+    _check_type(path, key, file)
+
+
+def _check_vocabulary(path: Path, key: str, file: Any, model: ModelConfig) -> None:
+    shape = (model.vocab_size, model.hidden_size)
+    if (found := tuple(file.get_slice(key).get_shape())) != shape:
+        raise BadInput(
+            f"{path}: {key} has the shape {found}, and the base model's is {shape}: an adapter"
+            " with a vocabulary of its own cannot be served. Resize and save the base model with"
+            " it, or train the adapter on the model as it is."
+        )
+    _check_type(path, key, file)
+
+
+def _check_type(path: Path, key: str, file: Any) -> None:
+    if (stored := file.get_slice(key).get_dtype()) not in _WEIGHT_TYPES:
         raise BadInput(f"{path}: {key} is stored as {stored}; save it as float32 or bfloat16.")

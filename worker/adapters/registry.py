@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import structlog
-import torch
 
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, JobError
 from schemas.worker_state import AdapterCounts
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
+from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
-from worker.model.config import ModelConfig
 
 log = structlog.get_logger()
 
@@ -27,7 +26,10 @@ log = structlog.get_logger()
 class KnownAdapter:
     """What stays of an adapter whether its weights are in memory or not."""
 
-    source: Path
+    source: str
+    """As the desired state names it."""
+    folder: Path
+    """Where it is read from, and read again once it was evicted."""
     revision: str
     version: int
     """Of the desired state, when it was announced or loaded."""
@@ -88,7 +90,7 @@ class AdapterRegistry:
             if adapter or known is None:
                 return adapter
             try:
-                adapter = self._alive.get((name, known.revision)) or self._read(name, known.source)
+                adapter = self._alive.get((name, known.revision)) or self._read(name, known.folder)
             except BadInput as error:
                 raise JobError("adapter_unavailable", f"adapter '{name}': {error}") from error
             if adapter.revision != known.revision:
@@ -104,15 +106,18 @@ class AdapterRegistry:
                     self._keep(name, adapter)
             return adapter
 
-    def read(self, name: str, source: Path, version: int) -> ReadAdapter:
+    def read(
+        self, name: str, folder: Path, version: int, *, source: str | None = None
+    ) -> ReadAdapter:
         """Read an adapter, but no weights if they are those that are served; to be served by
-        ``serve``. Raises BadInput if it cannot be."""
+        ``serve``. ``source`` is what the desired state calls the folder, if not by its path.
+        Raises BadInput if it cannot be."""
         with self._reading:
-            known = self.known(name)
-            if known and known.revision == self.loader.revision(source):
-                return ReadAdapter(KnownAdapter(source, known.revision, version), None)
-            adapter = self._read(name, source)
-            return ReadAdapter(KnownAdapter(source, adapter.revision, version), adapter)
+            known, source = self.known(name), source or str(folder)
+            if known and known.revision == self.loader.revision(folder):
+                return ReadAdapter(KnownAdapter(source, folder, known.revision, version), None)
+            adapter = self._read(name, folder)
+            return ReadAdapter(KnownAdapter(source, folder, adapter.revision, version), adapter)
 
     def serve(self, name: str, read: ReadAdapter) -> None:
         """Serve what was read, in place of what was served under the name."""
@@ -204,7 +209,7 @@ class AdapterRegistry:
         with self._lock:
             return {
                 name: AdapterRecord(
-                    source=str(known.source),
+                    source=known.source,
                     revision=known.revision,
                     pinned=name in self._pinned_names,
                 )
@@ -234,9 +239,9 @@ class AdapterRegistry:
                 self._loaded[name] = self._loaded.pop(name)
             return adapter
 
-    def _read(self, name: str, source: Path) -> Adapter:
+    def _read(self, name: str, folder: Path) -> Adapter:
         started = time.monotonic()
-        adapter = self.loader.load(name, source)
+        adapter = self.loader.load(name, folder)
         self.prepare(adapter)
         seconds = time.monotonic() - started
         with self._lock:
@@ -244,7 +249,13 @@ class AdapterRegistry:
             self._counts[name] = counts.model_copy(
                 update={"loads": counts.loads + 1, "load_seconds": counts.load_seconds + seconds}
             )
-        log.info("adapter_read", adapter=name, revision=adapter.revision, seconds=round(seconds, 3))
+        log.info(
+            "adapter_read",
+            adapter=name,
+            revision=adapter.revision,
+            seconds=round(seconds, 3),
+            device_megabytes=round(adapter.on_device.num_bytes / 1e6, 1),
+        )
         return adapter
 
     def _keep(self, name: str, adapter: Adapter) -> None:
@@ -269,31 +280,26 @@ class AdapterRegistry:
         return self._counts.get(name) or AdapterCounts()
 
 
-def load_registry(config: WorkerConfig, model: ModelConfig, dtype: torch.dtype) -> AdapterRegistry:
-    """Load all of ``--lora-paths``; raises BadInput for the first that cannot be served.
+def load_registry(
+    config: WorkerConfig,
+    found: Sequence[FoundAdapter],
+    loader: AdapterLoader,
+    prepare: Callable[[Adapter], None] | None = None,
+) -> AdapterRegistry:
+    """Load the adapters of ``--lora-paths``; raises BadInput for the first that cannot be served.
 
-    From then on no adapter is served that has a larger rank than these, or changes other modules,
-    unless the flags allow it.
+    ``prepare``: see ``AdapterRegistry``.
     """
-    loader = AdapterLoader(model, dtype, config.max_lora_rank, config.lora_target_modules)
     registry = AdapterRegistry(
         loader, max_loaded=config.max_loaded_loras, policy=config.lora_eviction_policy
     )
-    max_rank, modules = 0, frozenset[str]()
-    for lora in config.lora_paths:
+    if prepare:
+        registry.prepare = prepare
+    for lora in found:
         try:
-            read = registry.read(lora.lora_name, lora.folder, version=0)
+            read = registry.read(lora.name, lora.folder, version=0, source=lora.source)
         except BadInput as error:
-            raise BadInput(f"--lora-paths {lora.lora_name}: {error}") from error
-        registry.serve(lora.lora_name, read)
-        # Looked at now: the next one may evict it.
-        if adapter := registry.get(lora.lora_name):
-            max_rank = max(max_rank, adapter.rank)
-            modules |= adapter.target_modules
-    registry.pin(lora.lora_name for lora in config.lora_paths if lora.pinned)
-    registry.loader = replace(
-        loader,
-        max_rank=config.max_lora_rank or max_rank,
-        target_modules=config.lora_target_modules or modules,
-    )
+            raise BadInput(f"--lora-paths {lora.name}: {error}") from error
+        registry.serve(lora.name, read)
+    registry.pin(lora.name for lora in found if lora.pinned)
     return registry

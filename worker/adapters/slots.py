@@ -13,8 +13,8 @@ import torch
 
 from worker.adapters.last_reads import LastReads
 from worker.adapters.peft_format import Adapter
-from worker.model.config import LINEAR_GROUPS, ModelConfig
-from worker.model.lora_linear import LoraWeights
+from worker.model.config import END_MODULES, LINEAR_GROUPS, TARGET_GROUPS, ModelConfig
+from worker.model.lora_linear import LoraPlace, LoraWeights
 from worker.model.weights import DecoderWeights
 
 log = structlog.get_logger()
@@ -30,10 +30,9 @@ _PIECE_BYTES = 8 << 20
 
 @dataclass(frozen=True, eq=False)
 class _Factor:
-    """A or B of one linear group of one layer, for the ranks of all slots."""
+    """A or B of one group of modules, for the ranks of all slots."""
 
-    layer: int
-    group: str
+    place: LoraPlace
     is_b: bool
     memory: torch.Tensor
     """Flat; a rank takes ``per_rank`` numbers of it."""
@@ -69,7 +68,8 @@ def rank_levels(capacity: int) -> list[int]:
 
 
 def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]:
-    """Rows of A that ``capacity`` ranks take in each linear group that adapters may change."""
+    """Rows of A that ``capacity`` ranks take behind the base weight of each linear group that
+    adapters may change."""
     return {
         group: len(parts) * capacity
         for group, parts in LINEAR_GROUPS.items()
@@ -78,12 +78,12 @@ def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]
 
 
 class AdapterSlots:
-    """Room for ``num_slots`` adapters of ``max_rank`` ranks, over all layers and linear groups.
+    """Room for ``num_slots`` adapters of ``max_rank`` ranks, in all groups of modules.
 
     An adapter takes the next power of two of its rank, at least 8, at a multiple of that; so a
     smaller one leaves room for others, and whatever ``num_slots - 1`` adapters are in use, one of
-    any rank finds a place that none of them touches. Linear groups without any of
-    ``target_modules`` have no weights at all.
+    any rank finds a place that none of them touches. Groups without any of ``target_modules``
+    have no weights at all.
     """
 
     def __init__(
@@ -121,22 +121,21 @@ class AdapterSlots:
         self._last_reads = LastReads[torch.cuda.Event](self.capacity, _LEAST_RANKS)
         #: Page-locked, as long as anybody holds the adapter.
         self._on_host: WeakKeyDictionary[Adapter, list[_Piece]] = WeakKeyDictionary()
-        base: list[dict[str, torch.Tensor]] = [{}] * model.num_layers
-        if stacked:
-            base = [layer.linears for layer in stacked.layers]
-        self.weights: list[dict[str, LoraWeights]] = [
-            {
-                group: self._make_weights(group, linears.get(group))
-                for group in spare_rows(target_modules, self.capacity)
-            }
-            for linears in base
-        ]
-        self._factors = [
-            _Factor(
-                layer, group, memory is weights.b, memory.view(-1), memory.numel() // self.capacity
+        self.weights: dict[LoraPlace, LoraWeights] = {
+            (layer, group): self._make_weights(
+                group, stacked.layers[layer].linears[group] if stacked else None
             )
-            for layer, groups in enumerate(self.weights)
-            for group, weights in groups.items()
+            for layer in range(model.num_layers)
+            for group in spare_rows(target_modules, self.capacity)
+        }
+        self.weights |= {
+            (None, module): self._make_weights(module, None)
+            for module in END_MODULES
+            if module in target_modules
+        }
+        self._factors = [
+            _Factor(place, memory is weights.b, memory.view(-1), memory.numel() // self.capacity)
+            for place, weights in self.weights.items()
             for memory in (weights.a, weights.b)
         ]
         if self.stream:
@@ -163,8 +162,19 @@ class AdapterSlots:
 
     def num_bytes(self, adapter: Adapter) -> int:
         """Memory that the adapter takes in the slots, ranks up to its class included."""
-        per_rank = sum(factor.per_rank * factor.memory.itemsize for factor in self._factors)
+        factors = self._factors_of(adapter)
+        per_rank = sum(factor.per_rank * factor.memory.itemsize for factor in factors)
         return _rank_class(adapter.rank) * per_rank
+
+    def _factors_of(self, adapter: Adapter) -> list[_Factor]:
+        """What is read while the adapter has the slot: in the layers every adapter's rows go
+        through all groups, zeros or not, but only those of adapters that change an end of the
+        model through its."""
+        return [
+            factor
+            for factor in self._factors
+            if factor.place[0] is not None or factor.place[1] in adapter.target_groups
+        ]
 
     def prepare(self, adapter: Adapter) -> None:
         """Lay out an adapter in page-locked host memory, for a GPU to copy while it computes."""
@@ -250,7 +260,7 @@ class AdapterSlots:
         ]
 
     def _load(self, adapter: Adapter, first: int) -> None:
-        """Copy an adapter's factors; modules that it leaves alone become zero."""
+        """Copy an adapter's factors; linear modules that it leaves alone become zero."""
         pieces = self._on_host.get(adapter) or self._pack(adapter, page_locked=False)
         end = first + adapter.rank
         if self.stream is None:
@@ -279,7 +289,7 @@ class AdapterSlots:
     def _pack(self, adapter: Adapter, *, page_locked: bool) -> list[_Piece]:
         """The adapter's factors in host memory; ranks that a module does not have are zero."""
         pieces = []
-        for factors in _cut(self._factors, adapter.rank):
+        for factors in _cut(self._factors_of(adapter), adapter.rank):
             size = adapter.rank * sum(factor.per_rank for factor in factors)
             memory = torch.zeros(size, dtype=self._dtype, pin_memory=page_locked)
             piece = _Piece(memory, factors)
@@ -289,19 +299,20 @@ class AdapterSlots:
         return pieces
 
     def _fill(self, target: torch.Tensor, factor: _Factor, adapter: Adapter) -> None:
-        modules = LINEAR_GROUPS[factor.group]
+        layer, group = factor.place
+        modules = TARGET_GROUPS[group]
         if factor.is_b:
-            part_sizes = self.weights[factor.layer][factor.group].part_sizes
+            part_sizes = self.weights[factor.place].part_sizes
             parts = torch.split(target.view(adapter.rank, -1), list(part_sizes), dim=1)
         else:
             parts = target.view(len(modules), adapter.rank, -1).unbind()
         for part, module in zip(parts, modules, strict=True):
-            if given := adapter.factors.get((factor.layer, module)):
+            if given := adapter.factors.get((layer, module)):
                 source = given.b if factor.is_b else given.a
                 part[: len(source)] = source
 
     def _make_weights(self, group: str, stacked: torch.Tensor | None) -> LoraWeights:
-        parts = LINEAR_GROUPS[group]
+        parts = TARGET_GROUPS[group]
         part_sizes = tuple(self._model.linear_shape(part)[0] for part in parts)
 
         def zeros(rows: int, columns: int) -> torch.Tensor:

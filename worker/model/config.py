@@ -21,8 +21,15 @@ LINEAR_GROUPS = {
     "down_proj": ("down_proj",),
 }
 
-#: The seven linear modules of a layer, which adapters may target.
+#: The seven linear modules of a layer.
 LINEAR_MODULES = tuple(module for parts in LINEAR_GROUPS.values() for module in parts)
+
+#: What stands before and behind the layers.
+END_MODULES = ("embed_tokens", "lm_head")
+
+#: The modules that adapters may target, and those of them that run as one product.
+TARGET_MODULES = (*LINEAR_MODULES, *END_MODULES)
+TARGET_GROUPS = LINEAR_GROUPS | {module: (module,) for module in END_MODULES}
 
 _ARCHITECTURES = ("LlamaForCausalLM",)
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -95,7 +102,8 @@ class ModelConfig:
         )
 
     def linear_shape(self, module: str) -> tuple[int, int]:
-        """(out_features, in_features) of one of ``LINEAR_MODULES``."""
+        """(out_features, in_features) of one of ``TARGET_MODULES``; the embedding is a product with
+        one-hot rows, of as many features as there are tokens."""
         q_size = self.num_heads * self.head_dim
         kv_size = self.num_kv_heads * self.head_dim
         return {
@@ -106,11 +114,13 @@ class ModelConfig:
             "gate_proj": (self.intermediate_size, self.hidden_size),
             "up_proj": (self.intermediate_size, self.hidden_size),
             "down_proj": (self.hidden_size, self.intermediate_size),
+            "embed_tokens": (self.hidden_size, self.vocab_size),
+            "lm_head": (self.vocab_size, self.hidden_size),
         }[module]
 
     def out_features(self, group: str) -> int:
-        """Columns of the product of one of ``LINEAR_GROUPS``."""
-        return sum(self.linear_shape(part)[0] for part in LINEAR_GROUPS[group])
+        """Columns of the product of one of ``TARGET_GROUPS``."""
+        return sum(self.linear_shape(part)[0] for part in TARGET_GROUPS[group])
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one token takes in the KV cache over all layers."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from kernels.linear import Linear
+from kernels.lora_embed import lora_embed
+from kernels.lora_expand import lora_expand
 from kernels.lora_segments import LoraRows
 from kernels.paged_attention_decode import paged_attention_decode
 from kernels.paged_attention_prefill import PrefillRows, paged_attention_prefill
@@ -17,8 +19,16 @@ from kernels.rotary_kv_write import rotary_kv_write, rotary_kv_write_with_lora
 from kernels.silu_and_mul import silu_and_mul, silu_and_mul_with_lora
 from worker.kv_cache import KVCache
 from worker.model.config import LINEAR_GROUPS, ModelConfig
-from worker.model.lora_linear import LoraLinear, LoraWeights
+from worker.model.lora_linear import LoraLinear, LoraPlace, LoraWeights
 from worker.model.weights import DecoderWeights, LayerWeights
+
+
+class TrainedRows(NamedTuple):
+    """Rows of a batch whose adapter replaces a weight, [vocab_size, hidden_size]."""
+
+    first_row: int
+    end_row: int
+    weight: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,9 @@ class DecoderInput:
     max_length: at least the largest of ``lengths``
     page_table: [lines, max_pages] int32
     prefill: the chunks; None if there are none
-    lora: for each linear group that an adapter changes, the rows of the adapters
+    lora: for each group of modules that an adapter changes, the rows of the adapters; for the
+        output head those of ``sampled_rows``
+    trained: likewise, for each of ``END_MODULES`` that an adapter replaces
     sampled_rows: [sampled] integers, the rows whose logits are wanted
     """
 
@@ -44,6 +56,7 @@ class DecoderInput:
     page_table: torch.Tensor
     prefill: PrefillRows | None
     lora: Mapping[str, LoraRows]
+    trained: Mapping[str, Sequence[TrainedRows]]
     sampled_rows: torch.Tensor
 
 
@@ -55,17 +68,24 @@ class Decoder:
         config: ModelConfig,
         weights: DecoderWeights,
         kv_cache: KVCache,
-        lora: list[dict[str, LoraWeights]] | None,
+        lora: Mapping[LoraPlace, LoraWeights],
         context_length: int,
     ) -> None:
-        """lora: for each layer the weights of each linear group; None for a worker without."""
+        """lora: the weights of each group that adapters may change."""
         self.kv_cache = kv_cache
         self._eps = config.rms_norm_eps
         self._embedding, self._norm = weights.embedding, weights.norm
-        self._head = Linear(weights.head)
+        self._embedding_lora = lora.get((None, "embed_tokens"))
+        self._head = LoraLinear(weights.head, lora.get((None, "lm_head")), layer=0)
         self.vocab_size, self.dtype = len(weights.head), weights.head.dtype
         self._layers = [
-            _Layer(config, layer, kv_cache.layers[index], lora[index] if lora else {})
+            _Layer(
+                index,
+                config,
+                layer,
+                kv_cache.layers[index],
+                {group: lora.get((index, group)) for group in LINEAR_GROUPS},
+            )
             for index, layer in enumerate(weights.layers)
         ]
         angles = torch.outer(
@@ -78,22 +98,39 @@ class Decoder:
     def forward(self, batch: DecoderInput, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [sampled rows, vocabulary], written to ``logits`` if that is given; the keys and
         values go into the cache."""
-        residual = F.embedding(batch.token_ids, self._embedding)
+        residual = self._embed(batch)
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         update = torch.zeros_like(residual)
         for layer in self._layers:
             update = layer.forward(update, residual, cos, sin, batch)
         update, residual = update[batch.sampled_rows], residual[batch.sampled_rows]
-        return self._head(add_rms_norm(update, residual, self._norm, self._eps), out=logits)
+        x = add_rms_norm(update, residual, self._norm, self._eps)
+        logits = self._head(x, batch.lora.get("lm_head"), out=logits)
+        for first_row, end_row, weight in batch.trained.get("lm_head", ()):
+            logits[first_row:end_row] = F.linear(x[first_row:end_row], weight)
+        return logits
+
+    def _embed(self, batch: DecoderInput) -> torch.Tensor:
+        """[rows, hidden_size]"""
+        x = F.embedding(batch.token_ids, self._embedding)
+        lora, rows = self._embedding_lora, batch.lora.get("embed_tokens")
+        if lora and rows:
+            rows.scale(x, layer=0)
+            h = lora_embed(batch.token_ids, lora.a, rows)
+            lora_expand(x, h, lora.b, rows, lora.part_sizes)
+        for first_row, end_row, weight in batch.trained.get("embed_tokens", ()):
+            x[first_row:end_row] = F.embedding(batch.token_ids[first_row:end_row], weight)
+        return x
 
 
 class _Layer:
     def __init__(
         self,
+        index: int,
         config: ModelConfig,
         weights: LayerWeights,
         kv: tuple[torch.Tensor, torch.Tensor],
-        lora: dict[str, LoraWeights],
+        lora: Mapping[str, LoraWeights | None],
     ) -> None:
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
@@ -101,7 +138,7 @@ class _Layer:
         self._input_norm = weights.input_norm
         self._post_attention_norm = weights.post_attention_norm
         self._qkv, self._o, self._gate_up, self._down = (
-            LoraLinear(weights.linears[group][: config.out_features(group)], lora.get(group))
+            LoraLinear(weights.linears[group][: config.out_features(group)], lora.get(group), index)
             for group in LINEAR_GROUPS
         )
 

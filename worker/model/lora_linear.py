@@ -12,10 +12,13 @@ from kernels.lora_expand import lora_expand
 from kernels.lora_segments import LoraRows
 from kernels.lora_shrink import lora_shrink
 
+#: A layer and one of its linear groups, or no layer and one of ``END_MODULES``.
+LoraPlace = tuple[int | None, str]
+
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """The slots' weights for one linear group of one layer.
+    """The slots' weights for one group of modules of one layer.
 
     a: [parts * rank_capacity, in_features]
     b: [rank_capacity, out_features], the parts side by side
@@ -32,28 +35,35 @@ class LoraWeights:
 class LoraLinear:
     """``y = x W^T``, plus ``x A^T B`` of its adapter for each row that has one."""
 
-    def __init__(self, weight: torch.Tensor, lora: LoraWeights | None) -> None:
+    def __init__(self, weight: torch.Tensor, lora: LoraWeights | None, layer: int) -> None:
         """weight: [out_features, in_features]; ``lora`` is None where no adapter can change it."""
+        self._layer = layer
         self._linear = Linear(weight)
         self.lora = lora
 
-    def __call__(self, x: torch.Tensor, rows: LoraRows | None) -> torch.Tensor:
-        """x: [rows, in_features]; returns [rows, out_features], rows at any stride."""
+    def __call__(
+        self, x: torch.Tensor, rows: LoraRows | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x: [rows, in_features]; returns [rows, out_features], rows at any stride; written to
+        ``out`` if given, and then no adapter may change it."""
         if rows is None or self.lora is None:
-            return self._linear(x)
+            return self._linear(x, out)
         y, h = self.shrink(x, rows)
         lora_expand(y, h, self.lora.b, rows, self.lora.part_sizes)
         return y
 
     def shrink(self, x: torch.Tensor, rows: LoraRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x W^T`` and the shrunk rows that ``lora_expand`` takes."""
+        """``x W^T``, with DoRA multiplied, and the shrunk rows that ``lora_expand`` takes."""
         assert self.lora is not None
         if self.lora.stacked is None or rows.shrink_tiles is not None:
-            return self._linear(x), lora_shrink(x, self.lora.a, rows, self.num_parts)
-        out_features = sum(self.lora.part_sizes)
-        # Ranks beyond the batch's adapters are left out; those between them come for nothing.
-        both = product(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
-        return both[:, :out_features], both[:, out_features:]
+            y, h = self._linear(x), lora_shrink(x, self.lora.a, rows, self.num_parts)
+        else:
+            out_features = sum(self.lora.part_sizes)
+            # Ranks beyond the batch's adapters are left out; those between them come for nothing.
+            both = product(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
+            y, h = both[:, :out_features], both[:, out_features:]
+        rows.scale(y, self._layer)
+        return y, h
 
     @property
     def num_parts(self) -> int:

@@ -54,6 +54,28 @@ class DecoderWeights:
     norm: torch.Tensor
     head: torch.Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.device
+
+    def weight_of(self, layer: int | None, module: str, config: ModelConfig) -> torch.Tensor:
+        """One of ``TARGET_MODULES`` [out_features, in_features]."""
+        if layer is None:
+            return self.embedding.t() if module == "embed_tokens" else self.head
+        group = group_of(module)
+        parts = LINEAR_GROUPS[group]
+        sizes = [config.linear_shape(part)[0] for part in parts]
+        start = sum(sizes[: parts.index(module)])
+        return self.layers[layer].linears[group][start : start + config.linear_shape(module)[0]]
+
+    def ends(self) -> dict[str, torch.Tensor]:
+        """The weights of ``END_MODULES``, each [vocab_size, hidden_size]."""
+        return {"embed_tokens": self.embedding, "lm_head": self.head}
+
 
 def load_weights(
     folder: Path,
