@@ -26,7 +26,7 @@ QUEUE = next(f"q{i}" for i in range(100) if key_slot(f"{{q{i}}}:".encode()) < SL
 
 LONG_LEASE = 60.0
 
-CLUSTER = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--appendonly", "yes")
+CLUSTER = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--appendonly", "yes")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def sentinel(start_server: Callable[..., ValkeyServer]) -> Iterator[ValkeyServer
     sentinel = start_server("--sentinel")
     with sentinel.client() as client:
         client.sentinel_monitor("jobs", "127.0.0.1", master.port, 1)
-        client.sentinel_set("jobs", "down-after-milliseconds", 1000)
+        client.sentinel_set("jobs", "down-after-milliseconds", 5000)
         wait_until(lambda: client.sentinel_master("jobs")["num-slaves"] == 1, "no replica")
     with replica.client() as client:
         wait_until(
