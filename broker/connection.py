@@ -22,6 +22,7 @@ from redis.retry import Retry
 
 from broker.address import parse_address, without_password
 from broker.pools import connection_pool
+from broker.server_settings import needs_cluster_url
 from schemas.errors import ServerUnavailable
 
 #: Seconds without an answer after which a command fails. Blocking reads wait for less than this.
@@ -165,9 +166,7 @@ def _explanation(server: str, error: redis.RedisError) -> str:
             " docs/server.md lists what producers, workers and operators need."
         )
     if isinstance(error, MovedError):
-        return (
-            f"{server} belongs to a Redis Cluster. Let the URL say so: redis+cluster://host:port."
-        )
+        return needs_cluster_url(server)
     return f"The Redis server at {server} refused a command: {reason}"
 
 

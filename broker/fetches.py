@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from broker.connection import undecoded
+from broker.pools import is_in_cluster
 from broker.records import read_fetch
-from schemas.errors import LorryError
+from schemas.errors import LorryError, ServerUnavailable
 from schemas.hub import (
     FETCH_BACKOFF,
     FETCH_FUNCTION,
@@ -103,6 +104,15 @@ class Fetches:
         """Whether a fetcher of this queue is alive."""
         keys = self._client.smembers(f"rq:workers:{self._rq_queue}")
         return bool(keys) and bool(self._client.exists(*keys))
+
+    def require_rq(self) -> None:
+        """Raises ServerUnavailable if rq cannot use this server."""
+        if is_in_cluster(self._client):
+            raise ServerUnavailable(
+                "Fetching from the hub needs rq, whose keys do not fit into one slot of a Redis"
+                " Cluster. Use a single server or Sentinels; or download the adapter, and load its"
+                " folder."
+            )
 
     def enqueue(self, name: str, id_: str) -> None:
         """Let a fetcher run a request. Safe to repeat: an id has one job."""

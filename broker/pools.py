@@ -67,6 +67,11 @@ def connection_pool(address: Address, queue: str, settings: dict[str, Any]) -> C
     )
 
 
+def is_in_cluster(client: redis.Redis) -> bool:
+    """Whether only the keys of one queue can be reached over this client's connections."""
+    return issubclass(client.connection_pool.connection_class, ClusterConnection)
+
+
 def _pool(
     connection: type[Connection | UnixDomainSocketConnection], **settings: Any
 ) -> ConnectionPool:

@@ -50,9 +50,12 @@ def require_fitting_mode(settings: ServerSettings, server: str, *, is_cluster: b
             " redis+sentinel://host:port/SERVICE."
         )
     if settings.mode == "cluster" and not is_cluster:
-        raise ServerUnavailable(
-            f"{server} belongs to a Redis Cluster. Let the URL say so: redis+cluster://host:port."
-        )
+        raise ServerUnavailable(needs_cluster_url(server))
+
+
+def needs_cluster_url(server: str) -> str:
+    """What to say of a node of a cluster that is named like a single server."""
+    return f"{server} belongs to a Redis Cluster. Let the URL say so: redis+cluster://host:port."
 
 
 def warnings(settings: ServerSettings) -> list[str]:

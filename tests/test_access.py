@@ -19,14 +19,18 @@ from schemas.errors import ServerUnavailable
 from schemas.job import Job
 from schemas.result import Result, Timings
 from schemas.worker_state import WorkerState
+from tests.fake_hub import FakeHub
 from tests.servers import ValkeyServer
 from tests.test_producer_cli import Producer, prompts
 from tests.tiny_models import make_adapter, make_llama
+from worker.adapters.loader import AdapterChecker
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
+from worker.hub.fetcher import Fetcher
+from worker.model.config import ModelConfig
 from worker.worker import Worker
 
-ROLES = ("producer", "operator", "worker", "reader")
+ROLES = ("producer", "operator", "worker", "fetcher", "reader")
 
 RULES = Path(__file__).parent.parent / "examples" / "users.acl"
 
@@ -94,8 +98,8 @@ def add_sync(queue: JobQueue) -> None:
         pipeline.execute()
 
 
-SENDERS = {"producer", "operator", "worker"}
-STAFF = {"operator", "worker"}
+STAFF = {"operator", "worker", "fetcher"}
+SENDERS = {"producer", *STAFF}
 
 #: Every operation, and who may do it. A new one has to be added here, and so be decided on.
 OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
@@ -287,6 +291,22 @@ def test_a_producer_sends_a_worker_runs_and_a_reader_looks_on(users: Users, tmp_
         assert submission.counts["done"] == 3
         assert len(list(client.follow(submission.id))) == 3
         assert client.wait(submission.id)
+
+
+def test_a_fetcher_fetches_what_an_operator_asks_for_and_a_reader_sees_it(
+    users: Users, hub: FakeHub, tmp_path: Path
+) -> None:
+    model = make_llama(tmp_path / "model")
+    hub.push("acme/sql", make_adapter(model, tmp_path / "sql", rank=4, seed=0))
+    checker = AdapterChecker(ModelConfig.from_folder(model), 8, None)
+    asked = Producer(users.url("operator"), QUEUE)("lora", "load", "sql", "acme/sql", "--no-wait")
+    assert asked.exit_code == 0
+    fetcher = Fetcher(users.url("fetcher"), QUEUE, ["acme"], checker)
+    with users.connect("reader") as reader, capture_logs() as logs:
+        assert fetcher.run(lambda: QueueReader(reader, QUEUE).adapter("sql") is not None) == 0
+    assert not [entry for entry in logs if entry["log_level"] != "info"]
+    listed = Producer(users.url("reader"), QUEUE)("lora", "list", "--json")
+    assert "hf:acme/sql@" in listed.stdout
 
 
 @pytest.mark.parametrize(("role", "exit_code"), [("operator", 6), ("producer", 4), ("reader", 4)])

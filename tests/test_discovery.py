@@ -10,12 +10,14 @@ import redis
 from redis.crc import key_slot
 
 from broker.connection import connect
+from broker.fetches import Fetches
 from broker.job_queue import ClaimRequest, JobQueue
 from producer.client import Client
 from schemas.errors import ServerUnavailable
 from schemas.result import Result, Timings
 from tests.servers import ValkeyServer, free_port, wait_until
 from worker.background import BackgroundLoop
+from worker.hub.fetch_queue import FetchQueue
 
 SLOTS = 16384
 
@@ -24,7 +26,7 @@ QUEUE = next(f"q{i}" for i in range(100) if key_slot(f"{{q{i}}}:".encode()) < SL
 
 LONG_LEASE = 60.0
 
-CLUSTER = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--appendonly", "yes")
+CLUSTER = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", "--appendonly", "yes")
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,18 @@ def owns(node: redis.Redis, slot: int) -> bool:
     return True
 
 
+def test_what_needs_rq_is_refused_in_a_cluster(cluster: list[ValkeyServer]) -> None:
+    url = cluster_url(*cluster)
+    with Client(url, QUEUE) as client:
+        with pytest.raises(ServerUnavailable, match="Fetching from the hub needs rq"):
+            client.load_adapter("sql", "acme/sql")
+        assert client.adapters() == []
+    with connect(url, QUEUE) as connection:
+        assert not connection.exists(f"{{{QUEUE}}}:fetches")
+        with pytest.raises(ServerUnavailable, match="Fetching from the hub needs rq"):
+            FetchQueue(JobQueue(connection, QUEUE), lambda *_: None)
+
+
 def test_a_cluster_that_is_named_like_a_server_is_refused(cluster: list[ValkeyServer]) -> None:
     with pytest.raises(ServerUnavailable, match=r"redis\+cluster://"):
         Client(cluster[0].url, QUEUE)
@@ -242,7 +256,7 @@ def sentinel(start_server: Callable[..., ValkeyServer]) -> Iterator[ValkeyServer
     sentinel = start_server("--sentinel")
     with sentinel.client() as client:
         client.sentinel_monitor("jobs", "127.0.0.1", master.port, 1)
-        client.sentinel_set("jobs", "down-after-milliseconds", 1000)
+        client.sentinel_set("jobs", "down-after-milliseconds", 5000)
         wait_until(lambda: client.sentinel_master("jobs")["num-slaves"] == 1, "no replica")
     with replica.client() as client:
         wait_until(
@@ -267,6 +281,13 @@ def test_a_queue_behind_sentinels_survives_a_failover(sentinel: ValkeyServer) ->
         after = client.submit(["again"])
         client.wait(after, timeout=60)
         assert client.wait(before).counts["done"] == 1  # type: ignore[union-attr]
+
+
+def test_rq_finds_the_server_by_sentinels_too(sentinel: ValkeyServer) -> None:
+    with connect(sentinel_url(sentinel), QUEUE) as client:
+        fetches = Fetches(client, QUEUE)
+        fetches.enqueue("sql", "fetch-1")
+        assert fetches.rq_queue().job_ids == ["fetch-1"]
 
 
 def test_sentinels_may_want_a_login_of_their_own(sentinel: ValkeyServer) -> None:

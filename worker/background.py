@@ -12,7 +12,9 @@ import structlog
 import torch
 from redis.backoff import ExponentialWithJitterBackoff
 
-from broker.connection import is_refusal, may_pass
+from broker.connection import is_refusal, may_pass, server_errors
+from broker.server import Server
+from broker.server_settings import warnings
 
 log = structlog.get_logger()
 
@@ -37,6 +39,18 @@ def keep_trying(action: Callable[[], T], *, at: str) -> T:
                 raise
             failures += 1
             time.sleep(_pause(failures, error, at=at))
+
+
+def wait_for_server(server: Server) -> None:
+    """Return once the server can be used; by which settings it may lose jobs goes into the log.
+
+    Raises ServerUnavailable where it is no use to wait.
+    """
+    log.info("queue_server", server=server.description)
+    with server_errors(server.url):
+        settings = keep_trying(server.settings, at="start")
+    for sentence in warnings(settings):
+        log.warning("server_settings", problem=sentence)
 
 
 class BackgroundLoop(threading.Thread):

@@ -179,9 +179,8 @@ def _run(flags: dict[str, object]) -> int:
     from broker.address import has_password
     from broker.connection import server_errors
     from broker.server import find_server
-    from broker.server_settings import warnings
     from schemas.errors import LorryError
-    from worker.background import keep_trying
+    from worker.background import wait_for_server
     from worker.config import WorkerConfig
     from worker.engine import Engine
     from worker.host_memory import keep_freed_memory
@@ -194,13 +193,9 @@ def _run(flags: dict[str, object]) -> int:
     try:
         config = WorkerConfig.from_flags(flags)
         with find_server(config.redis_url, config.redis_password_file) as server:
-            log.info("queue_server", server=server.description)
             if has_password(config.redis_url):
                 log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
-            with server_errors(server.url):
-                settings = keep_trying(server.settings, at="start")
-            for sentence in warnings(settings):
-                log.warning("server_settings", problem=sentence)
+            wait_for_server(server)
             engine = Engine(config)
             worker = Worker(config, engine, server.url)
             for number in (signal.SIGTERM, signal.SIGINT):

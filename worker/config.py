@@ -122,6 +122,7 @@ class FetcherConfig(BaseModel):
     lora_target_modules: TargetModules = None
     queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
     redis_url: str | None = None
+    redis_password_file: Path | None = None
     end_with: int | None = None
     """Process without which it ends."""
 

@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="Redis or Valkey server (REDIS_URL; with neither, an embedded server)",
     )
+    parser.add_argument(
+        "--redis-password-file",
+        type=Path,
+        metavar="FILE",
+        help="its password (REDIS_PASSWORD_FILE, REDIS_PASSWORD, or in the URL)",
+    )
     # For `worker --with-fetcher`: a worker that is killed must not leave its fetcher behind.
     parser.add_argument("--end-with", type=int, metavar="PID", help=argparse.SUPPRESS)
     return parser
@@ -69,10 +75,12 @@ def _run(flags: argparse.Namespace) -> int:
     # Only now, since importing torch takes seconds and --help should not.
     from huggingface_hub.utils import logging as hub_logging
 
+    from broker.address import has_password
     from broker.connection import server_errors
-    from broker.server import use_server
+    from broker.server import find_server
     from schemas.errors import LorryError
     from worker.adapters.loader import AdapterChecker
+    from worker.background import wait_for_server
     from worker.config import FetcherConfig
     from worker.hub.fetcher import Fetcher
     from worker.logs import configure_logs, log
@@ -90,8 +98,10 @@ def _run(flags: argparse.Namespace) -> int:
             config.max_lora_rank,
             config.lora_target_modules,
         )
-        with use_server(config.redis_url) as server:
-            log.info("queue_server", server=server.description)
+        with find_server(config.redis_url, config.redis_password_file) as server:
+            if has_password(config.redis_url):
+                log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
+            wait_for_server(server)
             with server_errors(server.url):
                 fetcher = Fetcher(server.url, config.queue, config.hub_owners, checker)
                 for number in (signal.SIGTERM, signal.SIGINT):

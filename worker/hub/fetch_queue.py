@@ -54,6 +54,7 @@ class FetchQueue:
         self._queue = queue
         self._run = run
         self.fetches = Fetches(queue.client, queue.name)
+        self.fetches.require_rq()
         self._rq_queue = self.fetches.rq_queue()
         self._connection = self._rq_queue.connection
         self._worker = _Bookkeeping(

@@ -57,7 +57,7 @@ class Fetcher:
     ) -> None:
         """``owners`` are those on the hub whose repositories may be fetched; ``checker`` says which
         adapters the model can serve."""
-        self._queue = JobQueue(connect(redis_url), queue)
+        self._queue = JobQueue(connect(redis_url, queue), queue)
         self._jobs = FetchQueue(self._queue, self._fetch)
         self._owners = frozenset(owners)
         self._checker = checker
