@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from broker.connection import BLOCK_SECONDS
-from broker.job_queue import Limits, Size
+from broker.outcomes import Limits, Size
 from broker.records import read_adapter, read_adapters, read_record
 from schemas.adapter import AdapterRecord
 from schemas.errors import UnknownId

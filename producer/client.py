@@ -22,7 +22,8 @@ from typing import Unpack
 import redis
 
 from broker.connection import BLOCK_SECONDS, connect, server_errors
-from broker.job_queue import Cancelled, JobQueue, Limits
+from broker.job_queue import JobQueue
+from broker.outcomes import Cancelled, Limits
 from broker.queue_reader import QueueReader
 from broker.server import use_server
 from producer import adapters, advice, cancelling, following, limiting, pausing, sending
