@@ -12,10 +12,10 @@ from typing import Any
 import redis
 
 from broker.connection import BLOCK_SECONDS
-from broker.job_queue import Limits, Size
+from broker.outcomes import Limits, Size
 from broker.records import read_adapter, read_adapters, read_record
 from schemas.adapter import AdapterRecord
-from schemas.errors import UnknownId
+from schemas.errors import LorryError, UnknownId
 from schemas.keys import Keys
 from schemas.result import RESULT_TTL, STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
 from schemas.worker_state import WorkerState
@@ -90,7 +90,7 @@ class QueueReader:
         )
 
     def num_set_aside(self) -> dict[float, int]:
-        """Jobs that workers left alone, by the version of their record; 0 if it has none."""
+        """Jobs that workers left alone, by the version of their record; 0 if it is damaged."""
         found: dict[float, int] = {}
         least = "-inf"
         while first := self.client.zrange(
@@ -270,6 +270,8 @@ class QueueReader:
     def _result(self, job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
         if fields["state"] is None:
             raise UnknownId(f"Queue '{self.name}' holds no job with the id '{job_id}'.")
+        if not fields["submissions"] or not (fields["queued"] or "").isdecimal():
+            raise LorryError(f"The record of job '{job_id}' is damaged: its fields are missing.")
         if fields["result"]:
             return read_record(Result, fields["result"], f"The result of job '{job_id}'")
         code = fields["error_code"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 
-from broker.job_queue import Cancelled, JobQueue
+from broker.job_queue import JobQueue
+from broker.outcomes import Cancelled
 from broker.queue_reader import QueueReader
 
 #: Jobs that one script cancels, in some 10 ms, so that others are served in between.

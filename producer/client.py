@@ -25,7 +25,8 @@ from broker import durability, server_settings
 from broker.connection import BLOCK_SECONDS, connect, server_errors
 from broker.dead_letters import DeadLetter, DeadLetters
 from broker.fetches import Fetches, FetchStatus
-from broker.job_queue import Cancelled, JobQueue, Limits
+from broker.job_queue import JobQueue
+from broker.outcomes import Cancelled, Limits
 from broker.queue_reader import QueueReader
 from broker.server import use_server
 from producer import adapters, advice, cancelling, following, hub, limiting, pausing, sending

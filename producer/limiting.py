@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from broker.job_queue import JobQueue, Limits, Size
+from broker.job_queue import JobQueue
+from broker.outcomes import Limits, Size
 from producer.advice import counted
 from schemas.errors import BadInput
 

@@ -42,7 +42,7 @@ class Run:
         return len(self.jobs) >= MAX_RUN_JOBS or self.num_bytes >= MAX_RUN_BYTES
 
     def append(self, record: bytes) -> None:
-        line, wire = record.split(b"\t", 1)
+        line, wire = record.rstrip(b"\n").split(b"\t", 1)
         self.jobs.append(Job.from_wire(wire.decode()))
         self.lines.append(int(line))
         self.num_bytes += len(wire)

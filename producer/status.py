@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from broker.job_queue import Limits, Size
+from broker.outcomes import Limits, Size
 from broker.queue_reader import QueueReader, SubmissionStatus
 from producer.advice import counted
 from schemas.errors import LorryError

@@ -11,7 +11,8 @@ from redis.exceptions import NoPermissionError
 from structlog.testing import capture_logs
 
 from broker.connection import connect, server_errors
-from broker.job_queue import ClaimRequest, JobQueue, Lease, Limits
+from broker.job_queue import ClaimRequest, JobQueue, Lease
+from broker.outcomes import Limits
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from schemas.adapter import AdapterRecord

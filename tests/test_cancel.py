@@ -17,12 +17,8 @@ from producer.client import Client
 from schemas.errors import LorryError, UnknownId
 from schemas.job import Job
 from schemas.result import TERMINAL_STATES
-from tests.end_to_end.at_work import wait_until
 from tests.test_job_queue import claim, join, keys_left, result
 from tests.test_producer_cli import Producer
-from tests.test_worker import MakeWorker, folder, job, make_worker  # noqa: F401 - fixtures
-from worker.batch import Batch
-from worker.engine import Engine
 
 
 @pytest.fixture
@@ -203,31 +199,3 @@ def test_every_job_ends_once_though_claims_commits_and_releases_race_with_cancel
     assert keys_left(queue) == set()
     for key in (queue.keys.waiting, queue.keys.running, queue.keys.backlog):
         assert not queue.client.exists(key)
-
-
-def test_a_worker_drops_a_running_job_within_a_few_steps(
-    client: Client,
-    queue: JobQueue,
-    make_worker: MakeWorker,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    worker = make_worker()
-    client.submit([job("cancelled", "a", 400), job("goes-on", "a", 60)])
-    launch, num_calls = Engine.launch, count()
-    seen: Counter[str] = Counter()
-
-    def launch_and_cancel(engine: Engine, batch: Batch) -> None:
-        seen.update(item.sequence.job.id for item in batch.scheduled)
-        if next(num_calls) == 20:
-            assert client.cancel("cancelled").running == 1
-            wait_until(lambda: bool(worker._leases._lost), "the worker was not told")
-        launch(engine, batch)
-
-    monkeypatch.setattr(Engine, "launch", launch_and_cancel)
-    assert worker.run() == 0
-    assert seen["goes-on"] >= 60
-    assert seen["cancelled"] <= 22
-    outcomes = [(found.id, found.status) for found in client.results("cancelled", "goes-on")]
-    assert outcomes == [("cancelled", "cancelled"), ("goes-on", "done")]
-    assert worker._engine.scheduler.pool.num_used == 0
-    assert keys_left(queue) == set()

@@ -40,6 +40,11 @@ def submit(queue: JobQueue, *deadlines: float | str | None) -> None:
     queue.submit("sub", "file", len(jobs), 0, jobs)
 
 
+def let_deadline_come(queue: JobQueue) -> None:
+    """Of the first job, which runs, without waiting for it."""
+    queue.client.hset(queue.keys.job("job-0"), "deadline", 1)
+
+
 def test_a_job_whose_deadline_has_come_is_not_run(queue: JobQueue, reader: QueueReader) -> None:
     join(queue)
     submit(queue, 0.01, moment(-7), moment(60), 60, None)
@@ -74,9 +79,9 @@ def test_a_job_that_runs_at_its_deadline_goes_on_to_its_end(
     queue: JobQueue, reader: QueueReader
 ) -> None:
     join(queue)
-    submit(queue, 0.03)
+    submit(queue, 60)
     (job,) = claim(queue)
-    time.sleep(0.04)
+    let_deadline_come(queue)
     assert queue.expire_jobs() == 0
     assert queue.commit("w", [(job.lease, result(job))]) == [True]
     assert reader.submission("sub").counts["done"] == 1
@@ -87,9 +92,9 @@ def test_a_job_handed_back_after_its_deadline_is_not_run_again(
     queue: JobQueue, reader: QueueReader
 ) -> None:
     join(queue)
-    submit(queue, 0.03)
+    submit(queue, 60)
     (job,) = claim(queue)
-    time.sleep(0.04)
+    let_deadline_come(queue)
     queue.release("w", [job.lease])
     assert queue.expire_jobs() == 1
     assert claim(queue) == []
@@ -167,3 +172,19 @@ def test_a_deadline_is_a_duration_or_a_moment_that_is_not_over() -> None:
         parse_deadline("2020-01-01T00:00Z")
     with pytest.raises(BadInput, match="write how long"):
         parse_deadline("tomorrow")
+
+
+def test_who_may_only_read_leaves_it_to_others_to_expire_jobs(
+    client: Client, queue: JobQueue, redis_url: str
+) -> None:
+    submission = client.submit([{"prompt": "x", "deadline": 0.01}])
+    time.sleep(0.02)
+    server = queue.client
+    server.execute_command("ACL", "SETUSER", "reader", "on", ">secret", "~*", "+@read", "+ping")
+    try:
+        url = redis_url.replace("unix://", "unix://reader:secret@")
+        with Client(url, queue.name) as reader:
+            assert reader.status(submission).counts["waiting"] == 1  # type: ignore[union-attr]
+    finally:
+        server.execute_command("ACL", "DELUSER", "reader")
+    assert client.status(submission).counts["expired"] == 1  # type: ignore[union-attr]

@@ -12,7 +12,8 @@ import pytest
 from redis import ResponseError
 
 from broker.connection import connect
-from broker.job_queue import FullError, JobQueue, Limits, Size
+from broker.job_queue import JobQueue
+from broker.outcomes import FullError, Limits, Size
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from producer.quantities import parse_size
@@ -107,6 +108,17 @@ def test_a_file_that_does_not_fit_is_refused_before_any_of_it_is_sent(client: Cl
     )
     assert client.overview().num_submissions == 0
     client.submit(["x"] * 900, when_full="refuse")
+
+
+def test_a_file_that_just_fits_is_not_refused(client: Client) -> None:
+    client.submit(["x"] * 600)
+    size = client.overview().backlog.bytes
+    client.set_limits(Limits(bytes=2 * size - 1))
+    with pytest.raises(QueueFull):
+        client.submit(["x"] * 600, when_full="refuse")
+    client.set_limits(Limits(bytes=2 * size))
+    client.submit(["x"] * 600, when_full="refuse")
+    assert client.overview().backlog == (1200, 2 * size)
 
 
 def test_a_file_larger_than_the_bound_is_sent_as_there_is_room(

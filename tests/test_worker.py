@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
@@ -21,6 +22,8 @@ from broker.job_queue import ClaimRequest, Claims, JobQueue
 from producer.client import Client
 from schemas import WIRE_VERSION
 from schemas.job import Job
+from tests.end_to_end.at_work import wait_until
+from tests.test_job_queue import keys_left
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch
 from worker.config import LoraPath, WorkerConfig
@@ -180,6 +183,34 @@ def test_jobs_of_a_claim_whose_reply_was_lost_run_at_once_in_their_first_attempt
     assert make_worker(lease_seconds=600).run() == 0
     assert client.status(submission).counts["done"] == 6
     assert {queue.client.hget(queue.keys.job(f"job-{i}"), "attempts") for i in range(6)} == {"1"}
+
+
+def test_a_worker_drops_a_running_job_within_a_few_steps(
+    client: Client,
+    queue: JobQueue,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = make_worker()
+    client.submit([job("cancelled", "a", 400), job("goes-on", "a", 60)])
+    launch, num_calls = Engine.launch, count()
+    seen: Counter[str] = Counter()
+
+    def launch_and_cancel(engine: Engine, batch: Batch) -> None:
+        seen.update(item.sequence.job.id for item in batch.scheduled)
+        if next(num_calls) == 20:
+            assert client.cancel("cancelled").running == 1
+            wait_until(lambda: bool(worker._leases._lost), "the worker was not told")
+        launch(engine, batch)
+
+    monkeypatch.setattr(Engine, "launch", launch_and_cancel)
+    assert worker.run() == 0
+    assert seen["goes-on"] >= 60
+    assert seen["cancelled"] <= 22
+    outcomes = [(found.id, found.status) for found in client.results("cancelled", "goes-on")]
+    assert outcomes == [("cancelled", "cancelled"), ("goes-on", "done")]
+    assert worker._engine.scheduler.pool.num_used == 0
+    assert keys_left(queue) == set()
 
 
 def test_a_job_that_crashes_the_engine_ends_dead_and_those_that_waited_behind_it_end_done(

@@ -6,8 +6,11 @@
 -- Safe to repeat: a job that is cancelled has ended.
 local num_waiting, running, num_ended = 0, {}, 0
 for _, id in ipairs(ARGV) do
-  local state, worker = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker'))
-  if state == 'running' then
+  local state, version = state_and_version(id)
+  if state and not reads_version(version) then
+    -- Of a version that is not read here, or damaged: left alone.
+  elseif state == 'running' then
+    local worker = redis.call('HGET', JOB .. id, 'worker')
     end_job(id, 'cancelled', 'cancelled', 'cancelled while it ran on ' .. worker)
     table.insert(running, id)
   elseif TERMINAL[state] then

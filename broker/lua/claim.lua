@@ -128,21 +128,20 @@ local num_passed_over, num_set_aside = 0, 0
 -- Gives the worker the job of an entry, and returns the bytes of its record; nil if it cannot be
 -- lent, with what becomes of it done.
 local function deliver(lane, entry, id)
-  local state, payload, queued, submissions, deadline, attempts, alone, v = unpack(redis.call('HMGET',
-    JOB .. id, 'state', 'job', 'queued', 'submissions', 'deadline', 'attempts', 'alone', 'v'))
+  local state, version = state_and_version(id)
   if not state then
     count('waiting', lane.adapter, -1, 0) -- Its record was deleted.
     return drop_entry(lane, entry)
-  elseif not reads_version(v) then
+  elseif not reads_version(version) then
     num_set_aside = num_set_aside + 1
-    return set_aside(id, v)
+    return set_aside(id, version)
   elseif state ~= 'waiting' then
     return drop_entry(lane, entry)
-  elseif deadline and tonumber(deadline) <= now then
-    return expire(id)
-  elseif alone then
-    return wait_for_turn(id)
   end
+  local payload, queued, submissions, deadline, attempts, alone = unpack(redis.call('HMGET',
+    JOB .. id, 'job', 'queued', 'submissions', 'deadline', 'attempts', 'alone'))
+  if deadline and tonumber(deadline) <= now then return expire(id) end
+  if alone then return wait_for_turn(id) end
   if deadline then redis.call('ZREM', DEADLINES, id) end
   attempts = attempts + 1
   -- As `lend` does, but `serve_lane` counts them all at once.
@@ -150,8 +149,10 @@ local function deliver(lane, entry, id)
     'claim', claim, 'entry', entry, 'claimed', text(now))
   redis.call('ZADD', LEASES, text(now + lease), id)
   tell_submissions(id, submissions, state, 'running')
-  table.insert(jobs, { id, lane.adapter, payload, attempts, queued,
-    string.match(submissions, '%S+') })
+  -- A record without a prompt ends as a bad one where it is parsed.
+  payload = payload or ''
+  table.insert(jobs, { id, lane.adapter, payload, attempts, tonumber(queued) and queued or 0,
+    string.match(submissions, '%S+') or '' })
   wanted = wanted - 1
   return #payload
 end

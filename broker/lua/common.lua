@@ -147,19 +147,30 @@ local function read_entries(lane, count)
   return found and found[1] and found[1][2] or {}
 end
 
-local function reads_version(v)
-  local version = tonumber(v)
+local function reads_version(version)
   return version == WIRE_VERSION or version == WIRE_VERSION - 1
 end
 
--- Leaves a job alone whose record is of a version that is not read here, until a worker sweeps that
--- reads it. What is no version counts as 0.
-local function set_aside(id, v)
+-- A job's state, nil if there is no such job, and the version of its record: 0 if it is damaged, so
+-- that nothing can be done with it.
+local function state_and_version(id)
+  local found =
+    redis.pcall('HMGET', JOB .. id, 'state', 'v', 'adapter', 'submissions', 'attempts')
+  if found.err then return 'damaged', 0 end -- The key is no hash.
+  local state, v, adapter, submissions, attempts = unpack(found)
   local version = tonumber(v) or 0
-  if version ~= version then version = 0 end -- It said 'nan'.
+  local is_damaged = not adapter or not submissions or not string.match(attempts or '', '^%d+$')
+  if version ~= version or reads_version(version) and is_damaged then version = 0 end
+  return state or nil, version
+end
+
+-- Leaves a job alone whose record is of a version that is not read here, until a worker sweeps that
+-- reads it.
+local function set_aside(id, version)
   redis.call('ZREM', LEASES, id)
   redis.call('ZREM', SUSPECTS, id)
   redis.call('ZREM', DELAYED, id)
+  redis.call('ZREM', DEADLINES, id)
   redis.call('ZADD', SET_ASIDE, version, id)
 end
 
@@ -177,7 +188,9 @@ end
 local function lent_job(id)
   local adapter, payload, attempts, queued, submissions =
     unpack(redis.call('HMGET', JOB .. id, 'adapter', 'job', 'attempts', 'queued', 'submissions'))
-  return { id, adapter, payload, attempts, queued, string.match(submissions, '%S+') }
+  -- A record without a prompt ends as a bad one where it is parsed.
+  return { id, adapter, payload or '', attempts, tonumber(queued) and queued or 0,
+    string.match(submissions, '%S+') or '' }
 end
 
 -- A job that waits, wherever that is, expires at its deadline.
@@ -199,8 +212,9 @@ local function wait_for_turn(id)
   local entry, alone = unpack(redis.call('HMGET', JOB .. id, 'entry', 'alone'))
   if alone and entry then
     redis.call('ZADD', SUSPECTS, text(now_ms()), id)
-    return
+    return heed_deadline(id)
   end
+  heed_deadline(id)
   enqueue(id) -- Before the old entry goes, which may be the lane's only one.
   drop_entry(lane_of(id), entry)
 end
@@ -281,7 +295,7 @@ end
 -- Ends a waiting job whose deadline has come.
 local function expire(id)
   local queued, deadline = unpack(redis.call('HMGET', JOB .. id, 'queued', 'deadline'))
-  local seconds = (deadline - queued) / 1000
+  local seconds = (deadline - (tonumber(queued) or deadline)) / 1000
   local when = seconds < 0 and ' s before it was sent' or ' s after it was sent, came while it waited'
   end_job(id, 'expired', 'expired',
     string.format('not run: its deadline, %.1f', math.abs(seconds)) .. when)
@@ -338,18 +352,20 @@ local function first_suspect(worker)
     local found = redis.call('ZRANGE', SUSPECTS, first, first + window - 1, 'WITHSCORES')
     for i = 1, #found, 2 do
       local id = found[i]
-      local state, adapter, v, deadline =
-        unpack(redis.call('HMGET', JOB .. id, 'state', 'adapter', 'v', 'deadline'))
-      if state and not reads_version(v) then
-        set_aside(id, v)
+      local state, version = state_and_version(id)
+      if state and not reads_version(version) then
+        set_aside(id, version)
       elseif state ~= 'waiting' then
         redis.call('ZREM', SUSPECTS, id)
-      elseif deadline and tonumber(deadline) <= now_ms() then
-        expire(id)
-      elseif redis.call('HEXISTS', PAUSED, adapter) == 0 and (adapter == BASE
-        or redis.call('HEXISTS', ADAPTERS, adapter) == 0
-        or redis.call('SISMEMBER', WORKER .. worker .. ':adapters', adapter) == 1) then
-        return id, tonumber(found[i + 1])
+      else
+        local adapter, deadline = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'deadline'))
+        if deadline and tonumber(deadline) <= now_ms() then
+          expire(id)
+        elseif redis.call('HEXISTS', PAUSED, adapter) == 0 and (adapter == BASE
+          or redis.call('HEXISTS', ADAPTERS, adapter) == 0
+          or redis.call('SISMEMBER', WORKER .. worker .. ':adapters', adapter) == 1) then
+          return id, tonumber(found[i + 1])
+        end
       end
     end
     if #found < 2 * window then return nil end

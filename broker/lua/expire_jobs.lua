@@ -5,7 +5,8 @@
 local num_expired = 0
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', text(now_ms()),
     'LIMIT', 0, ARGV[1])) do
-  if redis.call('HGET', JOB .. id, 'state') == 'waiting' then
+  local state, version = state_and_version(id)
+  if state == 'waiting' and reads_version(version) then
     expire(id)
     num_expired = num_expired + 1
   else

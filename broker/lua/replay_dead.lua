@@ -4,9 +4,9 @@
 -- Safe to repeat.
 local num_replayed = 0
 for _, id in ipairs(ARGV) do
-  local state, dead, told, v =
-    unpack(redis.call('HMGET', JOB .. id, 'state', 'dead', 'told', 'v'))
-  if state == 'dead' and dead and reads_version(v) then
+  local state, version = state_and_version(id)
+  local dead, told = unpack(redis.call('HMGET', JOB .. id, 'dead', 'told'))
+  if state == 'dead' and dead and reads_version(version) then
     redis.call('XDEL', DEAD, dead)
     for submission, entry in string.gmatch(told or '', '(%S+) (%S+)') do
       redis.call('XDEL', SUBMISSION .. submission .. ':finished', entry)

@@ -9,22 +9,25 @@ if not record or type(record.unloading) ~= 'string' then return 0 end
 
 local MESSAGE = 'adapter ' .. name .. ' was unloaded by force while the job waited'
 
--- Ends a job that waits, unless its record is of a version that is not read here.
-local function fail(id, state, v)
-  if not reads_version(v) then return set_aside(id, v) end
-  if state == 'waiting' then end_job(id, 'failed', 'adapter_unloaded', MESSAGE) end
+-- Ends a job that waits, unless its record is of a version that is not read here. Returns whether
+-- there is such a job.
+local function fail(id)
+  local state, version = state_and_version(id)
+  if state and not reads_version(version) then
+    set_aside(id, version)
+  elseif state == 'waiting' then
+    end_job(id, 'failed', 'adapter_unloaded', MESSAGE)
+  end
+  return state ~= nil
 end
 
 -- Lets up to `most` waiting jobs of a lane fail; returns how many entries it found.
 local function fail_lane(lane, most)
   local entries = read_entries(lane, most)
   for _, entry in ipairs(entries) do
-    local state, v = unpack(redis.call('HMGET', JOB .. entry[2][2], 'state', 'v'))
-    if not state then
+    if not fail(entry[2][2]) then
       count('waiting', name, -1, 0) -- Its record was deleted.
       drop_entry(lane, entry[1])
-    else
-      fail(entry[2][2], state, v)
     end
   end
   if #entries < most then close_lane(lane) end
@@ -34,8 +37,8 @@ end
 -- Suspects and delayed jobs have entries that were read before.
 local function fail_those_in(set)
   for _, id in ipairs(redis.call('ZRANGE', set, 0, -1)) do
-    local adapter, state, v = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'state', 'v'))
-    if adapter == name then fail(id, state, v) end
+    local found = redis.pcall('HMGET', JOB .. id, 'adapter')
+    if not found.err and found[1] == name then fail(id) end
   end
 end
 

@@ -78,12 +78,19 @@ end
 
 local lanes = {}
 
--- Stores a job at the end of its lane.
+local function lane_for(adapter, priority)
+  local band = adapter .. ':' .. priority
+  if not lanes[band] then
+    lanes[band] = lane_in(adapter, priority, submission)
+    lanes[band].num_jobs, lanes[band].num_bytes = 0, 0
+  end
+  return lanes[band]
+end
+
+-- Stores a job at the end of its lane; the lane is opened, and its jobs counted, once for the run.
 local function add(id, adapter, priority, deadline, payload)
-  local lane = lane_in(adapter, priority, submission)
-  lane = lanes[lane.band] or lane
-  lanes[lane.band] = lane
-  lane.num_jobs, lane.num_bytes = (lane.num_jobs or 0) + 1, (lane.num_bytes or 0) + #payload
+  local lane = lane_for(adapter, priority)
+  lane.num_jobs, lane.num_bytes = lane.num_jobs + 1, lane.num_bytes + #payload
   redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,
     'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', text(now),
     'attempts', 0, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))

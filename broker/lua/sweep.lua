@@ -1,7 +1,7 @@
--- Takes jobs whose lease has expired from their workers. They may have killed them, so they are tried
--- again alone, or, once they have been tried often enough, given up on. Then lets delayed jobs whose
--- time has come have their turn, and jobs that workers of another version set aside, if they are read
--- here.
+-- Takes jobs whose lease has expired from their workers. They may have killed them, so they are
+-- tried again alone, or, once they have been tried often enough, given up on. Then lets delayed jobs
+-- whose time has come have their turn, and jobs that workers of another version set aside, if they
+-- are read here.
 --   ARGV: how many jobs of each kind to look at
 --   Returns {number of expired leases whose jobs are tried again, number given up}.
 -- Safe to repeat.
@@ -20,14 +20,26 @@ end
 
 local function take_expired()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, limit)) do
-    local state, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'v'))
-    if state ~= 'running' then
-      redis.call('ZREM', LEASES, id)
-    elseif reads_version(v) then
+    local state, version = state_and_version(id)
+    if state and not reads_version(version) then
+      set_aside(id, version)
+    elseif state == 'running' then
       end_lost_attempt(id)
     else
-      set_aside(id, v)
+      redis.call('ZREM', LEASES, id)
     end
+  end
+end
+
+-- A job that stood apart has its turn, unless it has ended or changed meanwhile.
+local function let_go_on(id)
+  local state, version = state_and_version(id)
+  if state and not reads_version(version) then
+    set_aside(id, version)
+  elseif state == 'running' then
+    end_lost_attempt(id)
+  elseif state == 'waiting' then
+    wait_for_turn(id)
   end
 end
 
@@ -35,12 +47,7 @@ local function let_due_ones_wait()
   local due = redis.call('ZRANGEBYSCORE', DELAYED, '-inf', now, 'LIMIT', 0, limit)
   for _, id in ipairs(due) do
     redis.call('ZREM', DELAYED, id)
-    local state, v = unpack(redis.call('HMGET', JOB .. id, 'state', 'v'))
-    if state and not reads_version(v) then
-      set_aside(id, v)
-    elseif state == 'waiting' then
-      wait_for_turn(id)
-    end
+    let_go_on(id)
   end
   return #due
 end
@@ -51,12 +58,7 @@ local function take_up_what_was_set_aside()
     local found = redis.call('ZRANGEBYSCORE', SET_ASIDE, version, version, 'LIMIT', 0, limit)
     for _, id in ipairs(found) do
       redis.call('ZREM', SET_ASIDE, id)
-      local state = redis.call('HGET', JOB .. id, 'state')
-      if state == 'running' then
-        end_lost_attempt(id)
-      elseif state == 'waiting' then
-        wait_for_turn(id)
-      end
+      let_go_on(id)
     end
     num_taken_up = num_taken_up + #found
   end
@@ -64,6 +66,6 @@ local function take_up_what_was_set_aside()
 end
 
 take_expired()
-local num_ready = again + let_due_ones_wait() + take_up_what_was_set_aside()
-if num_ready > 0 then redis.call('PUBLISH', WAKE, 'sweep') end
+local num_waiting = again + let_due_ones_wait() + take_up_what_was_set_aside()
+if num_waiting > 0 then redis.call('PUBLISH', WAKE, 'sweep') end
 return { again, given_up }
