@@ -121,7 +121,7 @@ class JobQueue:
         self._scripts = {
             name: load_script(client, name)
             for name in (
-                *("submit", "sync", "claim", "claim_suspect", "commit"),
+                *("submit", "sync", "claim", "claim_suspect", "reserve_suspect", "commit"),
                 *("renew", "release", "retry", "sweep"),
                 *("heartbeat", "announce", "set_adapter", "change_adapter"),
                 *("adopt_revision", "retire_adapter", "leave"),
@@ -204,6 +204,12 @@ class JobQueue:
             "claim_suspect", worker, self._claim_number, round(lease_seconds * 1000)
         )
         return next(iter(self._received(now, jobs)), None)
+
+    def reserve_suspect(self, worker: str, *, patience: float) -> bool:
+        """Whether a suspect has waited for longer than the patience (in seconds), so that a busy
+        worker shall make itself free for it. Others are then told so only for further ones, or
+        once it has waited for as long again."""
+        return bool(self._run("reserve_suspect", worker, round(patience * 1000)))
 
     def commit(self, worker: str, results: Sequence[tuple[Lease, Result]]) -> list[bool]:
         """Record results in one round trip; False where the lease was lost. Safe to repeat."""

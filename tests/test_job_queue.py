@@ -579,6 +579,23 @@ def test_a_suspect_that_is_handed_back_or_whose_claim_lost_its_reply_stays_one(
     assert suspect(queue).attempts == 2
 
 
+def test_no_more_busy_workers_make_themselves_free_than_there_are_suspects(
+    queue: JobQueue,
+) -> None:
+    for worker in ("w", "x", "y"):
+        join(queue, worker)
+    submit(queue, jobs(2))
+    make_suspects(queue)
+    assert not queue.reserve_suspect("w", patience=60)
+    long_ago = dict.fromkeys(("job-None-0", "job-None-1"), 1)
+    queue.client.zadd(queue.keys.suspects, long_ago)
+    reserved = [queue.reserve_suspect(worker, patience=60) for worker in ("w", "x", "y")]
+    assert reserved == [True, True, False]
+    queue.client.zadd(queue.keys.suspects, long_ago)  # Those two have not come.
+    assert queue.reserve_suspect("y", patience=60)
+    assert len({suspect(queue).lease.job_id for _ in range(2)}) == 2
+
+
 def test_a_suspect_of_a_lost_reply_does_not_come_among_other_jobs(queue: JobQueue) -> None:
     join(queue)
     submit(queue, jobs(1))
@@ -615,7 +632,7 @@ def test_a_delayed_job_waits_until_its_time_and_the_next_sweep(
     submit(queue, jobs(1, "a"))
     (job,) = claim(queue)
     retried = queue.retry(
-        "w", [job.lease], outcome="out_of_memory", message="x", alone=alone, delay=0.1
+        "w", [job.lease], outcome="out_of_memory", message="x", alone=alone, delay=60
     )
     assert retried == (1, 0)
     request = ClaimRequest(10, 8, in_use=[])
@@ -624,7 +641,7 @@ def test_a_delayed_job_waits_until_its_time_and_the_next_sweep(
     assert queue.sweep() == (0, 0)
     assert queue.claim_suspect("w", lease_seconds=60) is None
     assert reader.submission("sub").counts["waiting"] == 1
-    time.sleep(0.1)
+    queue.client.zadd(queue.keys.delayed, {job.lease.job_id: 1})
     queue.sweep()
     again = suspect(queue) if alone else claim(queue)[0]
     assert again.attempts == 2

@@ -98,20 +98,21 @@ class Claimer:
         brought_nothing = not claims.jobs and not claims.num_passed_over
         is_idle = holds_nothing and brought_nothing
         self.found_nothing = is_idle and claims.suspect_waits is None and not claims.num_delayed
-        self._is_trial = self._is_time_for_suspects(claims, is_idle)
         if drained := self._leases.drain_for(claims.starving):
             log.info("adapter_drains", adapter=drained, makes_room_for=claims.starving)
         self._leases.add(claims.jobs)
         for claim in claims.jobs:
             self._prepare(claim)
+        self._is_trial = self._is_time_for_suspects(claims, is_idle)
         return not brought_nothing
 
     def _is_time_for_suspects(self, claims: Claims, is_idle: bool) -> bool:
-        """At once if there is nothing else to do; else once one has waited beyond the patience,
-        unless it is the others' time."""
+        """At once if there is nothing else to do; else once one has waited beyond the patience, and
+        no other worker makes itself free for it, unless it is the others' time."""
         if claims.suspect_waits is None or is_idle:
             return claims.suspect_waits is not None
-        return claims.suspect_waits > self._patience and time.monotonic() >= self._next_trial
+        may_be = claims.suspect_waits > self._patience and time.monotonic() >= self._next_trial
+        return may_be and self._queue.reserve_suspect(self._worker_id, patience=self._patience)
 
     def _try_suspect(self) -> bool:
         """Claim a job that runs with no other beside it, as it may have ended its last worker, or
