@@ -1,4 +1,4 @@
-"""How torch takes a GPU's memory."""
+"""How torch takes a GPU's memory, and what shows that memory did not suffice."""
 
 from __future__ import annotations
 
