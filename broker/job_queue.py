@@ -115,9 +115,9 @@ class JobQueue:
         self.client = client
         self.name = queue
         self.keys = Keys(queue)
-        #: Of the next claim, or of the last while its reply is missing. A clock's value, so that no
-        #: other JobQueue of this worker has used it.
-        self._claim_number = time.time_ns() // 1_000_000
+        #: Of the next claim, or of the last while its reply is missing. It begins at the clock's
+        #: microseconds, so that no other JobQueue of this worker has come to it.
+        self._claim_number = time.time_ns() // 1000
         self._scripts = {
             name: load_script(client, name)
             for name in (

@@ -26,10 +26,10 @@ def list_(
     ids: Ids = None, json: Json = False, redis_url: RedisUrl = None, queue: Queue = "lorry"
 ) -> None:
     """List dead jobs with the reason, those given up first in front; without IDs all of them."""
-    from producer import burying
+    from producer import replaying
     from producer.place import Place
 
-    burying.list_dead(Place(redis_url, queue), ids or [], json_wanted=json)
+    replaying.list_dead(Place(redis_url, queue), ids or [], json_wanted=json)
 
 
 @app.command()
@@ -40,10 +40,10 @@ def show(
     queue: Queue = "lorry",
 ) -> None:
     """Show a job and how each of its attempts ended."""
-    from producer import burying
+    from producer import replaying
     from producer.place import Place
 
-    burying.show(Place(redis_url, queue), job, json_wanted=json)
+    replaying.show(Place(redis_url, queue), job, json_wanted=json)
 
 
 @app.command()
@@ -55,10 +55,10 @@ def replay(
     queue: Queue = "lorry",
 ) -> None:
     """Let dead jobs run again, with a fresh count of attempts; their history is kept."""
-    from producer import burying
+    from producer import replaying
     from producer.place import Place
 
-    burying.replay(Place(redis_url, queue), ids or [], all_wanted=all_, json_wanted=json)
+    replaying.replay(Place(redis_url, queue), ids or [], all_wanted=all_, json_wanted=json)
 
 
 @app.command()
@@ -70,7 +70,7 @@ def drop(
     queue: Queue = "lorry",
 ) -> None:
     """Take jobs off this list for good; their results still say why they were given up."""
-    from producer import burying
+    from producer import replaying
     from producer.place import Place
 
-    burying.drop(Place(redis_url, queue), ids or [], all_wanted=all_, json_wanted=json)
+    replaying.drop(Place(redis_url, queue), ids or [], all_wanted=all_, json_wanted=json)

@@ -76,13 +76,13 @@ def status(place: Place, id_: str | None, *, json_wanted: bool) -> None:
         if json_wanted:
             typer.echo(as_json(found))
             return
-        from producer import tables
+        from producer import dead_tables, tables
 
         if not isinstance(found, Overview) and not is_finished(found):
             Watcher(client, [found.lora] if isinstance(found, Result) else None).look()
         if isinstance(found, Result):
             text = tables.job(found, client.payloads([found.id])[0])
-            text += tables.attempts(client.attempts(found.id))
+            text += dead_tables.attempts(client.attempts(found.id))
         elif isinstance(found, SubmissionStatus):
             text = tables.submission(found)
         else:

@@ -12,7 +12,6 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from broker.dead_letters import DeadLetter
 from broker.queue_reader import SubmissionStatus
 from producer import limiting, pausing
 from producer.advice import START_A_WORKER, counted, listed, unserved
@@ -20,7 +19,7 @@ from producer.messages import printable
 from producer.status import Overview, listed_states
 from schemas import WIRE_VERSION
 from schemas.keys import BASE
-from schemas.result import Attempt, Result
+from schemas.result import Result
 
 #: Columns where there is no terminal to ask.
 WIDTH_WITHOUT_TERMINAL = 160
@@ -111,46 +110,18 @@ def overview(queue: str, found: Overview) -> str:
     return printed(_with_blank_lines(filter(None, parts)))
 
 
-def dead_letters(queue: str, found: Sequence[DeadLetter]) -> str:
-    """One row a job that was given up on."""
-    if not found:
-        return printed([f"No dead jobs on queue '{queue}'."])
-    table = new_table("job", "submission", "adapter", "attempts", "given up", "reason")
-    for letter in found:
-        table.add_row(
-            *cells(letter.job_id, letter.submissions[0], letter.lora or "(base)", letter.attempts),
-            f"{_age(letter.given_up)} ago",
-            cell(f"{letter.code}: {letter.reason}"),
-        )
-    return printed([table])
-
-
-def attempts(found: Sequence[Attempt]) -> str:
-    """One row an attempt that brought no result."""
-    if not found:
-        return ""
-    table = new_table("attempt", "worker", "started", "ended", "how it ended")
-    for attempt in found:
-        table.add_row(
-            *cells(attempt.attempt, attempt.worker or ""),
-            *cells(_moment(attempt.started) or "", _moment(attempt.ended)),
-            cell(f"{attempt.outcome}: {attempt.message}"),
-        )
-    return printed(["", table])
-
-
 def submission(status: SubmissionStatus) -> str:
     """A submission's counts."""
     rows = [
         ("submission", status.id),
         ("input", status.name),
-        ("sent", f"{_age(status.created)} ago"),
+        ("sent", f"{age(status.created)} ago"),
         ("jobs", f"{status.total}: {listed_states(status.counts)}"),
     ]
     if status.sent < status.total:
         rows.append(("not sent", f"{status.total - status.sent} (still sending, or interrupted)"))
     if status.expired is not None:
-        rows.append(("results", f"expired at {_moment(status.expired)}"))
+        rows.append(("results", f"expired at {moment(status.expired)}"))
     return _fields(rows)
 
 
@@ -173,10 +144,10 @@ def job(result: Result, payload: str | None) -> str:
             ("error", f"{error.code}: {error.message}" if error else None),
             ("tokens", f"{usage.prompt_tokens} read, {usage.completion_tokens} written"),
             ("worker", result.worker),
-            ("queued", _moment(timings.queued)),
-            ("started", _moment(timings.started)),
-            ("first token", _moment(timings.first_token)),
-            ("finished", _moment(timings.finished)),
+            ("queued", moment(timings.queued)),
+            ("started", moment(timings.started)),
+            ("first token", moment(timings.first_token)),
+            ("finished", moment(timings.finished)),
             ("metadata", None if result.metadata is None else json.dumps(result.metadata)),
         ]
     )
@@ -195,7 +166,7 @@ def _submissions(queue: str, found: Overview) -> RenderableType:
             *cells(status.id, status.name, status.total),
             *cells(counts["waiting"], counts["running"], counts["done"]),
             Text(str(other), style="red" if other else ""),
-            f"{_age(status.created)} ago",
+            f"{age(status.created)} ago",
         )
     return table
 
@@ -241,13 +212,19 @@ def _out_of_turn(found: Overview) -> RenderableType | None:
             f"{counted(found.num_dead)} given up on: `producer dead list` says why,"
             " `producer dead replay` tries again."
         )
-    sentences += [
-        f"{counted(number)} left alone: the record is of version {version}, and workers that have"
-        f" met it read others (this program writes {WIRE_VERSION} and reads"
-        f" {WIRE_VERSION - 1} and {WIRE_VERSION}). Start a worker of the release that sent it."
-        for version, number in found.num_set_aside.items()
-    ]
+    sentences += [_set_aside(*item) for item in found.num_set_aside.items()]
     return Text("\n".join(sentences), style="yellow") if sentences else None
+
+
+def _set_aside(version: str, number: int) -> str:
+    if version == "0":
+        left = f"{counted(number)} left alone: the record is damaged."
+        return f"{left} Send its prompt again, under another id."
+    return (
+        f"{counted(number)} left alone: the record is of version {version}, and workers that have"
+        f" met it read others (this release: {WIRE_VERSION - 1} and {WIRE_VERSION}). Start a worker"
+        " of the release that sent it."
+    )
 
 
 def _fields(rows: Iterable[tuple[str, str | None]]) -> str:
@@ -335,13 +312,14 @@ def _deadline(value: float | str | None) -> str | None:
     return f"{value:g} s after it was sent" if isinstance(value, float) else value
 
 
-def _moment(seconds: float | None) -> str | None:
+def moment(seconds: float | None) -> str | None:
+    """In local time."""
     if seconds is None:
         return None
     return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "milliseconds")
 
 
-def _age(since: float) -> str:
+def age(since: float) -> str:
     """ "5 s", "12 min", "3 h", "9 d" """
     seconds = max(0, int(time.time() - since))
     for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):

@@ -22,9 +22,9 @@ def list_dead(place: Place, ids: Sequence[str], *, json_wanted: bool) -> None:
         if json_wanted:
             typer.echo(json.dumps({"dead": [asdict(letter) for letter in found]}))
             return
-        from producer import tables
+        from producer import dead_tables
 
-        typer.echo(tables.dead_letters(client.queue, list(found)), nl=False)
+        typer.echo(dead_tables.dead_letters(client.queue, list(found)), nl=False)
 
 
 def show(place: Place, job_id: str, *, json_wanted: bool) -> None:
@@ -38,10 +38,10 @@ def show(place: Place, job_id: str, *, json_wanted: bool) -> None:
             }
             typer.echo(json.dumps(found))
             return
-        from producer import tables
+        from producer import dead_tables, tables
 
         typer.echo(tables.job(result, client.payloads([job_id])[0]), nl=False)
-        typer.echo(tables.attempts(attempts), nl=False)
+        typer.echo(dead_tables.attempts(attempts), nl=False)
 
 
 def replay(place: Place, ids: Sequence[str], *, all_wanted: bool, json_wanted: bool) -> None:
