@@ -131,6 +131,52 @@ def test_what_is_no_version_is_set_aside_too(
     assert sum(reader.num_set_aside().values()) == 1
 
 
+DAMAGED = [
+    *(("adapter", None), ("submissions", None), ("attempts", None), ("attempts", "x")),
+    *(("attempts", "-1"), (None, None)),
+]
+
+
+def damage(queue: JobQueue, job_id: str, field: str | None, value: str | None) -> None:
+    """Change or take away a field of a job, or all of them for a text."""
+    key = queue.keys.job(job_id)
+    if field is None:
+        queue.client.set(key, "no hash")
+    elif value is None:
+        queue.client.hdel(key, field)
+    else:
+        queue.client.hset(key, field, value)
+
+
+@pytest.mark.parametrize(("field", "value"), DAMAGED)
+def test_a_damaged_record_stops_no_worker_and_is_told(
+    queue: JobQueue, reader: QueueReader, field: str | None, value: str | None
+) -> None:
+    send(queue, "waiting", "suspect", "delayed", "running", "last")
+    leases = {job.lease.job_id: job.lease for job in claim(queue).jobs}
+    queue.release("w", [leases["waiting"], leases["last"]])
+    queue.retry("w", [leases["suspect"]], outcome="x", message="x", alone=True)
+    queue.retry("w", [leases["delayed"]], outcome="x", message="x", alone=False, delay=60)
+    queue.client.zadd(queue.keys.delayed, {"delayed": 1})
+    queue.client.zadd(queue.keys.leases, {"running": 1})
+    for id_ in ("waiting", "suspect", "delayed", "running"):
+        damage(queue, id_, field, value)
+    queue.sweep()
+    assert ids_of(claim(queue).jobs) == ["last"]
+    assert queue.claim_suspect("other", lease_seconds=60) is None
+    queue.sweep()
+    assert reader.num_set_aside() == {0: 4}
+
+
+@pytest.mark.parametrize("field", ["job", "queued"])
+def test_a_job_without_its_prompt_or_moment_is_lent_so_that_it_ends_with_a_reason(
+    queue: JobQueue, field: str
+) -> None:
+    send(queue, "odd")
+    queue.client.hdel(queue.keys.job("odd"), field)
+    assert ids_of(claim(queue).jobs) == ["odd"]
+
+
 def test_a_long_run_of_newer_records_is_passed_over_piece_by_piece(queue: JobQueue) -> None:
     newer = [f"newer-{i}" for i in range(2500)]
     send(queue, *newer, "current")
