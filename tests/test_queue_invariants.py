@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import count
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from redis import Redis
 
@@ -178,8 +178,12 @@ def check(queue: JobQueue) -> None:
         assert (client.zscore(keys.expiry, submission) is not None) == has_ended
 
 
+# A failure is told as it was found: to make it smaller would take longer than a test may.
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    phases=(Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(operations, min_size=5, max_size=25))
 def test_every_index_agrees_with_the_jobs_after_every_operation(
