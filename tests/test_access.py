@@ -110,6 +110,7 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "commit": (lambda q, lease: q.commit("w", [(lease, RESULT)]), STAFF),
     "renew": (lambda q, lease: q.renew("w", [lease], lease_seconds=9), STAFF),
     "claim_suspect": (lambda q, _: q.claim_suspect("w", lease_seconds=9), STAFF),
+    "reserve_suspect": (lambda q, _: q.reserve_suspect("w", patience=9), STAFF),
     "release": (lambda q, lease: q.release("w", [lease]), STAFF),
     "retry": (
         lambda q, lease: q.retry("w", [lease], outcome="x", message="x", alone=True),
@@ -193,6 +194,8 @@ def test_an_operation_is_for_those_whom_the_table_names(
         # Something for those who look first.
         if operation == "sweep":
             admin.zadd(f"{{{QUEUE}}}:leases", {lease.job_id: 1})
+        if operation == "reserve_suspect":
+            admin.zadd(f"{{{QUEUE}}}:suspects", {"next": 1})
         if operation == "expire_jobs":
             admin.zadd(f"{{{QUEUE}}}:deadlines", {"next": 1})
             admin.hset(f"{{{QUEUE}}}:job:next", "deadline", 1)

@@ -57,6 +57,25 @@ def meanwhile(action: Callable[[], None]) -> Iterator[None]:
     thread.join()
 
 
+@contextmanager
+def again_and_again(action: Callable[[], None]) -> Iterator[None]:
+    """Something that happens as long as the command line waits: where the machine is busy, it may
+    not have sent anything at first."""
+    has_ended = threading.Event()
+
+    def act() -> None:
+        while not has_ended.wait(0.3):
+            action()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+
+
 def read_terminal(master: int) -> str:
     """What is written to a terminal until nobody has it open any more."""
     parts = []
@@ -271,7 +290,7 @@ def test_the_command_line_follows_until_all_have_finished(
     producer: Producer, client: Client, worker: Worker
 ) -> None:
     submission = client.submit(named("a", "b"))
-    with meanwhile(worker.finish_all):
+    with again_and_again(worker.finish_all):
         outcome = producer("results", submission, "--follow")
     assert outcome.exit_code == 0
     assert sorted(ids_of(outcome.stdout)) == ["a", "b"]
@@ -282,7 +301,7 @@ def test_following_without_a_worker_is_warned_of(
 ) -> None:
     submission = client.submit(named("a"))
     worker.leave()
-    with meanwhile(worker.finish_all):
+    with again_and_again(worker.finish_all):
         outcome = producer("results", submission, "--follow")
     assert outcome.stderr.count("warning: No worker is alive") == 1
 
@@ -396,7 +415,7 @@ def test_results_on_a_terminal_are_the_same_bytes_beside_a_bar(
 def test_submit_and_wait_ends_with_1_if_a_job_failed(
     producer: Producer, worker: Worker, tmp_path: Path
 ) -> None:
-    with meanwhile(lambda: worker.finish_all("failed")):
+    with again_and_again(lambda: worker.finish_all("failed")):
         outcome = producer("submit", prompts(tmp_path, '"a"'), "--wait")
     assert outcome.exit_code == 1
     assert "error: 1 job did not end as done" in outcome.stderr
@@ -434,7 +453,7 @@ def test_submit_and_wait_counts_the_states_for_machines(
     producer: Producer, worker: Worker, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
-    with meanwhile(worker.finish_all):
+    with again_and_again(worker.finish_all):
         outcome = producer(
             "submit", prompts(tmp_path, '"a"', '"b"'), "--wait", "--json", "-o", str(out)
         )
@@ -461,7 +480,7 @@ def test_wait_ends_with_0_when_all_are_done(
     producer: Producer, client: Client, worker: Worker
 ) -> None:
     submission = client.submit(named("a", "b"))
-    with meanwhile(worker.finish_all):
+    with again_and_again(worker.finish_all):
         outcome = producer("wait", submission)
     assert outcome.exit_code == 0
     assert outcome.stdout == f"2 of 2 jobs of {submission} finished (2 done).\n"

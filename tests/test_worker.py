@@ -288,7 +288,6 @@ def make_suspects(client: Client, queue: JobQueue, ids: list[str]) -> str:
 def test_suspects_run_alone_and_in_turn_with_a_backlog(
     client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.claimer.PATIENCE", 0.05)
     monkeypatch.setattr("worker.claimer._TRIAL_SECONDS", 0.05)
     suspects = [f"suspect-{i}" for i in range(3)]
     make_suspects(client, queue, suspects)
@@ -300,7 +299,7 @@ def test_suspects_run_alone_and_in_turn_with_a_backlog(
         launch(engine, batch)
 
     monkeypatch.setattr(Engine, "launch", launch_and_note)
-    assert make_worker(max_running_requests=8).run() == 0
+    assert make_worker(max_running_requests=8, patience=0.05).run() == 0
     assert {status(client, id_) for id_ in suspects} == {"done"}
     with_suspect = [n for n, ids in enumerate(batches) if set(ids) & set(suspects)]
     assert all(len(batches[n]) == 1 for n in with_suspect)
