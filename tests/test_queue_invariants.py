@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from broker.connection import connect
+from broker.dead_letters import DeadLetters
 from broker.job_queue import Claim, ClaimRequest, JobQueue
 from schemas.job import PRIORITIES, Job
 from schemas.keys import BASE, GROUP
@@ -36,9 +37,17 @@ operations = st.one_of(
         ),
     ),
     st.tuples(st.just("claim"), st.integers(1, 6)),
-    st.tuples(st.sampled_from(["commit", "release", "lose", "cancel"]), st.lists(numbers)),
+    st.tuples(
+        st.sampled_from(["commit", "release", "retry_alone", "retry_later", "lose", "cancel"]),
+        st.lists(numbers),
+    ),
     st.tuples(st.sampled_from(["pause", "resume"]), st.sampled_from([*LORAS, BASE])),
-    st.tuples(st.sampled_from(["expire_jobs", "sweep", "unload"]), st.just(None)),
+    st.tuples(
+        st.sampled_from(
+            ["claim_suspect", "come_due", "replay_dead", "expire_jobs", "sweep", "unload"]
+        ),
+        st.just(None),
+    ),
 )
 
 
@@ -78,7 +87,30 @@ class Run:
 
     def _release(self, wanted: list[int]) -> None:
         leases = [claim.lease for claim in self._some_claims(wanted)]
-        self.queue.release("w", leases, attempt_counts=True, max_attempts=3)
+        self.queue.release("w", leases)
+
+    def _retry_alone(self, wanted: list[int]) -> None:
+        self._retry(wanted, alone=True, delay=0)
+
+    def _retry_later(self, wanted: list[int]) -> None:
+        self._retry(wanted, alone=len(wanted) % 2 == 0, delay=600)
+
+    def _retry(self, wanted: list[int], *, alone: bool, delay: float) -> None:
+        leases = [claim.lease for claim in self._some_claims(wanted)]
+        self.queue.retry("w", leases, outcome="x", message="x", alone=alone, delay=delay)
+
+    def _claim_suspect(self, _: None) -> None:
+        if claim := self.queue.claim_suspect("w", lease_seconds=600):
+            self.claims[claim.lease.job_id] = claim
+
+    def _come_due(self, _: None) -> None:
+        for id_ in self.queue.client.zrange(self.queue.keys.prefix + "delayed", 0, -1):
+            self.queue.client.zadd(self.queue.keys.prefix + "delayed", {id_: 1})
+        self.queue.sweep()
+
+    def _replay_dead(self, _: None) -> None:
+        dead = [id_ for id_, job in jobs_of(self.queue).items() if job["state"] == "dead"]
+        assert DeadLetters(self.queue.client, self.queue.name).replay(dead) == len(dead)
 
     def _lose(self, wanted: list[int]) -> None:
         for claim in self._some_claims(wanted):
@@ -98,7 +130,7 @@ class Run:
         self.queue.expire_jobs()
 
     def _sweep(self, _: None) -> None:
-        self.queue.sweep(max_attempts=3)
+        self.queue.sweep()
 
     def _unload(self, _: None) -> None:
         self.queue.unload_adapter("b", "force")
@@ -146,9 +178,15 @@ def check(queue: JobQueue) -> None:
         for id_, job in (waiting | running).items()
     }
     assert entries == {(lanes[id_], jobs[id_]["entry"]): id_ for id_ in lanes}
-    assert in_flight == set(running)
+    suspects, delayed = (
+        set(client.zrange(keys.prefix + name, 0, -1)) for name in ("suspects", "delayed")
+    )
+    assert suspects <= {id_ for id_, job in waiting.items() if "alone" in job}
+    assert delayed <= set(waiting)
+    assert not suspects & delayed
+    assert in_flight == set(running) | suspects | delayed
 
-    open_lanes = {lanes[id_] for id_ in waiting}
+    open_lanes = {lanes[id_] for id_ in set(waiting) - suspects - delayed}
     found_lanes = {
         f"{band}:{name}" for band, names in scored(queue, "lanes:").items() for name in names
     }
