@@ -74,20 +74,12 @@ class Ledger:
         return list(_Check(self, client, queue).violations())
 
     def check_at_rest(self, client: redis.Redis, queue: str, *, timeout: float) -> list[str]:
-        """``check`` once no job waits or runs, or after so many seconds."""
+        """``check`` until there is none, or what is left of them after so many seconds: the last
+        jobs may still run, and a worker's next claim tidies up behind the last one."""
         deadline = time.monotonic() + timeout
-        while not _is_at_rest(client, queue) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return self.check(client, queue)
-
-
-def _is_at_rest(client: redis.Redis, queue: str) -> bool:
-    keys = Keys(queue)
-    submissions: Any = client.zrange(keys.submissions, 0, -1)
-    counts: list[Any] = [
-        client.hmget(keys.submission(id_), "waiting", "running") for id_ in submissions
-    ]
-    return all(int(count or 0) == 0 for pair in counts for count in pair)
+        while (violations := self.check(client, queue)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return violations
 
 
 def _id_of(job: Line) -> str:

@@ -9,8 +9,8 @@ its own fault, in its metadata, which the engine meets at an exact point:
 
 `at` is `read` (claimed, not prepared yet), `load` (while its adapter is read from its folder) or
 `generate` (in a batch); `do` is the signal that the process sends itself, `raise`, `sleep` (of
-`seconds`) or, when it is read, `fail`. Without `times` it happens whenever the job comes there. `NullWorkers` runs such workers
-as processes.
+`seconds`) or, when it is read, `fail`. Without `times` it happens whenever the job comes there.
+`NullWorkers` runs such workers as processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from broker.server import use_server
-from schemas.errors import JobError
+from schemas.errors import JobError, LorryError
 from schemas.job import Job
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
@@ -173,6 +173,7 @@ class NullEngine(Engine):
             self._faults.meet(sequence.job, "generate")
             self.scheduler.finish(sequence)
             sequence.finish_reason = "stop"
+            sequence.first_token = sequence.finished = time.monotonic()
         self._done = batch.sequences
 
     def collect(self, *, all_launched: bool = False) -> list[Sequence]:
@@ -224,7 +225,11 @@ class NullWorkers:
 def _run_and_exit(settings: NullSettings, log: Path) -> None:
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)
-    sys.exit(run(settings))
+    try:
+        sys.exit(run(settings))
+    except LorryError as error:
+        print(f"null_worker: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def run(settings: NullSettings) -> int:

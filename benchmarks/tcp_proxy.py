@@ -74,7 +74,7 @@ class TcpProxy:
         self._losses: Counter[str] = Counter()
         self._holds: dict[str, Held] = {}
         self.latency = 0.0
-        """Seconds by which each command is delayed."""
+        """Seconds by which each answer is delayed."""
         self.refuses = False
         """Whether new connections are reset at once, as if there were no server."""
         self.commands: Counter[str] = Counter()
@@ -148,6 +148,8 @@ class TcpProxy:
         self._connections.add(connection)
         try:
             await connection.run()
+        except asyncio.CancelledError:
+            pass  # The proxy ends; asyncio would log it as an error.
         finally:
             self._connections.discard(connection)
 
@@ -227,8 +229,6 @@ class _Connection:
         proxy = self._proxy
         async for args, raw in _commands(self._from_client):
             command = proxy._name_of(args)
-            if proxy.latency:
-                await asyncio.sleep(proxy.latency)
             held = proxy._holds.get(command)
             if held and held.part == "request":
                 held.reached.set()
@@ -252,6 +252,8 @@ class _Connection:
                 held.reached.set()
                 await held.released.wait()
                 self._reply_hold = None
+            if self._proxy.latency:
+                await asyncio.sleep(self._proxy.latency)
             await self._proxy._open.wait()
             if not self._is_deaf:
                 self._to_client.write(data)
