@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from redis.commands.core import Script
 
-from broker.records import read_adapters
+from broker.records import read_adapters, read_version
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
 from schemas.job import Job
@@ -268,7 +268,7 @@ class JobQueue:
             pipeline.get(self.keys.adapters_version)
             pipeline.hgetall(self.keys.adapters)
             version, records = pipeline.execute()
-        return int(version or 0), read_adapters(records)
+        return read_version(version), read_adapters(records)
 
     def _run(self, script: str, *args: Any) -> Any:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
