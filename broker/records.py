@@ -36,7 +36,7 @@ def read_adapters(records: dict[str, str]) -> dict[str, AdapterRecord]:
 def read_version(text: str | None) -> int:
     """The version of the desired state, 0 if there is none; raises LorryError for a damaged one."""
     try:
-        return int(text or 0)
+        return 0 if text is None else int(text)
     except ValueError as error:
         raise LorryError(
             f"The version of the desired state is damaged: '{text:.40}' is no integer. Set the key"
