@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.context import ForkServerProcess
@@ -54,6 +54,9 @@ LONGEST_FAULT = 3 * LEASE_SECONDS
 
 #: Seconds after which a worker that a job has stopped is woken.
 WAKE_AFTER = 2 * LEASE_SECONDS
+
+#: Seconds from which a recovery is told by itself.
+SLOW_SECONDS = 10.0
 
 #: Seconds after the last event for all jobs to end.
 LAST_SECONDS = 180.0
@@ -145,6 +148,9 @@ class Recovery:
     kind: str
     since: float
     job_ids: list[str]
+    num_workers: int
+    left: list[str] = field(default_factory=list)
+    """Those that had not ended when it was last looked."""
 
 
 @dataclass
@@ -154,6 +160,8 @@ class Figures:
     faults: Counter[str] = field(default_factory=Counter)
     recovered: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Seconds by kind of fault."""
+    slow: list[str] = field(default_factory=list)
+    """Recoveries that took longer than ``SLOW_SECONDS``, in words."""
     server_bytes: list[int] = field(default_factory=list)
     num_keys: list[int] = field(default_factory=list)
     worker_bytes: list[int] = field(default_factory=list)
@@ -181,15 +189,15 @@ class Soak:
         self._recoveries: list[Recovery] = []
         self._stopped_since: dict[int, float] = {}
         self._held_down: set[int] = set()
-        self._next_sample = 0.0
+        self._next_sample = self._started = 0.0
         self._is_server_up = True
 
     def play(self, plan: Plan) -> None:
         """Do what the plan says, let all jobs end, and check."""
         self._sender.start()
-        started = time.monotonic()
+        self._started = time.monotonic()
         for event in plan:
-            while (left := started + event.at - time.monotonic()) > 0:
+            while (left := self._started + event.at - time.monotonic()) > 0:
                 self._tick()
                 time.sleep(min(left, 0.05))
             if isinstance(event, Submission):
@@ -344,7 +352,7 @@ class Soak:
     def _watch(self, kind: str) -> None:
         """Measure from now how long the jobs take that run now."""
         if self._is_server_up and (job_ids := self._leased()):
-            self._recoveries.append(Recovery(kind, time.monotonic(), job_ids))
+            self._recoveries.append(Recovery(kind, time.monotonic(), job_ids, self._num_workers))
 
     def _look_at_recoveries(self) -> None:
         now, going_on = time.monotonic(), []
@@ -353,11 +361,27 @@ class Soak:
                 for job_id in recovery.job_ids:
                     pipeline.hget(self.bench.client._reader.keys.job(job_id), "state")
                 states = pipeline.execute()
-            if all(state in TERMINAL_STATES for state in states):
-                self.figures.recovered[recovery.kind].append(now - recovery.since)
+            left = [
+                id_
+                for id_, state in zip(recovery.job_ids, states, strict=True)
+                if state not in TERMINAL_STATES
+            ]
+            recovery.left = left or recovery.left
+            if not left:
+                self._recovered(recovery, now)
             else:
                 going_on.append(recovery)
         self._recoveries = going_on
+
+    def _recovered(self, recovery: Recovery, now: float) -> None:
+        seconds = now - recovery.since
+        self.figures.recovered[recovery.kind].append(seconds)
+        if seconds > SLOW_SECONDS:
+            at, workers = recovery.since - self._started, recovery.num_workers
+            self.figures.slow.append(
+                f"{seconds:.1f} s from '{recovery.kind}' at {at:.1f} s, when there were to be"
+                f" {workers} workers; the last: {recovery.left}"
+            )
 
     def _leased(self) -> list[str]:
         leased: Any = self.bench.redis.zrange(self.bench.client._reader.keys.leases, 0, -1)
@@ -459,15 +483,21 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for logs, to be kept")
     flags = parser.parse_args()
     console = Console(width=110)
-    with tempfile.TemporaryDirectory(prefix="lorry-soak-") as name:
-        bench, figures = run(flags.seed, 60 * flags.minutes, Path(name))
+    with ExitStack() as stack:
+        folder = flags.keep or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="lorry-soak-"))
+        )
+        bench, figures = run(flags.seed, 60 * flags.minutes, folder)
         console.print(
             f"seed {flags.seed}, {flags.minutes:g} minutes, leases of {LEASE_SECONDS:g} s"
         )
         console.print(fault_table(figures))
         console.print(outcome_table(bench, figures))
+    for text in figures.slow:
+        console.print(text, soft_wrap=True)
     for violation in figures.violations:
         console.print(violation, style="red", soft_wrap=True)
     sys.exit(1 if figures.violations else 0)
