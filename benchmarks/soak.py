@@ -37,6 +37,7 @@ from rich.table import Table
 from benchmarks.fault_bench import ADAPTERS, LEASE_SECONDS, FaultBench, is_stopped
 from benchmarks.own_server import OwnServer
 from benchmarks.tcp_proxy import TcpProxy
+from schemas.keys import Keys
 from schemas.result import TERMINAL_STATES
 
 QUEUE = "soak"
@@ -177,6 +178,7 @@ class Soak:
         self.bench = bench
         self.figures = Figures()
         self._server = server
+        self._keys = Keys(QUEUE)
         self._num_workers = 3
         self._workers: list[ForkServerProcess | None] = [None] * MAX_WORKERS
         self._proxies = [bench.proxy() for _ in range(MAX_WORKERS)]
@@ -359,7 +361,7 @@ class Soak:
         for recovery in self._recoveries:
             with self.bench.redis.pipeline(transaction=False) as pipeline:
                 for job_id in recovery.job_ids:
-                    pipeline.hget(self.bench.client._reader.keys.job(job_id), "state")
+                    pipeline.hget(self._keys.job(job_id), "state")
                 states = pipeline.execute()
             left = [
                 id_
@@ -384,7 +386,7 @@ class Soak:
             )
 
     def _leased(self) -> list[str]:
-        leased: Any = self.bench.redis.zrange(self.bench.client._reader.keys.leases, 0, -1)
+        leased: Any = self.bench.redis.zrange(self._keys.leases, 0, -1)
         return list(leased)
 
     def _sample(self) -> None:

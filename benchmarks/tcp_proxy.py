@@ -133,8 +133,9 @@ class TcpProxy:
         self._call(lambda: [connection.deafen() for connection in [*self._connections]])
 
     @property
-    def num_connections(self) -> int:
-        return len(self._connections)
+    def num_to_lose(self) -> int:
+        """How many answers are still to be lost."""
+        return self._losses.total()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -236,14 +236,13 @@ FATAL = {
 }
 
 
-def _cases() -> Iterator[Any]:
-    for name, damage in DAMAGES.items():
-        reason = f"a worker that claims a job whose record is {name} ends"
-        marks = [pytest.mark.xfail(strict=True, reason=reason)] if name in FATAL else []
-        yield pytest.param(damage, id=name, marks=marks)
+def _case(name: str) -> Any:
+    reason = f"a worker that claims a job whose record is {name} ends"
+    marks = [pytest.mark.xfail(strict=True, reason=reason)] if name in FATAL else []
+    return pytest.param(DAMAGES[name], id=name, marks=marks)
 
 
-@pytest.mark.parametrize("damage", _cases())
+@pytest.mark.parametrize("damage", [_case(name) for name in DAMAGES])
 def test_a_record_that_is_damaged_while_it_waits_harms_no_other_job(
     redis_url: str, queue: JobQueue, tmp_path: Path, damage: Damage
 ) -> None:

@@ -426,3 +426,12 @@ def test_a_damaged_record_is_an_error_that_names_it(queue: JobQueue) -> None:
     queue.client.hset(queue.keys.job("job-a-0"), "result", '{"id": "job-a-0"}')
     with pytest.raises(LorryError, match="The result of job 'job-a-0' is damaged: submission: "):
         list(reader.results(["job-a-0"]))
+
+
+@pytest.mark.parametrize("text", ["x", "1.5", ""])
+def test_a_damaged_version_of_the_desired_state_is_an_error_with_its_remedy(
+    queue: JobQueue, text: str
+) -> None:
+    queue.client.set(queue.keys.adapters_version, text)
+    with pytest.raises(LorryError, match=r"desired state is damaged: .* Set the key"):
+        queue.desired_state()

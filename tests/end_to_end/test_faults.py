@@ -20,6 +20,7 @@ from benchmarks.fault_bench import LEASE_SECONDS, FaultBench, is_stopped, jobs, 
 from benchmarks.own_server import OwnServer
 from producer.client import Client
 from schemas.errors import ServerUnavailable
+from schemas.keys import Keys
 from schemas.result import Result
 
 
@@ -120,7 +121,7 @@ def test_a_lost_reply_of_submit_sends_nothing_twice(bench: FaultBench) -> None:
     proxy = bench.proxy()
     client = bench.client_through(proxy)
     client.submit(["warm"])
-    bench.ledger.unsure += list(bench.client._reader.job_ids(_only_submission(bench)))
+    bench.ledger.unsure += [r.id for r in bench.client.results(_only_submission(bench))]
     proxy.lose_replies("submit", times=3)
     assert bench.ledger.submit(client, jobs(30))
     assert proxy.commands["submit"] == 5
@@ -154,7 +155,7 @@ def test_a_lost_reply_of_commit_records_one_result(bench: FaultBench) -> None:
     bench.submit(*jobs(30))
     assert bench.finish() == {"done": 31}
     assert set(bench.runs().values()) == {1}
-    assert proxy._losses["commit"] == 0
+    assert proxy.num_to_lose == 0
 
 
 def test_lost_replies_of_renew_heartbeat_and_sweep_lose_nothing(bench: FaultBench) -> None:
@@ -164,7 +165,7 @@ def test_lost_replies_of_renew_heartbeat_and_sweep_lose_nothing(bench: FaultBenc
         proxy.lose_replies(command)
     bench.submit(*jobs(3, at="generate", do="sleep", seconds=0.5))
     assert bench.finish() == {"done": 3}
-    wait_until(lambda: not sum(proxy._losses.values()), "not all commands came")
+    wait_until(lambda: not proxy.num_to_lose, "not all commands came")
 
 
 def test_a_server_that_is_killed_under_load_keeps_what_it_acknowledged(
@@ -421,7 +422,7 @@ def test_sigterm_finishes_what_runs_and_hands_back_the_rest(bench: FaultBench) -
     first.terminate()
     first.join(30)
     assert first.exitcode == 0
-    assert not bench.redis.exists(bench.client._reader.keys.leases)
+    assert not bench.redis.exists(Keys(bench.queue).leases)
     bench.start()
     assert bench.finish() == {"done": 40}
     assert set(bench.runs().values()) == {1}
@@ -436,7 +437,7 @@ def test_a_second_sigterm_hands_back_what_runs_too(bench: FaultBench) -> None:
         time.sleep(0.05)
     first.join(30)
     assert first.exitcode == 0
-    assert not bench.redis.exists(bench.client._reader.keys.leases)
+    assert not bench.redis.exists(Keys(bench.queue).leases)
     bench.start()
     assert bench.finish() == {"done": 40}
 
@@ -450,7 +451,7 @@ def test_a_client_that_is_killed_while_it_submits_leaves_whole_runs(
         many = jobs(1200)
         proxy.commands.clear()
         client.submit(["x"])
-        bench.ledger.unsure += list(bench.client._reader.job_ids(_only_submission(bench)))
+        bench.ledger.unsure += [r.id for r in bench.client.results(_only_submission(bench))]
         held = proxy.hold("submit", "reply")
         sender = _in_thread(lambda: bench.ledger.submit(client, many))
         held.wait()
