@@ -135,5 +135,8 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 def is_stopped(process: ForkServerProcess) -> bool:
     """Whether a process stands still because of SIGSTOP."""
-    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return state == "T"
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # It has just ended.
+    return stat.rpartition(")")[2].split()[0] == "T"
