@@ -40,6 +40,7 @@ class FaultBench:
         self.url = url
         self.queue = queue
         self.ledger = Ledger()
+        self.folder = folder
         self.journal = folder / "journal"
         self._stack = ExitStack()
         (folder / "marks").mkdir(parents=True, exist_ok=True)
@@ -74,11 +75,11 @@ class FaultBench:
         return self._stack.enter_context(Client(proxy.url, self.queue))
 
     def start(self, **changes: Any) -> ForkServerProcess:
-        """Start a worker and return once it is alive on the queue."""
-        number = len(self.client.overview().workers)
+        """Start a worker and return once it is ready for work."""
+        log = self.folder / f"null-{len(self.workers.processes)}.log"
         process = self.workers.start(**changes)
         wait_until(
-            lambda: len(self.client.overview().workers) > number or not process.is_alive(),
+            lambda: (log.exists() and "worker_ready" in log.read_text()) or not process.is_alive(),
             "the worker did not come up",
         )
         return process
