@@ -184,7 +184,7 @@ class Soak:
         self._proxies = [bench.proxy() for _ in range(MAX_WORKERS)]
         self._sender_proxy = bench.proxy()
         self._submissions: SimpleQueue[Submission | None] = SimpleQueue()
-        self._sender = threading.Thread(target=self._send, name="sender")
+        self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
         #: What ends faults: moment, tie-breaker, kind, function.
         self._ends: list[tuple[float, int, str, Callable[[], object]]] = []
         self._ties = count()
