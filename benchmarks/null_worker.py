@@ -2,22 +2,38 @@
 
     python -m benchmarks.null_worker [--queue NAME] [--redis-url URL] [--adapters a b] [--burst]
 
-Claims, leases, results and commits are those of `worker`; every answer is empty.
+Claims, leases, results and commits are those of `worker`; every answer is empty. A job can bring
+its own fault, in its metadata, which the engine meets at an exact point:
+
+    {"fault": {"at": "generate", "do": "SIGKILL", "times": 1}}
+
+`at` is `read` (claimed, not prepared yet), `load` (while its adapter is read from its folder) or
+`generate` (in a batch); `do` is the signal that the process sends itself, `raise`, `sleep` (of
+`seconds`) or, when it is read, `fail`. Without `times` it happens whenever the job comes there.
+`NullWorkers` runs such workers as processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence as Sequences
+from dataclasses import dataclass, field, replace
+from itertools import count
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 
 from broker.server import use_server
-from schemas.errors import JobError
+from schemas.errors import JobError, LorryError
 from schemas.job import Job
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
@@ -31,8 +47,31 @@ from worker.sequence import Sequence
 from worker.text import Tokenizer
 from worker.worker import Worker
 
-#: Jobs that the worker holds at once.
-MAX_RUNNING = 1024
+#: Why a job fails that asks for it.
+BAD_PROMPT = "the prompt asks to fail"
+
+
+@dataclass(frozen=True)
+class NullSettings:
+    """What a null worker is started with."""
+
+    redis_url: str | None = None
+    queue: str = "lorry"
+    adapters: Sequences[str] = ()
+    lease_seconds: float = 30.0
+    max_running: int = 1024
+    """Jobs that the worker runs at once."""
+    max_loaded: int | None = None
+    """Adapters in memory; another one is read when a job wants it."""
+    burst: bool = False
+    marks: Path | None = None
+    """Folder where the jobs' faults are counted, for all workers together."""
+    journal: Path | None = None
+    """File that gets the id of each job whenever it is run."""
+    clock_offset: float = 0.0
+    """Seconds by which the clock of the process (``time.time``) is ahead."""
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the worker's configuration."""
 
 
 class NullBatch(NamedTuple):
@@ -42,38 +81,83 @@ class NullBatch(NamedTuple):
     adapters: frozenset[Adapter]
 
 
+class Faults:
+    """Does what the jobs' metadata ask for."""
+
+    def __init__(self, marks: Path | None) -> None:
+        self._marks = marks
+
+    def meet(self, job: Job, point: str) -> None:
+        """Called when the engine comes to a point with a job."""
+        metadata = job.metadata if isinstance(job.metadata, dict) else {}
+        fault: Any = metadata.get("fault")
+        if not fault or fault["at"] != point or not self._is_due(job.id, fault.get("times")):
+            return
+        if fault["do"] == "sleep":
+            time.sleep(fault["seconds"])
+        elif fault["do"] == "fail":
+            raise JobError("bad_prompt", BAD_PROMPT)
+        elif fault["do"] == "raise":
+            raise RuntimeError(f"{job.id} breaks the engine at {point}")
+        else:
+            os.kill(os.getpid(), signal.Signals[fault["do"]])
+
+    def _is_due(self, job_id: str, times: int | None) -> bool:
+        if times is None:
+            return True
+        if self._marks is None:
+            raise ValueError("a fault that happens so many times needs a folder for its marks")
+        for number in range(times):
+            try:
+                (self._marks / f"{job_id}.{number}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            return True
+        return False
+
+
 class NullLoader(AdapterLoader):
     """Finds an adapter without weights in every folder."""
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        #: The job for which this thread reads an adapter, if it is for one.
+        self.wanted_by = threading.local()
 
     def load(self, name: str, folder: Path) -> Adapter:
-        return Adapter(name, str(folder), "null", rank=1, factors={})
+        if job := getattr(self.wanted_by, "job", None):
+            self._faults.meet(job, "load")
+        return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
 
     def revision(self, folder: Path) -> str:
-        return "null"
+        return f"null-{folder.name}"
 
 
 class NullEngine(Engine):
     """Finishes every sequence in the step after it came."""
 
-    def __init__(self, adapters: Sequences[str]) -> None:
+    def __init__(self, settings: NullSettings) -> None:
         self.device = torch.device("cpu")
-        self.adapters = AdapterRegistry(NullLoader())
-        for name in adapters:
+        self._faults = Faults(settings.marks)
+        self._loader = NullLoader(self._faults)
+        self.adapters = AdapterRegistry(self._loader, max_loaded=settings.max_loaded)
+        for name in settings.adapters:
             self.adapters.serve(name, self.adapters.read(name, Path("/null"), version=0))
         self.slots = None
         self.tokenizer = Tokenizer(Path("no-such-folder"), vocab_size=1)
         self.counters = EngineCounters()
+        self._journal = settings.journal.open("a", buffering=1) if settings.journal else None
         self._done: list[Sequence] = []
         self.scheduler = Scheduler(
-            PagePool(1), max_running=MAX_RUNNING, max_prefill_tokens=1, max_adapters=8
+            PagePool(1), max_running=settings.max_running, max_prefill_tokens=1, max_adapters=8
         )
 
     def sequence_of(self, job: Job) -> Sequence:
+        self._faults.meet(job, "read")
+        self._loader.wanted_by.job = job
         if job.lora is not None and self.adapters.get(job.lora) is None:
             raise JobError("unknown_adapter", f"no adapter is called '{job.lora}'")
+        self._loader.wanted_by.job = None
         return Sequence(job, prompt_ids=[0], max_new_tokens=1)
 
     def schedule(self) -> NullBatch | None:  # type: ignore[override]
@@ -83,13 +167,91 @@ class NullEngine(Engine):
     def launch(self, batch: NullBatch) -> None:  # type: ignore[override]
         self.counters.batches += 1
         for sequence in batch.sequences:
+            sequence.started = time.monotonic()
+            if self._journal:
+                self._journal.write(f"{sequence.job.id}\n")
+            self._faults.meet(sequence.job, "generate")
             self.scheduler.finish(sequence)
             sequence.finish_reason = "stop"
+            sequence.first_token = sequence.finished = time.monotonic()
         self._done = batch.sequences
 
     def collect(self, *, all_launched: bool = False) -> list[Sequence]:
         done, self._done = self._done, []
         return done
+
+
+class NullWorkers:
+    """Null workers as processes; a context manager that kills those that still run.
+
+    A fork server imports torch once for all of them, so that one is up in a fraction of a second.
+    """
+
+    def __init__(self, settings: NullSettings, logs: Path) -> None:
+        self._settings = settings
+        self._logs = logs
+        self._numbers = count()
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        self.processes: list[ForkServerProcess] = []
+
+    def __enter__(self) -> NullWorkers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def start(self, **changes: Any) -> ForkServerProcess:
+        """Start one; its log is ``null-<number>.log``."""
+        settings = replace(self._settings, **changes)
+        log = self._logs / f"null-{next(self._numbers)}.log"
+        process = self._context.Process(target=_run_and_exit, args=(settings, log))
+        process.start()
+        self.processes.append(process)
+        return process
+
+    @property
+    def alive(self) -> list[ForkServerProcess]:
+        return [process for process in self.processes if process.is_alive()]
+
+
+def _run_and_exit(settings: NullSettings, log: Path) -> None:
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        sys.exit(run(settings))
+    except LorryError as error:
+        print(f"null_worker: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def run(settings: NullSettings) -> int:
+    """Run a null worker in this process; its exit status."""
+    configure_logs()
+    if settings.clock_offset:
+        true_time = time.time
+        time.time = lambda: true_time() + settings.clock_offset
+    config = WorkerConfig(
+        model_path=Path("null"),
+        max_running_requests=settings.max_running,
+        queue=settings.queue,
+        lease_seconds=settings.lease_seconds,
+        burst=settings.burst,
+        device="cpu",
+        **settings.flags,
+    )
+    with use_server(settings.redis_url) as server:
+        worker = Worker(config, NullEngine(settings), server.url)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: worker.stop())
+        return worker.run()
 
 
 def main() -> None:
@@ -100,22 +262,7 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="*", default=[])
     parser.add_argument("--lease-seconds", type=float, default=30.0)
     parser.add_argument("--burst", action="store_true")
-    flags = parser.parse_args()
-    configure_logs()
-    config = WorkerConfig(
-        model_path=Path("null"),
-        max_running_requests=MAX_RUNNING,
-        queue=flags.queue,
-        lease_seconds=flags.lease_seconds,
-        burst=flags.burst,
-        device="cpu",
-    )
-    with use_server(flags.redis_url) as server:
-        worker = Worker(config, NullEngine(flags.adapters), server.url)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: worker.stop())
-        status = worker.run()
-    sys.exit(status)
+    sys.exit(run(NullSettings(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Jobs a second through the queue alone, against RQ's, in one run on one server.
+"""Jobs a second through the queue alone, against RQ's and arq's, in one run on one server.
 
     python -m benchmarks.queue_vs_rq [--jobs N]
 
 Lorry's part goes the way a user goes: `producer submit FILE` in a process of its own, a worker in
 another (real but for an engine that computes nothing), and the clock runs from the start of the
 submission until the last result is on record. RQ's part enqueues empty jobs and works them off
-with SimpleWorker, in one process. Each is run three times in turn; the table shows medians.
+with SimpleWorker, in one process; so does arq's, with a hundred at once. Each is run three times in
+turn; the table shows medians.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from pathlib import Path
 
 import redis
@@ -28,7 +30,10 @@ from rq.serializers import JSONSerializer
 from broker.embedded import EmbeddedServer
 from producer.client import Client
 
+ROOT = Path(__file__).parents[1]
+
 RQ_JOBS = 1500
+ARQ_JOBS = 3000
 ROUNDS = 3
 
 
@@ -79,13 +84,38 @@ def rq_seconds(url: str, number: int) -> float:
         return time.monotonic() - start
 
 
+def arq_python() -> Path:
+    """A Python that has arq, made on first use: its redis-py is older than Lorry's."""
+    folder = ROOT / "build" / "arq"
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        requirements = ROOT / "benchmarks" / "arq-requirements.txt"
+        subprocess.run([python, "-m", "pip", "install", "-qr", requirements], check=True)
+        (folder / "installed").touch()
+    return python
+
+
+def arq_seconds(python: Path, server: EmbeddedServer, number: int) -> float:
+    """Seconds from the first enqueue to the end of arq's last job."""
+    program = ROOT / "benchmarks" / "arq_jobs.py"
+    socket = server.folder / "valkey.sock"
+    done = subprocess.run(
+        [python, program, socket, str(ARQ_JOBS), f"arq{number}"],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    return float(done.stdout)
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=20_000)
     num_jobs = parser.parse_args().jobs
     console = Console(stderr=True)
-    sent, finished, rq = [], [], []
+    sent, finished, rq, arq = [], [], [], []
+    python = arq_python()
     with tempfile.TemporaryDirectory(prefix="lorry-") as name:
         folder = Path(name)
         with EmbeddedServer(folder / "state") as server:
@@ -95,13 +125,20 @@ def main() -> None:
                 sent.append(num_jobs / sent_after)
                 finished.append(num_jobs / finished_after)
                 rq.append(RQ_JOBS / rq_seconds(server.url, number))
-    table = Table("queue", "jobs", "jobs/s", "to RQ")
-    rate, rq_rate = statistics.median(finished), statistics.median(rq)
-    table.add_row("producer submit: validated and sent", f"{num_jobs:,}", _rate(sent), "")
-    table.add_row(
-        "Lorry: submit to last result", f"{num_jobs:,}", _rate(finished), f"{rate / rq_rate:.1f} x"
-    )
-    table.add_row("RQ SimpleWorker: enqueue to end", f"{RQ_JOBS:,}", _rate(rq), "1 x")
+                arq.append(ARQ_JOBS / arq_seconds(python, server, number))
+    table = Table("queue", "jobs", "jobs/s", "to RQ", "to arq")
+    rq_rate, arq_rate = statistics.median(rq), statistics.median(arq)
+    table.add_row("producer submit: validated and sent", f"{num_jobs:,}", _rate(sent), "", "")
+    for name, number, rates in (
+        ("Lorry: submit to last result", num_jobs, finished),
+        ("RQ SimpleWorker: enqueue to end", RQ_JOBS, rq),
+        ("arq, 100 at once: enqueue to end", ARQ_JOBS, arq),
+    ):
+        rate = statistics.median(rates)
+        table.add_row(
+            *(name, f"{number:,}", _rate(rates)),
+            *(f"{rate / rq_rate:.1f} x", f"{rate / arq_rate:.1f} x"),
+        )
     Console().print(table)
 
 

@@ -23,7 +23,7 @@ from broker.outcomes import (
     Size,
     SubmissionCancelled,
 )
-from broker.records import read_adapters
+from broker.records import read_adapters, read_version
 from schemas import WIRE_VERSION
 from schemas.adapter import AdapterRecord, Unloading
 from schemas.errors import ServerUnavailable
@@ -385,7 +385,7 @@ class JobQueue:
             pipeline.get(self.keys.adapters_version)
             pipeline.hgetall(self.keys.adapters)
             version, records = pipeline.execute()
-        return int(version or 0), read_adapters(records)
+        return read_version(version), read_adapters(records)
 
     def _received(self, now: str, jobs: list[list[str]]) -> list[Claim]:
         """The jobs of a reply that has come, which ends its claim."""

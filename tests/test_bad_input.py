@@ -1,0 +1,268 @@
+"""Random and hostile records: nothing crashes, nothing is lost, each ends with a reason."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.fault_bench import FaultBench, jobs, wait_until
+from broker.job_queue import Claim, JobQueue, Lease
+from producer.lines import parse_line
+from schemas.errors import BadInput, JobError
+from schemas.job import Job
+from schemas.keys import BASE, Keys
+from schemas.result import TERMINAL_STATES
+from worker.claimer import _job_of
+
+#: Much more than a stack holds.
+DEEP = 100_000
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+field_names = st.sampled_from([*Job.model_fields, "role", "content", "fault", "v", ""])
+
+#: Records that look like jobs: their fields, with any values.
+job_like = st.dictionaries(field_names, json_values, max_size=5)
+
+#: Jobs of which one field has any value.
+almost_jobs = st.builds(
+    lambda name, value: {"id": "x", "prompt": "x", "max_tokens": 1} | {name: value},
+    field_names,
+    json_values,
+)
+
+hostile = st.sampled_from(
+    [
+        b"",
+        b"\x00",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"1e999",
+        b"[" * DEEP,
+        b'{"a":' * DEEP,
+        b'{"id":"x","prompt":"x","metadata":' + b"[" * DEEP + b"]" * DEEP + b"}",
+        b'{"id":"x","prompt":"' + b"x" * 5_000_000 + b'"}',
+        b'{"id":"x","prompt":"\xff"}',
+        b'{"id":"x","prompt":"\\ud800"}',
+        b'{"id":"x","prompt":"x","metadata":NaN}',
+        b'{"id":"x","prompt":"x","metadata":{"fault":' + b"9" * 5000 + b"}}",
+        b'{"id":"x","prompt":"x","seed":1e308}',
+        b'{"id":"x","id":"y","prompt":"x"}',
+        b'{"__reduce__":["os.system",["false"]]}',
+        b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94\x8c\x06system\x94\x93\x94.",
+    ]
+)
+
+records = (
+    st.binary(max_size=200)
+    | hostile
+    | (json_values | job_like | almost_jobs).map(lambda value: json.dumps(value).encode())
+)
+
+
+@given(records)
+@settings(deadline=None)
+def test_a_line_is_a_job_that_a_worker_reads_or_is_refused_with_a_reason(line: bytes) -> None:
+    try:
+        job = parse_line(line, made_id="made", lora=None)
+    except BadInput as error:
+        reason = str(error)
+    else:
+        assert Job.from_wire(job.to_wire()) == job
+        return
+    assert 0 < len(reason) < 2000, "a person reads it"
+
+
+@given(records)
+@settings(deadline=None)
+def test_a_stored_job_is_read_or_fails_with_a_reason(payload: bytes) -> None:
+    text = payload.decode(errors="replace")  # As a connection reads it.
+    claim = Claim(Lease("x", "1-1"), None, text, 1, "s", 0.0, 0.0, 0.0)
+    try:
+        found: Job | str = _job_of(claim)
+    except JobError as error:
+        found = f"{error.code}: {error.message}"
+    assert isinstance(found, Job) or found.startswith("bad_record: the stored job is damaged: ")
+
+
+@pytest.fixture(scope="module")
+def bench(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultBench]:
+    """A worker that must survive all tests of this module."""
+    with FaultBench(redis_url, "bad-input", tmp_path_factory.mktemp("bench")) as bench:
+        bench.start()
+        yield bench
+
+
+@pytest.fixture
+def survivor(bench: FaultBench) -> Iterator[FaultBench]:
+    """The bench; in the end its worker is the same, and works."""
+    (worker,) = bench.workers.processes
+    yield bench
+    submission = bench.client.submit(["x"])
+    assert bench.client.wait(submission, timeout=30).counts["done"] == 1  # type: ignore[union-attr]
+    assert worker.is_alive()
+
+
+_numbers = count()
+
+
+def submit_raw(bench: FaultBench, payloads: list[bytes], adapter: str | bytes = BASE) -> list[str]:
+    """Send records by the script alone, as a program in another language may; their ids."""
+    number = next(_numbers)
+    ids = [f"raw-{number}-{i}" for i in range(len(payloads))]
+    fields: list[Any] = []
+    for id_, payload in zip(ids, payloads, strict=True):
+        fields += [id_, adapter, payload]
+    queue = JobQueue(bench.redis, bench.queue)
+    queue._run("submit", f"raw-{number}", "raw", len(payloads), 0, *fields)
+    return ids
+
+
+def states(bench: FaultBench, ids: list[str]) -> list[str | None]:
+    keys = Keys(bench.queue)
+    return [bench.redis.hget(keys.job(id_), "state") for id_ in ids]  # type: ignore[misc]
+
+
+def wait_for_reasons(bench: FaultBench, ids: list[str]) -> None:
+    """All jobs end; those that are not done say why."""
+    wait_until(lambda: TERMINAL_STATES.issuperset(states(bench, ids)), "jobs do not end")
+    for result in bench.client.results(*ids):
+        assert result.status == "done" or result.error, result
+        assert result.status == "done" or result.error.message
+
+
+over_the_wire = settings(
+    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@given(payloads=st.lists(records, min_size=1, max_size=8))
+@over_the_wire
+def test_records_that_another_program_stored_end_with_a_reason(
+    survivor: FaultBench, payloads: list[bytes]
+) -> None:
+    wait_for_reasons(survivor, submit_raw(survivor, payloads))
+
+
+@given(adapter=st.text(min_size=1, max_size=40) | st.binary(min_size=1, max_size=40))
+@over_the_wire
+def test_adapter_names_that_another_program_stored_end_with_a_reason(
+    survivor: FaultBench, adapter: str | bytes
+) -> None:
+    name = adapter if isinstance(adapter, bytes) else adapter.encode(errors="replace")
+    payload = json.dumps({"id": "x", "prompt": "x", "lora": name.decode(errors="replace")})
+    wait_for_reasons(survivor, submit_raw(survivor, [payload.encode()], name))
+
+
+@given(records=st.dictionaries(st.text(max_size=20), st.text(max_size=60), min_size=1, max_size=3))
+@over_the_wire
+def test_a_damaged_desired_state_is_reported_and_followed_again_once_it_is_mended(
+    survivor: FaultBench, records: dict[str, str]
+) -> None:
+    keys, client = Keys(survivor.queue), survivor.redis
+    damaged = {f"?{name}".encode(errors="replace"): text for name, text in records.items()}
+    client.hset(keys.adapters, mapping={n: t.encode(errors="replace") for n, t in damaged.items()})
+    client.publish(keys.control, client.incr(keys.adapters_version))
+    submission = survivor.client.submit(["x"])
+    survivor.client.wait(submission, timeout=30)
+    client.hdel(keys.adapters, *damaged)
+    version = client.incr(keys.adapters_version)
+    client.publish(keys.control, version)
+    wait_until(
+        lambda: survivor.client.overview().workers[0].desired_version == version,
+        "the worker does not follow any more",
+    )
+
+
+@given(message=st.binary(max_size=100))
+@over_the_wire
+def test_messages_of_strangers_on_the_channels_are_harmless(
+    survivor: FaultBench, message: bytes
+) -> None:
+    keys = Keys(survivor.queue)
+    for channel in (keys.wake, keys.control):
+        survivor.redis.publish(channel, message)
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "9" * 40, ""])
+def test_a_damaged_version_of_the_desired_state_ends_no_worker(
+    survivor: FaultBench, text: str
+) -> None:
+    keys, client = Keys(survivor.queue), survivor.redis
+    version = str(client.get(keys.adapters_version))
+    client.set(keys.adapters_version, text)
+    client.publish(keys.control, "x")
+    time.sleep(0.3)
+    client.set(keys.adapters_version, int(version) + 1)
+
+
+#: What becomes of a waiting job's record before a worker comes.
+Damage = Callable[[JobQueue, str], object]
+
+DAMAGES: dict[str, Damage] = {
+    "deleted": lambda q, key: q.client.delete(key),
+    "a string": lambda q, key: (q.client.delete(key), q.client.set(key, "x")),
+    "a list": lambda q, key: (q.client.delete(key), q.client.rpush(key, "x")),
+    "of version 99": lambda q, key: q.client.hset(key, "v", 99),
+    "of no version": lambda q, key: q.client.hset(key, "v", "x"),
+    "without its job": lambda q, key: q.client.hdel(key, "job"),
+    "without its state": lambda q, key: q.client.hdel(key, "state"),
+    "without its submissions": lambda q, key: q.client.hdel(key, "submissions"),
+    "without its moment": lambda q, key: q.client.hdel(key, "queued"),
+    "with a moment that is none": lambda q, key: q.client.hset(key, "queued", "now"),
+    "without its attempts": lambda q, key: q.client.hdel(key, "attempts"),
+    "with attempts that are no number": lambda q, key: q.client.hset(key, "attempts", "many"),
+    "of an unknown submission": lambda q, key: q.client.hset(key, "submissions", "nobody"),
+}
+
+
+#: Those that still end the worker that claims such a job.
+FATAL = {
+    *("a string", "a list", "without its submissions", "without its moment"),
+    *("with a moment that is none", "with attempts that are no number"),
+}
+
+
+def _case(name: str) -> Any:
+    reason = f"a worker that claims a job whose record is {name} ends"
+    marks = [pytest.mark.xfail(strict=True, reason=reason)] if name in FATAL else []
+    return pytest.param(DAMAGES[name], id=name, marks=marks)
+
+
+@pytest.mark.parametrize("damage", [_case(name) for name in DAMAGES])
+def test_a_record_that_is_damaged_while_it_waits_harms_no_other_job(
+    redis_url: str, queue: JobQueue, tmp_path: Path, damage: Damage
+) -> None:
+    with FaultBench(redis_url, queue.name, tmp_path) as bench:
+        bench.submit(*jobs(3, "before"))
+        bench.submit(*jobs(1, "bad"))
+        bench.submit(*jobs(3, "after"))
+        damage(queue, queue.keys.job("bad-0"))
+        worker = bench.start()
+        others = [f"{name}-{i}" for name in ("before", "after") for i in range(3)]
+        wait_until(
+            lambda: states(bench, others) == ["done"] * 6 or not worker.is_alive(),
+            "the other jobs do not end",
+        )
+        bench.submit(*jobs(3, "later"))
+        wait_until(
+            lambda: (
+                states(bench, [f"later-{i}" for i in range(3)]) == ["done"] * 3
+                or not worker.is_alive()
+            ),
+            "later jobs do not end",
+        )
+        assert worker.is_alive()
