@@ -229,20 +229,7 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-#: Those that still end the worker that claims such a job.
-FATAL = {
-    *("a string", "a list", "without its submissions", "without its moment"),
-    *("with a moment that is none", "with attempts that are no number"),
-}
-
-
-def _case(name: str) -> Any:
-    reason = f"a worker that claims a job whose record is {name} ends"
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if name in FATAL else []
-    return pytest.param(DAMAGES[name], id=name, marks=marks)
-
-
-@pytest.mark.parametrize("damage", [_case(name) for name in DAMAGES])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_record_that_is_damaged_while_it_waits_harms_no_other_job(
     redis_url: str, queue: JobQueue, tmp_path: Path, damage: Damage
 ) -> None:

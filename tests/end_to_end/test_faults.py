@@ -377,9 +377,6 @@ def test_a_prompt_that_kills_its_process_ends_dead(bench: FaultBench) -> None:
     assert error.code == "attempts_exhausted"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="jobs that ran beside one that kills the process are given up with it"
-)
 def test_jobs_beside_a_prompt_that_kills_its_process_end_done(bench: FaultBench) -> None:
     bench.submit(*jobs(4, "beside"), *jobs(1, "poison", at="generate", do="SIGKILL"))
     (submission,) = bench.ledger.acknowledged
