@@ -77,7 +77,7 @@ records = (
 @settings(deadline=None)
 def test_a_line_is_a_job_that_a_worker_reads_or_is_refused_with_a_reason(line: bytes) -> None:
     try:
-        job = parse_line(line, made_id="made", lora=None)
+        job = parse_line(line, made_id="made")
     except BadInput as error:
         reason = str(error)
     else:
@@ -125,9 +125,9 @@ def submit_raw(bench: FaultBench, payloads: list[bytes], adapter: str | bytes = 
     ids = [f"raw-{number}-{i}" for i in range(len(payloads))]
     fields: list[Any] = []
     for id_, payload in zip(ids, payloads, strict=True):
-        fields += [id_, adapter, payload]
+        fields += [id_, adapter, "normal", "", payload]
     queue = JobQueue(bench.redis, bench.queue)
-    queue._run("submit", f"raw-{number}", "raw", len(payloads), 0, *fields)
+    queue._run("submit", f"raw-{number}", "raw", len(payloads), 0, 60_000, 0, 0, *fields)
     return ids
 
 
