@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu sanitize-gpu check fix bench
+.PHONY: help install demo test test-slow test-gpu sanitize-gpu check fix bench
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,8 +23,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install ## Run real prompts through a real model and three adapters
 	$(BIN)/python -m examples.demo
 
-test: check ## Check the code and run all tests
+test: check ## Check the code and run the tests, but for the slow ones
 	$(BIN)/pytest -n 2
+
+test-slow: install ## Run the tests that take minutes: faults of a real engine, a soak, failovers, a hub
+	$(BIN)/pytest -n 2 -m slow
 
 test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
 	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_blas.py tests/test_engine.py tests/test_real_model.py

@@ -19,6 +19,8 @@ from tests.servers import ValkeyServer, free_port, wait_until
 from worker.background import BackgroundLoop
 from worker.hub.fetch_queue import FetchQueue
 
+pytestmark = pytest.mark.slow
+
 SLOTS = 16384
 
 #: The hash tag of this queue's keys has a slot in the first third of all, which is node 0's.

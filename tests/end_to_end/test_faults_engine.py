@@ -27,6 +27,8 @@ from tests.end_to_end.at_work import (
 from tests.end_to_end.conftest import StartWorker, bare_flags, running_workers
 from tests.tiny_models import Oracle
 
+pytestmark = pytest.mark.slow
+
 #: Adapter of each third of the jobs.
 LORAS = (None, "lora1", "lora2")
 

@@ -24,6 +24,8 @@ from tests.end_to_end.test_workers import wait_for_workers
 from tests.fake_hub import FakeHub, run_fake_hub
 from tests.tiny_models import Oracle, make_adapter, make_llama
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [5, 6, 7]
 NUM_TOKENS = 8
 

@@ -11,6 +11,8 @@ from benchmarks import fault_bench, soak
 from benchmarks.ledger import Ledger
 from benchmarks.soak import OTHER_FAULTS, WORKER_FAULTS, Fault, make_plan
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_plan_follows_from_its_seed() -> None:
     assert make_plan(5, 60) == make_plan(5, 60)
