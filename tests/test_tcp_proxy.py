@@ -59,7 +59,8 @@ def test_a_script_is_known_by_its_name(proxy: TcpProxy, queue: JobQueue) -> None
             through_proxy.submit("s2", "file", 1, 0, [Job(id="lost", prompt="x")])
         through_proxy.submit("s2", "file", 1, 0, [Job(id="lost", prompt="x")])
     assert proxy.commands["submit"] == 2
-    assert queue.client.xlen(queue.keys.stream(None)) == 2
+    for submission in ("s", "s2"):
+        assert queue.client.xlen(queue.keys.stream(None, "normal", submission)) == 1
 
 
 @pytest.mark.parametrize(("part", "executed"), [("request", None), ("reply", "1")])
