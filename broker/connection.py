@@ -65,7 +65,7 @@ class _BoundedRetry(Retry):
     """Repeats a command a few times, with growing pauses of random length, and not for long.
 
     redis-py's own Retry also repeats the connecting that is part of each try, and so squares their
-    number: 5 retries of a server that accepts and does not answer took 180 s.
+    number: 5 retries of a server that accepts and does not answer may take 180 s (reckoned).
     """
 
     def __init__(self, retries: int) -> None:

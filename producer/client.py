@@ -513,9 +513,5 @@ def _ignore(number: int) -> None:
     pass
 
 
-def _ignore_jobs_left(number: int) -> None:
-    pass
-
-
 def _ignore_fetch(status: FetchStatus) -> None:
     pass

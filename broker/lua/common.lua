@@ -209,12 +209,12 @@ end
 -- Lets a waiting job have its turn: at the end of its lane, or, if it is to run alone, among the
 -- suspects, which keep their entry.
 local function wait_for_turn(id)
+  heed_deadline(id)
   local entry, alone = unpack(redis.call('HMGET', JOB .. id, 'entry', 'alone'))
   if alone and entry then
     redis.call('ZADD', SUSPECTS, text(now_ms()), id)
-    return heed_deadline(id)
+    return
   end
-  heed_deadline(id)
   enqueue(id) -- Before the old entry goes, which may be the lane's only one.
   drop_entry(lane_of(id), entry)
 end
@@ -224,7 +224,6 @@ local function take_back(id)
   redis.call('ZREM', LEASES, id)
   redis.call('HDEL', JOB .. id, 'worker', 'claim', 'claimed')
   set_state(id, 'waiting')
-  heed_deadline(id)
 end
 
 -- Takes a job away from its worker that has not begun it: the attempt does not count.
@@ -336,6 +335,7 @@ local function end_attempt(id, outcome, message, alone, delay)
   take_back(id)
   if delay > 0 then
     redis.call('ZADD', DELAYED, text(now_ms() + delay), id)
+    heed_deadline(id)
   else
     wait_for_turn(id)
   end
