@@ -6,7 +6,8 @@ FOLDER/model has the shape of Llama-3.1-8B; run it with --load-format dummy. FOL
 lora1, ... are PEFT adapters on all seven linear modules with random weights, of the ranks in turn.
 FOLDER/base.jsonl, uniform8.jsonl, zipf32.jsonl and distinct32.jsonl are 1,024 jobs each, with
 prompts and answers of 128 to 384 tokens: for the base model, 8 adapters in turn, 32 by popularity
-(Zipf's law) and 32 in turn.
+(Zipf's law) and 32 in turn. prefix8.jsonl is uniform8 with 1,000 tokens before every prompt that are
+the same in all.
 """
 
 from __future__ import annotations
@@ -85,13 +86,14 @@ def make_adapter(folder: Path, model: ModelConfig, rank: int, seed: int) -> None
 def make_jobs(workload: str) -> Iterator[Job]:
     """The jobs of one of ``WORKLOADS``, the same ones every time."""
     random = Random(7)
+    common = [Random(8).randrange(1000, 120_000) for _ in range(COMMON_TOKENS.get(workload, 0))]
     for number in range(NUM_JOBS):
         prompt = [random.randrange(1000, 120_000) for _ in range(random.randint(128, 384))]
         num_tokens = random.randint(128, 384)
         adapter = WORKLOADS[workload](random, number)
         yield Job(
             id=f"{workload}-{number}",
-            prompt_token_ids=prompt,
+            prompt_token_ids=common + prompt,
             max_tokens=num_tokens,
             ignore_eos=True,
             lora=None if adapter is None else f"lora{adapter}",
@@ -111,7 +113,11 @@ WORKLOADS: dict[str, Callable[[Random, int], int | None]] = {
     "uniform8": lambda random, number: number % 8,
     "zipf32": _by_popularity,
     "distinct32": lambda random, number: number % 32,
+    "prefix8": lambda random, number: number % 8,
 }
+
+#: With which all prompts of a workload begin.
+COMMON_TOKENS = {"prefix8": 1000}
 
 
 def main() -> None:

@@ -40,8 +40,8 @@ from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
 from worker.config import WorkerConfig
 from worker.engine import Engine, EngineCounters
-from worker.kv_cache import PagePool
 from worker.logs import configure_logs
+from worker.page_pool import PagePool
 from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 from worker.text import Tokenizer

@@ -32,8 +32,9 @@ from schemas.result import Result, Timings
 from schemas.worker_state import WorkerState
 from worker.adapters.peft_format import Adapter
 from worker.config import PATIENCE
-from worker.kv_cache import PAGE_SIZE, PagePool
+from worker.kv_cache import PAGE_SIZE
 from worker.leases import Leases
+from worker.page_pool import PagePool, prefix_keys
 from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 
@@ -168,9 +169,11 @@ def make_sequence(job: Job, adapters: dict[str, Adapter]) -> Sequence:
     """A stand-in for the job's adapter is made when its first job comes."""
     adapter = None
     if job.lora:
-        stand_in = Adapter(job.lora, source="", revision="", rank=1, factors={})
+        stand_in = Adapter(job.lora, source="", revision=job.lora, rank=1, factors={})
         adapter = adapters.setdefault(job.lora, stand_in)
-    return Sequence(job, job.prompt_token_ids or [], job.max_tokens, adapter)
+    sequence = Sequence(job, job.prompt_token_ids or [], job.max_tokens, adapter)
+    sequence.prefix_keys = prefix_keys(job.lora, sequence.prompt_ids, PAGE_SIZE)
+    return sequence
 
 
 def simulate(jobs: list[Job], max_running: int, queue: JobQueue | None) -> Run:

@@ -74,6 +74,7 @@ def run(engine: Engine, jobs: list[Job]) -> dict[str, Any]:
     return {
         "output_tokens_per_s": round(counters.output_tokens / seconds, 1),
         "total_tokens_per_s": round((counters.output_tokens + counters.prompt_tokens) / seconds, 1),
+        "reused_tokens": counters.reused_tokens,
         "jobs_per_s": round(len(jobs) / seconds, 2),
         "seconds": round(seconds, 2),
         "steps": len(running),

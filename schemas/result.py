@@ -34,6 +34,8 @@ class Usage(_Record):
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Of ``prompt_tokens``, those that an earlier job of the same adapter had left in the cache."""
 
 
 class ErrorInfo(_Record):

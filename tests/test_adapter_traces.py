@@ -19,7 +19,7 @@ from worker.adapters.registry import AdapterRegistry
 from worker.adapters.residency import AdapterResidency
 from worker.adapters.slots import AdapterSlots
 from worker.batch import Batch, build_batch
-from worker.kv_cache import PagePool
+from worker.page_pool import PagePool
 from worker.scheduler import Scheduler
 from worker.sequence import Phase, Sequence
 

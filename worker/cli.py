@@ -120,6 +120,11 @@ def _add_batch_flags(batch: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="prompt tokens in a batch (512; GPU: 8192)",
     )
+    batch.add_argument(
+        "--disable-prefix-cache",
+        action="store_true",
+        help="compute every prompt from its first token, whatever stands in the KV cache",
+    )
     batch.add_argument("--max-total-tokens", type=int, metavar="N", help="tokens in the KV cache")
     batch.add_argument(
         "--mem-fraction-static",

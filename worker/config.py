@@ -156,6 +156,7 @@ class WorkerConfig(BaseModel):
     max_total_tokens: Positive | None = None
     mem_fraction_static: Annotated[float, Field(gt=0, lt=1)] | None = None
     chunked_prefill_size: Positive | None = None
+    disable_prefix_cache: bool = False
     context_length: Positive | None = None
     device: Literal["cpu", "cuda"] | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

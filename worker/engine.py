@@ -21,9 +21,10 @@ from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
 from worker.device_memory import use_expandable_segments
-from worker.kv_cache import PAGE_SIZE, PagePool, pages_that_fit
+from worker.kv_cache import PAGE_SIZE, pages_that_fit
 from worker.model.config import ModelConfig
 from worker.model_runner import Launched
+from worker.page_pool import PagePool, prefix_keys
 from worker.scheduler import Scheduler
 from worker.sequence import Phase, Sequence
 from worker.text import Tokenizer
@@ -37,6 +38,9 @@ class EngineCounters:
 
     batches: int = 0
     prompt_tokens: int = 0
+    """Those that were computed."""
+    reused_tokens: int = 0
+    """Those of prompts that stood in the cache already."""
     output_tokens: int = 0
     device_seconds: float = 0.0
     """Time in which a GPU worked on batches."""
@@ -74,6 +78,7 @@ class Engine:
         self._launched: deque[Launched] = deque()
         # While a GPU computes a batch the next one is scheduled and launched behind it.
         self._max_launched = 1 if self.device.type == "cuda" else 0
+        self._shares_prefixes = not config.disable_prefix_cache
         self._eos_token_ids = model.eos_token_ids
         self.scheduler = Scheduler(
             pool,
@@ -124,6 +129,9 @@ class Engine:
                 f"prompt and answer may come to {sequence.max_tokens} tokens; the worker's KV cache"
                 f" holds {capacity}. Lower max_tokens, or raise the worker's --max-total-tokens",
             )
+        if self._shares_prefixes:
+            revision = adapter.revision if adapter else None
+            sequence.prefix_keys = prefix_keys(revision, prompt_ids, PAGE_SIZE)
         return sequence
 
     def add(self, sequence: Sequence) -> None:
@@ -141,8 +149,10 @@ class Engine:
         if new_pages and self.device.type == "cpu":
             self._runner.decoder.kv_cache.clear(new_pages)
         now = time.monotonic()
-        for item in scheduled:
-            item.sequence.started = item.sequence.started or now
+        for sequence, _, _ in scheduled:
+            if sequence.started is None:
+                sequence.started = now
+                self.counters.reused_tokens += sequence.num_reused
         return build_batch(scheduled, self.slots)
 
     def launch(self, batch: Batch) -> None:
@@ -196,6 +206,10 @@ class Engine:
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it stands."""
         self.scheduler.finish(sequence)
+
+    def forget_prefixes(self) -> None:
+        """Share nothing of what stands in the cache: a batch failed, and did not fill its pages."""
+        self.scheduler.pool.forget()
 
     @property
     def kv_capacity(self) -> int:

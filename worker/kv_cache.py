@@ -1,4 +1,4 @@
-"""The paged KV cache: its memory, and who owns which page."""
+"""The paged KV cache: its memory, and how many pages fit."""
 
 from __future__ import annotations
 
@@ -91,37 +91,3 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
         return torch.zeros(shape, device=device, dtype=dtype)
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-class PagePool:
-    """Hands out pages by number. Every page is free or belongs to one owner."""
-
-    def __init__(self, pages: int) -> None:
-        self.num_pages = pages
-        self._free = list(range(pages - 1, -1, -1))
-        self._new: list[int] = []
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_used(self) -> int:
-        return self.num_pages - len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """``count`` free pages; the caller has seen that there are so many."""
-        if count > len(self._free):
-            raise ValueError(f"{count} pages asked for, {len(self._free)} free")
-        pages = [self._free.pop() for _ in range(count)]
-        self._new += pages
-        return pages
-
-    def take_new(self) -> list[int]:
-        """Pages that have found an owner since the last call."""
-        new, self._new = self._new, []
-        return new
-
-    def free(self, pages: list[int]) -> None:
-        """Give pages back."""
-        self._free.extend(pages)

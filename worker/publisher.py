@@ -187,6 +187,7 @@ class Publisher:
             usage=Usage(
                 prompt_tokens=len(sequence.prompt_ids),
                 completion_tokens=len(sequence.output_ids),
+                cached_tokens=sequence.num_reused,
             ),
             timings=Timings(
                 queued=claim.queued,

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from worker.adapters.peft_format import Adapter
 from worker.config import PATIENCE
-from worker.kv_cache import PagePool, num_pages
+from worker.kv_cache import PAGE_SIZE, num_pages
+from worker.page_pool import PagePool
 from worker.sequence import Phase, Sequence
 from worker.waiting import Group, Waiting
 
@@ -109,6 +110,7 @@ class Scheduler:
         num_rows = min(sequence.num_uncached, budget) if is_prefill else 1
         if num_rows == 0 or not self._grow(sequence, sequence.num_cached + num_rows):
             return 0
+        self._name_pages(sequence, num_rows)
         scheduled.append(ScheduledSequence(sequence, num_rows, is_prefill))
         return num_rows if is_prefill else 0
 
@@ -132,18 +134,36 @@ class Scheduler:
     def _may_begin(self, sequence: Sequence, budget: int) -> bool:
         # Room for the whole prompt and a page to go on, unless it has the cache to itself. One
         # that was preempted a step ago goes on once its tokens in flight are known.
-        wanted = num_pages(sequence.num_tokens) + bool(self.running)
-        has_pages = wanted <= self.pool.num_free
+        found = self._find_prefix(sequence)
+        wanted = num_pages(sequence.num_tokens) - len(found) + bool(self.running)
+        has_pages = wanted <= self.pool.num_free_without(found)
         return self._has_row(budget) and has_pages and not sequence.num_in_flight
 
     def _begin(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
         """Let a sequence run; returns what it takes of the budget."""
+        found = self._find_prefix(sequence)
+        self.pool.share(found)
+        sequence.pages, sequence.num_cached = found, len(found) * PAGE_SIZE
+        if not sequence.has_begun:
+            sequence.num_reused = sequence.num_cached
         sequence.phase = Phase.RUNNING
         sequence.line = self._free_lines.pop()
         self.running.append(sequence)
         if sequence.adapter:
             self._num_running[sequence.adapter] += 1
         return self._advance(sequence, budget, scheduled)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Pages that hold the beginning of its prompt. Its newest token is never among them: it
+        has to be computed for the next one to be known."""
+        return self.pool.find(sequence.prefix_keys[: (sequence.num_tokens - 1) // PAGE_SIZE])
+
+    def _name_pages(self, sequence: Sequence, num_rows: int) -> None:
+        """Let others find the prompt's pages that these rows fill up, in this batch already: of
+        every layer all rows are written before any is read."""
+        keys, start = sequence.prefix_keys, sequence.num_cached
+        for place in range(start // PAGE_SIZE, min((start + num_rows) // PAGE_SIZE, len(keys))):
+            self.pool.name(sequence.pages[place], keys[place])
 
     def _turns(self, now: float) -> Iterator[Group]:
         """Groups in the order in which a sequence of each may begin. The one it came to last must

@@ -41,6 +41,10 @@ class Sequence:
     num_pages_told: int = 0
     """Pages that stand in the device's page table."""
     num_cached: int = 0
+    prefix_keys: list[bytes] = field(default_factory=list)
+    """Of the pages that its prompt fills, if it shares them (worker/page_pool.py)."""
+    num_reused: int = 0
+    """Tokens of the prompt that stood in the cache when it first began."""
     num_in_flight: int = 0
     """Tokens that launched batches choose, and that are not known here yet."""
     line: int = -1

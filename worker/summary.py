@@ -23,6 +23,7 @@ class StepSummary:
         self._batches = 0
         self._output_tokens = 0
         self._prompt_tokens = 0
+        self._reused_tokens = 0
 
     def log_if_due(self, num_adapters: int) -> None:
         """``num_adapters``: distinct adapters in the newest batch."""
@@ -40,8 +41,10 @@ class StepSummary:
             kv_use=f"{scheduler.pool.num_used / scheduler.pool.num_pages:.0%}",
             output_tokens_per_s=round((counters.output_tokens - self._output_tokens) / seconds, 1),
             prompt_tokens_per_s=round((counters.prompt_tokens - self._prompt_tokens) / seconds, 1),
+            reused_tokens_per_s=round((counters.reused_tokens - self._reused_tokens) / seconds, 1),
         )
         self._since = now
         self._batches = counters.batches
         self._output_tokens = counters.output_tokens
         self._prompt_tokens = counters.prompt_tokens
+        self._reused_tokens = counters.reused_tokens

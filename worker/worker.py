@@ -166,6 +166,7 @@ class Worker:
                 if sequence.has_begun:
                     self._drop(claim.lease)
                     self._publisher.publish(Retry(claim, reason, alone=True))
+            self._engine.forget_prefixes()
             free_memory()
 
     def stop(self) -> None:
