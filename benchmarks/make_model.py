@@ -6,8 +6,8 @@ FOLDER/model has the shape of Llama-3.1-8B; run it with --load-format dummy. FOL
 lora1, ... are PEFT adapters on all seven linear modules with random weights, of the ranks in turn.
 FOLDER/base.jsonl, uniform8.jsonl, zipf32.jsonl and distinct32.jsonl are 1,024 jobs each, with
 prompts and answers of 128 to 384 tokens: for the base model, 8 adapters in turn, 32 by popularity
-(Zipf's law) and 32 in turn. prefix8.jsonl is uniform8 with 1,000 tokens before every prompt that are
-the same in all.
+(Zipf's law) and 32 in turn. prefix8.jsonl is uniform8 with 1,000 tokens before every prompt that
+are the same in all.
 """
 
 from __future__ import annotations
