@@ -24,6 +24,7 @@ FLAGS = {
     *("--hub-owners", "--with-fetcher"),
     *("--lora-eviction-policy", "--lora-backend", "--max-running-requests"),
     *("--max-total-tokens", "--mem-fraction-static", "--chunked-prefill-size"),
+    "--disable-prefix-cache",
     *("--context-length", "--device", "--dtype", "--load-format"),
     *(
         "--queue",
