@@ -61,20 +61,17 @@ class Leasing(QueueScripts):
         return bool(self._run("reserve_suspect", worker, round(patience * 1000)))
 
     def commit(self, worker: str, results: Sequence[tuple[Lease, Result]]) -> list[bool]:
-        """Record results in one round trip; False where the lease was lost. Safe to repeat."""
+        """Record results; False where the lease was lost. Safe to repeat.
+
+        One script takes all of them: some hundreds at a time leave room for others.
+        """
         if not results:
             return []
-        with self.client.pipeline(transaction=False) as pipeline:
-            for lease, result in results:
-                self._scripts["commit"](
-                    keys=[self.keys.prefix],
-                    args=[
-                        *(worker, lease.job_id, lease.claim, result.status),
-                        result.model_dump_json(),
-                    ],
-                    client=pipeline,
-                )
-            return [bool(recorded) for recorded in pipeline.execute()]
+        fields = chain.from_iterable(
+            (lease.job_id, lease.claim, result.status, result.model_dump_json())
+            for lease, result in results
+        )
+        return [bool(recorded) for recorded in self._run("commit", worker, *fields)]
 
     def renew(self, worker: str, leases: Collection[Lease], *, lease_seconds: float) -> set[Lease]:
         """Prolong leases; returns those that the worker no longer holds."""
