@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from broker.claims import ClaimRequest
 from broker.embedded import EmbeddedServer
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.job_queue import JobQueue
 from producer.client import Client
 from schemas.adapter import AdapterRecord
 from schemas.job import Job

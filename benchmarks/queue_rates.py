@@ -21,8 +21,9 @@ from rich.table import Table
 
 from benchmarks.fault_bench import FaultBench, is_stopped, jobs, wait_until
 from benchmarks.own_server import OwnServer
+from broker.claims import ClaimRequest
 from broker.connection import connect
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.job_queue import JobQueue
 from schemas.job import Job
 
 NUM_ADAPTERS = (1, 10, 100, 1_000, 10_000)

@@ -23,9 +23,10 @@ from rich.table import Table
 
 from benchmarks.make_model import WORKLOADS, make_jobs
 from benchmarks.step_time import step_seconds
+from broker.claims import Claim
 from broker.connection import connect
 from broker.embedded import EmbeddedServer
-from broker.job_queue import Claim, JobQueue
+from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
 from schemas.job import Job
 from schemas.result import Result, Timings

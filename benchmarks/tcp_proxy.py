@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from broker.job_queue import script_text
+from broker.scripts import script_text
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import redis
 
-from broker.job_queue import load_script
 from broker.queue_reader import READ_CHUNK
 from broker.records import read_record
+from broker.scripts import load_script
 from schemas.keys import BASE, Keys
 from schemas.result import Attempt
 

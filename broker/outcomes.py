@@ -23,6 +23,14 @@ class Limits(NamedTuple):
     bytes: int | None = None
 
 
+class ConflictError(Exception):
+    """Job ids that already name jobs of other content; nothing of the run was stored."""
+
+    def __init__(self, indices: list[int]) -> None:
+        super().__init__(f"{len(indices)} job ids are taken")
+        self.indices = indices
+
+
 class FullError(Exception):
     """The queue has no room for jobs; nothing of the run was stored."""
 

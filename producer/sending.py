@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from broker.job_queue import ConflictError, JobQueue
-from broker.outcomes import NOTHING, FullError, Size, SubmissionCancelled
+from broker.job_queue import JobQueue
+from broker.outcomes import NOTHING, ConflictError, FullError, Size, SubmissionCancelled
 from producer import advice
 from producer.limiting import describe
 from producer.spool import Run, Spool

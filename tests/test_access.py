@@ -10,8 +10,9 @@ import redis
 from redis.exceptions import NoPermissionError
 from structlog.testing import capture_logs
 
+from broker.claims import ClaimRequest, Lease
 from broker.connection import connect, server_errors
-from broker.job_queue import ClaimRequest, JobQueue, Lease
+from broker.job_queue import JobQueue
 from broker.outcomes import Limits
 from broker.queue_reader import QueueReader
 from producer.client import Client

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from redis import ResponseError
 
-from broker.job_queue import RETIRE_LIMIT, JobQueue, script_text
+from broker.desired_state import RETIRE_LIMIT
+from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
+from broker.scripts import script_text
 from schemas.adapter import AdapterRecord, AdapterVersion
 from schemas.errors import LorryError
 from schemas.worker_state import AdapterCounts, WorkerState

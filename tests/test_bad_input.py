@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fault_bench import FaultBench, jobs, wait_until
-from broker.job_queue import Claim, JobQueue, Lease
+from broker.claims import Claim, Lease
+from broker.job_queue import JobQueue
 from producer.lines import parse_line
 from schemas.errors import BadInput, JobError
 from schemas.job import Job

@@ -94,7 +94,9 @@ def test_a_producer_bridges_a_restart_of_the_server(tmp_path: Path) -> None:
 def test_a_producer_whose_server_went_mute_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("producer.client.connect", lambda *a, **k: connect(*a, **k, timeout=0.05))
+    monkeypatch.setattr(
+        "producer.client.session.connect", lambda *a, **k: connect(*a, **k, timeout=0.05)
+    )
     server = ValkeyServer(tmp_path)
     try:
         with Client(server.url, "q") as client:

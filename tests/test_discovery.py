@@ -9,9 +9,10 @@ import pytest
 import redis
 from redis.crc import key_slot
 
+from broker.claims import ClaimRequest
 from broker.connection import connect
 from broker.fetches import Fetches
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.job_queue import JobQueue
 from producer.client import Client
 from schemas.errors import ServerUnavailable
 from schemas.result import Result, Timings

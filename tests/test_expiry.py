@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from broker import job_queue
+from broker import sweeping
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.client import Client
@@ -133,7 +133,7 @@ def test_a_large_submission_goes_in_pieces_and_its_counts_add_up_meanwhile(
     submit(queue, "small", "other")
     finish(queue, 300)
     time.sleep(0.02)
-    monkeypatch.setattr(job_queue, "SWEEP_LIMIT", 100)
+    monkeypatch.setattr(sweeping, "SWEEP_LIMIT", 100)
     sizes = []
     while number := queue.expire_submissions():
         sizes.append(number)

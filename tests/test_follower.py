@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.claims import ClaimRequest
+from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
 from schemas.job import Job
 from tests.test_adapter_registry import TextLoader, load

@@ -11,7 +11,8 @@ import pytest
 import redis
 
 from broker import queue_reader
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.claims import ClaimRequest
+from broker.job_queue import JobQueue
 from producer import following
 from producer.client import Client
 from schemas.result import Result, Timings

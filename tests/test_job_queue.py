@@ -8,7 +8,9 @@ from collections import Counter
 
 import pytest
 
-from broker.job_queue import Claim, ClaimRequest, ConflictError, JobQueue, Lease
+from broker.claims import Claim, ClaimRequest, Lease
+from broker.job_queue import JobQueue
+from broker.outcomes import ConflictError
 from broker.queue_reader import QueueReader
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError, ServerUnavailable

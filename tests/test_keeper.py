@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from broker.job_queue import Claim, ClaimRequest, JobQueue, Lease
+from broker.claims import Claim, ClaimRequest, Lease
+from broker.job_queue import JobQueue
 from schemas.job import Job
 from schemas.worker_state import WorkerState
 from worker.keeper import OUTAGE_GRACE_SECONDS, Keeper

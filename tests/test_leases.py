@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.job_queue import Claim, Lease
+from broker.claims import Claim, Lease
 from worker.leases import Leases
 
 

@@ -8,8 +8,9 @@ from contextlib import closing
 import pytest
 import redis
 
+from broker.claims import ClaimRequest, Claims
 from broker.connection import connect
-from broker.job_queue import ClaimRequest, Claims, JobQueue
+from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from schemas.job import Job
 from tests.lossy_proxy import LossyProxy

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from broker.job_queue import Claim, ClaimRequest, JobQueue
+from broker.claims import Claim, ClaimRequest
+from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from schemas.job import PRIORITIES, Job, Priority
 from schemas.keys import BASE

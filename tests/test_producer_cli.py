@@ -17,8 +17,9 @@ import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Outcome
 
+from broker.claims import Claim, ClaimRequest
 from broker.embedded import EmbeddedServer
-from broker.job_queue import Claim, ClaimRequest, JobQueue
+from broker.job_queue import JobQueue
 from producer.cli import app
 from schemas.adapter import AdapterRecord
 from schemas.result import ErrorInfo, JobState, Result, Timings, Usage

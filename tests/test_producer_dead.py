@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.claims import ClaimRequest
+from broker.job_queue import JobQueue
 from producer.client import Client
 from schemas.errors import BadInput, UnknownId
 from tests.test_producer_cli import Producer, Worker

@@ -13,8 +13,10 @@ import pytest
 import redis.connection
 from typer.testing import CliRunner
 
+from broker.claims import ClaimRequest
 from broker.connection import connect
-from broker.job_queue import RETIRE_LIMIT, ClaimRequest, JobQueue
+from broker.desired_state import RETIRE_LIMIT
+from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.advice import unserved
 from producer.cli import app

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from redis import Redis
 
+from broker.claims import Claim, ClaimRequest
 from broker.connection import connect
 from broker.dead_letters import DeadLetters
-from broker.job_queue import Claim, ClaimRequest, JobQueue
+from broker.job_queue import JobQueue
 from schemas.job import PRIORITIES, Job
 from schemas.keys import BASE, GROUP
 from schemas.result import TERMINAL_STATES

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from broker.job_queue import Claim, ClaimRequest, Claims, JobQueue
+from broker.claims import Claim, ClaimRequest, Claims
+from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from schemas import WIRE_VERSION
@@ -28,7 +29,7 @@ def client(redis_url: str, queue_name: str) -> Iterator[Client]:
 @pytest.fixture
 def newer_queue(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> JobQueue:
     """The same queue as the next release sees it."""
-    monkeypatch.setattr("broker.job_queue.WIRE_VERSION", NEWER)
+    monkeypatch.setattr("broker.scripts.WIRE_VERSION", NEWER)
     return JobQueue(queue.client, queue.name)
 
 

@@ -18,7 +18,8 @@ import redis
 import torch
 from structlog.testing import capture_logs
 
-from broker.job_queue import ClaimRequest, Claims, JobQueue
+from broker.claims import ClaimRequest, Claims
+from broker.job_queue import JobQueue
 from producer.client import Client
 from schemas import WIRE_VERSION
 from schemas.job import Job

@@ -9,7 +9,8 @@ from queue import Empty, SimpleQueue
 import structlog
 from pydantic import ValidationError
 
-from broker.job_queue import Claim, Claims, JobQueue
+from broker.claims import Claim, Claims
+from broker.job_queue import JobQueue
 from schemas import WIRE_VERSION
 from schemas.errors import JobError
 from schemas.job import Job

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import structlog
 
-from broker.job_queue import SWEEP_LIMIT, JobQueue
+from broker.job_queue import JobQueue
+from broker.sweeping import SWEEP_LIMIT
 from schemas.worker_state import WorkerState
 from worker.leases import Leases
 

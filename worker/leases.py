@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 
-from broker.job_queue import Claim, ClaimRequest, Lease
+from broker.claims import Claim, ClaimRequest, Lease
 
 
 class Leases:

@@ -9,7 +9,8 @@ from queue import Empty, SimpleQueue
 
 import structlog
 
-from broker.job_queue import Claim, JobQueue, Lease
+from broker.claims import Claim, Lease
+from broker.job_queue import JobQueue
 from schemas.errors import JobError
 from schemas.job import Job
 from schemas.result import ErrorInfo, Result, Timings, Usage

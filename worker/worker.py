@@ -10,8 +10,9 @@ import time
 import redis
 import structlog
 
+from broker.claims import Claim, Lease
 from broker.connection import connect
-from broker.job_queue import Claim, JobQueue, Lease
+from broker.job_queue import JobQueue
 from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower

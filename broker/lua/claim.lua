@@ -125,10 +125,15 @@ local starving = next_one and is_starved(next_one) and next_one or ''
 local MAX_PASSED_OVER = 1000
 local num_passed_over, num_set_aside = 0, 0
 
--- Gives the worker the job of an entry, and returns the bytes of its record; nil if it cannot be
--- lent, with what becomes of it done.
+-- Gives the worker the job of an entry, and returns the bytes of its record and its submissions; nil
+-- if it cannot be lent, with what becomes of it done. `serve_lane` counts all of them at once, and
+-- notes their leases.
 local function deliver(lane, entry, id)
-  local state, version = state_and_version(id)
+  local found = redis.pcall('HMGET', JOB .. id, 'state', 'v', 'adapter', 'submissions', 'attempts',
+    'job', 'queued', 'deadline', 'alone')
+  if found.err then found = { 'damaged' } end -- The key is no hash.
+  local state, v, adapter, submissions, attempts, payload, queued, deadline, alone = unpack(found)
+  local version = version_of(v, adapter, submissions, attempts)
   if not state then
     count('waiting', lane.adapter, -1, 0) -- Its record was deleted.
     return drop_entry(lane, entry)
@@ -138,33 +143,41 @@ local function deliver(lane, entry, id)
   elseif state ~= 'waiting' then
     return drop_entry(lane, entry)
   end
-  local payload, queued, submissions, deadline, attempts, alone = unpack(redis.call('HMGET',
-    JOB .. id, 'job', 'queued', 'submissions', 'deadline', 'attempts', 'alone'))
   if deadline and tonumber(deadline) <= now then return expire(id) end
   if alone then return wait_for_turn(id) end
   if deadline then redis.call('ZREM', DEADLINES, id) end
   attempts = attempts + 1
-  -- As `lend` does, but `serve_lane` counts them all at once.
   redis.call('HSET', JOB .. id, 'state', 'running', 'attempts', attempts, 'worker', worker,
     'claim', claim, 'entry', entry, 'claimed', text(now))
-  redis.call('ZADD', LEASES, text(now + lease), id)
-  tell_submissions(id, submissions, state, 'running')
   -- A record without a prompt ends as a bad one where it is parsed.
   payload = payload or ''
   table.insert(jobs, { id, lane.adapter, payload, attempts, tonumber(queued) and queued or 0,
     string.match(submissions, '%S+') or '' })
   wanted = wanted - 1
-  return #payload
+  return #payload, submissions
 end
 
 -- Delivers up to `limit` jobs of a lane.
 local function serve_lane(lane, limit)
   local entries, num_delivered, num_bytes = read_entries(lane, limit), 0, 0
+  local leases, num_by_submission = {}, {}
   for _, entry in ipairs(entries) do
-    local bytes = deliver(lane, entry[1], entry[2][2])
-    if bytes then num_delivered, num_bytes = num_delivered + 1, num_bytes + bytes end
+    local id = entry[2][2]
+    local bytes, submissions = deliver(lane, entry[1], id)
+    if bytes then
+      num_delivered, num_bytes = num_delivered + 1, num_bytes + bytes
+      table.insert(leases, text(now + lease))
+      table.insert(leases, id)
+      for submission in string.gmatch(submissions, '%S+') do
+        num_by_submission[submission] = (num_by_submission[submission] or 0) + 1
+      end
+    end
   end
   num_passed_over = num_passed_over + #entries - num_delivered
+  in_pieces(leases, function(...) redis.call('ZADD', LEASES, ...) end)
+  for submission, number in pairs(num_by_submission) do
+    count_moved(submission, 'waiting', 'running', number)
+  end
   count('waiting', lane.adapter, -num_delivered, num_bytes)
   count('running', lane.adapter, num_delivered)
   if #entries < limit then return close_lane(lane) end

@@ -17,6 +17,14 @@ local function text(number)
   return string.format('%.0f', number)
 end
 
+-- Calls `write` with many arguments, in pieces that find room on Lua's stack (8,000). One command for
+-- all jobs of a script beats one a job: a call costs 1.3 us, whatever it does.
+local function in_pieces(arguments, write)
+  for first = 1, #arguments, 1000 do
+    write(unpack(arguments, first, math.min(first + 999, #arguments)))
+  end
+end
+
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 
 -- Counts jobs that came to be in a state, or left it (a negative number), and the bytes of their
@@ -57,15 +65,20 @@ local function tell_finished(submission, id, state)
   end
 end
 
+-- Counts that jobs of a submission came from one state to another.
+local function count_moved(submission, from, to, number)
+  local num_left = redis.call('HINCRBY', SUBMISSION .. submission, from, -number)
+  redis.call('HINCRBY', SUBMISSION .. submission, to, number)
+  -- While others are in the state that these left, none of them is the last one to end.
+  if TERMINAL[from] or TERMINAL[to] and num_left <= 0 then set_expiry(submission) end
+end
+
 -- Counts the change of a job's state in every submission it belongs to. One that sent the job twice
 -- is named twice, so its counts always add up to its number of lines.
 local function tell_submissions(id, submissions, from, to)
   for submission in string.gmatch(submissions, '%S+') do
-    local num_left = redis.call('HINCRBY', SUBMISSION .. submission, from, -1)
-    redis.call('HINCRBY', SUBMISSION .. submission, to, 1)
     if TERMINAL[to] then tell_finished(submission, id, to) end
-    -- While others are in the state that this one left, it is not the last one to end.
-    if TERMINAL[from] or TERMINAL[to] and num_left <= 0 then set_expiry(submission) end
+    count_moved(submission, from, to, 1)
   end
 end
 
@@ -120,15 +133,20 @@ local function holds_lease(worker, id, claim)
   return state == 'running' and holder == worker and current == claim
 end
 
--- Takes an entry out of its lane: deleted when it is acknowledged, so XLEN is waiting + in flight.
-local function drop_entry(lane, entry)
-  if not (lane and entry) then return end
-  redis.call('XACK', lane.stream, GROUP, entry)
-  redis.call('XDEL', lane.stream, entry)
+-- Takes entries out of their lane: deleted when they are acknowledged, so XLEN is waiting + in flight.
+local function drop_entries(lane, entries)
+  in_pieces(entries, function(...)
+    redis.call('XACK', lane.stream, GROUP, ...)
+    redis.call('XDEL', lane.stream, ...)
+  end)
   if redis.call('XLEN', lane.stream) == 0 then
     redis.call('DEL', lane.stream)
     close_lane(lane)
   end
+end
+
+local function drop_entry(lane, entry)
+  if lane and entry then drop_entries(lane, { entry }) end
 end
 
 -- The first entries of a lane that nobody has been given, up to `count`; they count as given now. The
@@ -151,17 +169,20 @@ local function reads_version(version)
   return version == WIRE_VERSION or version == WIRE_VERSION - 1
 end
 
--- A job's state, nil if there is no such job, and the version of its record: 0 if it is damaged, so
--- that nothing can be done with it.
+-- The version of a record with these fields: 0 if it is damaged, so that nothing can be done with it.
+local function version_of(v, adapter, submissions, attempts)
+  local version = tonumber(v) or 0
+  local is_damaged = not adapter or not submissions or not string.match(attempts or '', '^%d+$')
+  if version ~= version or reads_version(version) and is_damaged then return 0 end
+  return version
+end
+
+-- A job's state, nil if there is no such job, and the version of its record.
 local function state_and_version(id)
   local found =
     redis.pcall('HMGET', JOB .. id, 'state', 'v', 'adapter', 'submissions', 'attempts')
   if found.err then return 'damaged', 0 end -- The key is no hash.
-  local state, v, adapter, submissions, attempts = unpack(found)
-  local version = tonumber(v) or 0
-  local is_damaged = not adapter or not submissions or not string.match(attempts or '', '^%d+$')
-  if version ~= version or reads_version(version) and is_damaged then version = 0 end
-  return state or nil, version
+  return found[1] or nil, version_of(unpack(found, 2))
 end
 
 -- Leaves a job alone whose record is of a version that is not read here, until a worker sweeps that

@@ -47,15 +47,26 @@ for i = 0, num_jobs - 1 do
   end
 end
 
-local reply, payloads = { 'conflict' }, {}
-local num_new, num_bytes, num_fitting = 0, 0, 0
+-- What is stored under each id, before this run and once it is added.
+local known = {}
+
+local function look_up(id)
+  local payload, state, submissions =
+    unpack(redis.call('HMGET', JOB .. id, 'job', 'state', 'submissions'))
+  return { payload = payload, state = state, submissions = submissions }
+end
+
+local reply, num_new, num_bytes, num_fitting = { 'conflict' }, 0, 0, 0
 for i = 0, num_jobs - 1 do
   local id, payload = ARGV[first + 5 * i], ARGV[first + 5 * i + 4]
-  local stored = payloads[id] or redis.call('HGET', JOB .. id, 'job')
-  if stored and stored ~= payload then table.insert(reply, i) end
-  if not stored then num_new, num_bytes = num_new + 1, num_bytes + #payload end
+  known[id] = known[id] or look_up(id)
+  if not known[id].payload then
+    known[id].payload = payload
+    num_new, num_bytes = num_new + 1, num_bytes + #payload
+  elseif known[id].payload ~= payload then
+    table.insert(reply, i)
+  end
   if has_room(num_new, num_bytes) then num_fitting = i + 1 end
-  payloads[id] = payload
 end
 if #reply > 1 then return reply end
 -- What adds nothing needs no room.
@@ -101,17 +112,25 @@ local function add(id, adapter, priority, deadline, payload)
   end
 end
 
+local ids, num_by_state = {}, {}
 for i = 0, num_jobs - 1 do
   local id, adapter, priority, deadline, payload = unpack(ARGV, first + 5 * i, first + 5 * i + 4)
-  local state, submissions = unpack(redis.call('HMGET', JOB .. id, 'state', 'submissions'))
-  if state then
-    redis.call('HSET', JOB .. id, 'submissions', submissions .. ' ' .. submission)
+  local job = known[id]
+  local state = job.state or 'waiting'
+  if job.state then
+    job.submissions = job.submissions .. ' ' .. submission
+    redis.call('HSET', JOB .. id, 'submissions', job.submissions)
     if TERMINAL[state] then tell_finished(submission, id, state) end
   else
     add(id, adapter, priority, deadline, payload)
+    job.state, job.submissions = state, submission
   end
-  redis.call('HINCRBY', SUBMISSION .. submission, state or 'waiting', 1)
-  redis.call('RPUSH', jobs, id)
+  num_by_state[state] = (num_by_state[state] or 0) + 1
+  table.insert(ids, id)
+end
+in_pieces(ids, function(...) redis.call('RPUSH', jobs, ...) end)
+for state, number in pairs(num_by_state) do
+  redis.call('HINCRBY', SUBMISSION .. submission, state, number)
 end
 for _, lane in pairs(lanes) do
   open_lane(lane)
