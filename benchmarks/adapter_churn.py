@@ -158,7 +158,7 @@ def _main() -> None:
     folder = flags["adapters"]
     if folder is None or len(flags["jobs"]) != 1:
         raise BadInput("Give one file of jobs, and by --adapters a folder of adapters.")
-    config, workloads = configured(flags)
+    config, workloads = configured(flags | {"disable_prefix_cache": True})
     (jobs,) = workloads.values()
     spare = sorted(set(folder.iterdir()) - {lora.folder for lora in config.lora_paths})
     if not spare:

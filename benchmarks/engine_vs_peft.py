@@ -106,7 +106,11 @@ class Lorry:
         loras = tuple(LoraPath(lora_name=n, lora_path=str(p)) for n, p in ADAPTERS.items())
         self._engine = Engine(
             WorkerConfig(
-                model_path=folder, lora_paths=loras, max_running_requests=num_jobs, device="cpu"
+                model_path=folder,
+                lora_paths=loras,
+                max_running_requests=num_jobs,
+                device="cpu",
+                disable_prefix_cache=True,  # The other side computes every prompt, every round.
             )
         )
 

@@ -176,7 +176,7 @@ def main() -> None:
     flags = vars(parser.parse_args())
     first, count = flags.pop("first_step"), flags.pop("steps")
     try:
-        config, workloads = configured(flags)
+        config, workloads = configured(flags | {"disable_prefix_cache": True})
         if config.resolved_device.type != "cuda":
             raise BadInput("There is no GPU here to profile.")
         engine = Engine(config)

@@ -44,9 +44,9 @@ def worker_flags(flags: dict[str, Any], jobs: list[Job]) -> list[str]:
     if names:
         command += ["--lora-paths", *(f"{name}={flags['adapters'] / name}" for name in names)]
     for name, value in flags.items():
-        if name not in ("model", "jobs", "adapters") and value is not None:
+        if name not in ("model", "jobs", "adapters", "disable_prefix_cache") and value is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]
-    return command
+    return [*command, "--disable-prefix-cache"]  # Prompts of the second run are those of the first.
 
 
 def seconds_through_queue(client: Client, url: str, file: Path) -> float:

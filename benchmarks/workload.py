@@ -54,6 +54,7 @@ def lora_paths(folder: Path | None, jobs: list[Job]) -> tuple[LoraPath, ...]:
 
 def run(engine: Engine, jobs: list[Job]) -> dict[str, Any]:
     """One run over all jobs, from an empty engine to an empty engine."""
+    engine.forget_prefixes()  # Of the run before, whose prompts were the same.
     engine.counters = EngineCounters()
     loads_before = engine.slots.num_loads if engine.slots else 0
     started = time.perf_counter()
@@ -135,6 +136,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         *(("--context-length", int), ("--max-lora-rank", int)),
     ):
         parser.add_argument(name, type=kind)
+    parser.add_argument("--disable-prefix-cache", action="store_true")
 
 
 def configured(flags: dict[str, Any]) -> tuple[WorkerConfig, dict[str, list[Job]]]:

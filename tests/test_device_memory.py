@@ -7,24 +7,24 @@ import os
 import pytest
 import torch
 
-from worker.device_memory import is_out_of_memory, use_expandable_segments
+from worker.device_memory import is_out_of_memory, set_up_allocators
 
 
-def test_segments_grow_unless_the_user_set_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allocators_are_set_up_unless_the_user_did(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    use_expandable_segments()
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    set_up_allocators()
+    assert "expandable_segments:True" in os.environ["PYTORCH_CUDA_ALLOC_CONF"].split(",")
 
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    use_expandable_segments()
+    set_up_allocators()
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
 
 
 def test_the_newer_name_of_the_setting_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
-    use_expandable_segments()
+    set_up_allocators()
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 

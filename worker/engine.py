@@ -20,7 +20,7 @@ from worker.adapters.sources import find_adapters
 from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
 from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
-from worker.device_memory import use_expandable_segments
+from worker.device_memory import set_up_allocators
 from worker.kv_cache import PAGE_SIZE, pages_that_fit
 from worker.model.config import ModelConfig
 from worker.model_runner import Launched
@@ -55,7 +55,7 @@ class Engine:
         """Load everything; raises BadInput for what a person must mend."""
         self.device = config.resolved_device
         if self.device.type == "cuda":
-            use_expandable_segments()
+            set_up_allocators()
         model = ModelConfig.from_folder(config.model_path)
         self.dtype = config.resolved_dtype(model.dtype)
         self.context_length = _context_length(config, model)
