@@ -9,11 +9,11 @@ import torch
 #: What torch's allocators are told (docs/gpu.md has the measurements).
 #:
 #: Memory that can grow: batches of many sizes otherwise leave holes that none fits in, and torch
-#: takes new memory beside them. After four runs of 1,024 jobs on an H100 the worker held 76.8 GB and
-#: more each run, so 73.6 GB and no more.
+#: takes new memory beside them. After four runs of 1,024 jobs on an H100 the worker held 76.8 GB
+#: and more each run, so 73.6 GB and no more.
 #:
 #: Host memory that is written before it is locked: the driver otherwise makes the pages while it
-#: keeps all other calls waiting, a launch for 13 ms in the median while memory is locked, so 0.1 ms.
+#: keeps all other calls waiting, a launch for 13 ms in the median while memory is locked; so 0.1 ms.
 _ALLOCATORS = "expandable_segments:True,pinned_use_cuda_host_register:True"
 
 
