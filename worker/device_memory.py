@@ -13,7 +13,7 @@ import torch
 #: and more each run, so 73.6 GB and no more.
 #:
 #: Host memory that is written before it is locked: the driver otherwise makes the pages while it
-#: keeps all other calls waiting, a launch for 13 ms in the median while memory is locked; so 0.1 ms.
+#: keeps all other calls waiting, a launch for 13 ms in the median while memory is locked, so 0.1.
 _ALLOCATORS = "expandable_segments:True,pinned_use_cuda_host_register:True"
 
 
