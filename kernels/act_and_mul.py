@@ -13,8 +13,8 @@ import triton.language as tl
 from kernels.lora_expand import lora_expand_torch
 from kernels.lora_segments import TILE_ROWS, LoraRows
 
-#: ``silu(z) = z / (1 + exp(-z))``; ``gelu_tanh`` is the tanh approximation of ``gelu`` (Hendrycks and
-#: Gimpel, 2016), ``z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))``.
+#: ``silu(z) = z / (1 + exp(-z))``; ``gelu_tanh(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715
+#: z^3)))``, an approximation of GELU (Hendrycks and Gimpel, 2016).
 Activation = Literal["silu", "gelu_tanh"]
 
 

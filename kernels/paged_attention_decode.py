@@ -2,9 +2,11 @@
 
 A sequence's keys and values stand in pages of ``page_size`` rows for each KV head; its line of the
 page table lists its pages in order. Query head ``h`` attends to KV head
-``h // (q_heads / kv_heads)``. With a window a query sees the newest ``window`` keys up to its own only
-(Beltagy et al., 2020); with a soft cap a score ``s`` becomes ``soft_cap * tanh(s / soft_cap)`` (Bello
-et al., 2016), before any mask. 0 stands for none of either.
+``h // (q_heads / kv_heads)``.
+
+With a window a query sees the newest ``window`` keys up to its own only (Beltagy et al., 2020).
+With a soft cap a score ``s`` becomes ``soft_cap * tanh(s / soft_cap)`` (Bello et al., 2016), before
+any mask. 0 stands for none of either.
 """
 
 from __future__ import annotations

@@ -271,7 +271,9 @@ def _prefill(
             scores = soft_capped(scores, SOFT_CAP)
         is_seen = position[None, :] <= (first_position + m)[:, None]
         if WINDOW > 0:
-            is_seen &= position[None, :] > (first_position + m)[:, None] - WINDOW
+            # Rows behind the tile's last one see what that sees: without any key they would be NaN.
+            own = first_position + tl.minimum(m, n_rows - 1)
+            is_seen &= position[None, :] > own[:, None] - WINDOW
         scores = tl.where(is_seen, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         if WINDOW > 0:

@@ -354,6 +354,6 @@ def _rotary_kv_write_with_lora(
         cache = k_cache
         if part == 2:
             cache = v_cache
-        type = k_cache.dtype.element_ty
-        tl.store(cache + at + first_columns[None, :], first.to(type), mask=mask)
-        tl.store(cache + at + second_columns[None, :], second.to(type), mask=mask)
+        dtype = k_cache.dtype.element_ty
+        tl.store(cache + at + first_columns[None, :], first.to(dtype), mask=mask)
+        tl.store(cache + at + second_columns[None, :], second.to(dtype), mask=mask)
