@@ -1,0 +1,231 @@
+"""Every family of models and every rotary embedding against transformers, and LoRA on it against
+PEFT: tiny random models, whose prompts exceed their windows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.job import Job
+from tests.test_engine import make_engine
+from tests.tiny_models import Oracle, make_adapter, make_model
+from worker import model_runner
+from worker.engine import Engine
+from worker.sequence import Sequence
+
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1000.0}
+
+#: What ``make_model`` is told: a type of transformers, and what is not as usual.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 6}),
+    "llama-3": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": LLAMA3
+            | {
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "llama-linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}},
+    ),
+    "mistral": ("mistral", {"sliding_window": 23, "head_dim": 20}),
+    "qwen2": ("qwen2", {"rope_parameters": YARN | {"original_max_position_embeddings": 32}}),
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 20, "tie_word_embeddings": True, "attention_bias": True}),
+    "phi3": ("phi3", {"sliding_window": 21, "num_key_value_heads": 6}),
+    "phi4": (
+        "phi3",
+        {
+            "hidden_size": 96,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONG
+            | {
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 1.5, 2.0, 4.0, 7.0, 9.0],
+            },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 17,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 17,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            },
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {"no_rope_layer_interval": 2, "rope_parameters": YARN | {"factor": 2.0}},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+}
+
+ENDS = ("embed_tokens", "lm_head")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+NUM_TOKENS = 64
+
+#: In float32, of logits whose largest is about 10.
+TOLERANCE = 1e-4
+
+
+def linear_modules(name: str) -> tuple[str, ...]:
+    return FUSED_LINEAR if MODELS[name][0] == "phi3" else LINEAR
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model_folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_type, changes = MODELS[name]
+    return make_model(tmp_path_factory.mktemp("model"), model_type, **changes)
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    name: str, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Of all linear modules, of some of their parts, and with DoRA."""
+    modules = linear_modules(name)
+    kinds: dict[str, dict[str, Any]] = {
+        "all": {"rank": 5, "target_modules": modules},
+        "some": {"rank": 12, "target_modules": modules[::3]},
+        "dora": {"rank": 3, "target_modules": modules, "use_dora": True},
+    }
+    return {
+        kind: make_adapter(model_folder, tmp_path_factory.mktemp(kind), seed=seed, **settings)
+        for seed, (kind, settings) in enumerate(kinds.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def oracle(model_folder: Path, adapters: dict[str, Path]) -> Oracle:
+    return Oracle(model_folder, adapters)
+
+
+def make_jobs(loras: list[str | None], count: int) -> list[Job]:
+    rng = random.Random(3)
+    return [
+        Job(
+            id=f"job-{i}",
+            lora=lora,
+            prompt_token_ids=[rng.randrange(211) for _ in range(length)],
+            max_tokens=NUM_TOKENS,
+        )
+        for i, (lora, length) in enumerate(zip(cycle(loras), range(1, 100, 13), strict=False))
+        if i < count
+    ]
+
+
+Logits = dict[str, list[torch.Tensor]]
+
+
+@contextmanager
+def kept_logits() -> Iterator[Logits]:
+    """Those of each token of each job, by job id."""
+    kept: Logits = {}
+
+    def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> bool:
+        for sequence, row in zip(sequences, logits, strict=True):
+            kept.setdefault(sequence.job.id, []).append(row.clone())
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_runner, "draw", draw)
+        yield kept
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict[str, list[int]]:
+    """Tokens by job id; the jobs join two at a time, so that prefill and decode mix."""
+    sequences = [engine.sequence_of(job) for job in jobs]
+    joining = list(sequences)
+    while joining or engine.scheduler.running or engine.scheduler.waiting:
+        for sequence in joining[:2]:
+            engine.add(sequence)
+        del joining[:2]
+        engine.step()
+    return {sequence.job.id: sequence.output_ids for sequence in sequences}
+
+
+def assert_parity(engine: Engine, jobs: list[Job], oracle: Oracle) -> None:
+    """Each of a job's tokens is the oracle's greedy one after those before it, by logits as close
+    as ``TOLERANCE``."""
+    with kept_logits() as kept:
+        tokens = run(engine, jobs)
+    for job in jobs:
+        prompt = job.prompt_token_ids or []
+        expected = oracle.all_logits([*prompt, *tokens[job.id]], job.lora)[len(prompt) - 1 : -1]
+        found = torch.stack(kept[job.id])
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+        assert tokens[job.id] == expected.argmax(-1).tolist()
+        assert len(tokens[job.id]) == NUM_TOKENS
+
+
+def test_chunked_prompts_and_answers_mixed_with_adapters_are_those_of_transformers_and_peft(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    jobs = make_jobs([None, "all", "some", "dora"], 8)
+    assert_parity(make_engine(model_folder, adapters), jobs, oracle)
+
+
+def test_prompts_in_one_piece_are_those_of_transformers(model_folder: Path, oracle: Oracle) -> None:
+    jobs = make_jobs([None], 3)
+    assert_parity(make_engine(model_folder, {}, chunked_prefill_size=512), jobs, oracle)
+
+
+def test_adapters_answer_differently(adapters: dict[str, Path], oracle: Oracle) -> None:
+    """Else a mix-up of adapters would go unseen."""
+    answers = {tuple(oracle.generate([5, 6, 7], name, 12)) for name in [None, *adapters]}
+    assert len(answers) == len(adapters) + 1
