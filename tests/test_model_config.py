@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from schemas.errors import BadInput
-from tests.tiny_models import make_llama
+from tests.tiny_models import make_llama, make_model
 from worker.model.config import ModelConfig
-from worker.model.weights import DecoderWeights, load_weights
+from worker.model.weights import DecoderWeights, load_weights, random_weights, tensors_by_name
 
 LLAMA: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -345,3 +347,69 @@ def test_a_broken_index_of_shards_is_named(folder: Path, text: str) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
     assert weights_refusal(folder).startswith(f"--model-path {index}: ")
+
+
+# --- Shards -------------------------------------------------------------------------------------
+
+
+def test_shards_of_fused_and_tied_weights_are_those_of_one_file(tmp_path: Path) -> None:
+    whole = make_model(tmp_path / "whole", "phi3", tie_word_embeddings=True)
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    ours, theirs = load(sharded), load(whole)
+    assert ours.head is ours.embedding
+    assert ours.embedding.equal(theirs.embedding)
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        for group in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+            assert one.linears[group].equal(other.linears[group])
+
+
+def test_each_shard_that_is_read_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "whole")).save_pretrained(
+        tmp_path / "sharded", max_shard_size="200KB"
+    )
+    shards = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    capsys.readouterr()
+    load(tmp_path / "sharded")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "weights_read" in line]
+    assert len(lines) == len(shards) > 1
+    for number, (line, shard) in enumerate(zip(lines, shards, strict=True), 1):
+        assert shard in line
+        assert f"{number} of {len(shards)}" in line
+
+
+def make_shards(folder: Path) -> list[int]:
+    """A shard a layer of a model of 103 MB; returns their sizes in bytes."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
+    config = read(
+        folder, **sizes, num_key_value_heads=8, num_hidden_layers=8, tie_word_embeddings=True
+    )
+    weights = random_weights(config, torch.device("cpu"), torch.float32)
+    shards: dict[str, Weights] = {}
+    for name, tensor in tensors_by_name(weights, config).items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "0"
+        shards.setdefault(f"{layer}.safetensors", {})[name] = tensor.clone()
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return [sum(tensor.nbytes for tensor in tensors.values()) for tensors in shards.values()]
+
+
+def test_loading_takes_no_more_memory_than_the_model_and_its_largest_shard(tmp_path: Path) -> None:
+    num_bytes = make_shards(tmp_path)
+    ctypes.CDLL(None).malloc_trim(0)  # What tests before have left would be taken again, unseen.
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # The largest counts from now on.
+    weights = load(tmp_path)
+    taken = resident_bytes("VmHWM") - before
+    assert weights.layers[7].linears["down_proj"].any()
+    assert 0.95 * sum(num_bytes) < taken < sum(num_bytes) + 1.2 * max(num_bytes)
+
+
+def resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) << 10

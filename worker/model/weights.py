@@ -123,8 +123,9 @@ def _allocate(
     return DecoderWeights(embedding, layers, norm(config.hidden_size), head)
 
 
-def _by_name(weights: DecoderWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The memory of each tensor of the checkpoint; one that is tied to another has none."""
+def tensors_by_name(weights: DecoderWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The memory of each tensor of the checkpoint, by its name there; one that is tied to another
+    has none."""
     named = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     if not config.tie_word_embeddings:
         named["lm_head.weight"] = weights.head
@@ -161,7 +162,7 @@ def load_weights(
     """
     files = _files(folder)
     weights = _allocate(config, device, dtype, spare_rows)
-    targets = _by_name(weights, config)
+    targets = tensors_by_name(weights, config)
     if missing := [name for name in targets if name not in files]:
         raise BadInput(f"--model-path {folder}: the weights lack {missing[0]}.")
     by_file: dict[str, list[str]] = defaultdict(list)
@@ -186,7 +187,7 @@ def random_weights(
     """Weights of the right shapes and ordinary sizes, the same ones every time."""
     generator = torch.Generator(device).manual_seed(0)
     weights = _allocate(config, device, dtype, spare_rows)
-    for tensor in _by_name(weights, config).values():
+    for tensor in tensors_by_name(weights, config).values():
         tensor.normal_(std=0.02, generator=generator)
     for norm in _norms(weights):
         norm.fill_(1)
