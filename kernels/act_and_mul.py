@@ -68,10 +68,11 @@ def _act_and_mul(
 
 @triton.jit
 def _activated(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return z / (1 + tl.exp(-z))
-    # z / 2 * (1 + tanh(u)) is z / (1 + exp(-2 u)); 1.595... is 2 * sqrt(2 / pi).
-    return z / (1 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    exponent = z
+    if ACTIVATION == "gelu_tanh":
+        # z / 2 * (1 + tanh(u)) is z / (1 + exp(-2 u)); 1.595... is 2 * sqrt(2 / pi).
+        exponent = 1.5957691216057308 * (z + 0.044715 * z * z * z)
+    return z / (1 + tl.exp(-exponent))
 
 
 def act_and_mul_with_lora(

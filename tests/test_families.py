@@ -4,6 +4,7 @@ PEFT: tiny random models, whose prompts exceed their windows."""
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations, cycle
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from schemas.errors import BadInput
 from schemas.job import Job
 from tests.test_engine import make_engine
-from tests.tiny_models import Oracle, make_adapter, make_model
+from tests.tiny_models import Oracle, OracleOfEach, make_adapter, make_model
 from worker import assembly, model_runner
 from worker.engine import Engine
 from worker.model_runner import ModelRunner
@@ -254,3 +256,60 @@ def test_adapters_answer_differently(adapters: dict[str, Path], oracle: Oracle) 
     logits = [oracle.logits([5, 6, 7], name) for name in [None, *adapters]]
     for one, other in combinations(logits, 2):
         assert (one - other).abs().max() > 1000 * TOLERANCE
+
+
+# --- What adapters change beside linear modules -------------------------------------------------
+
+ENDS = ("embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"], indirect=True)
+def test_embeddings_and_output_heads_of_adapters_are_scaled_and_capped_as_the_models(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "lora": {"rank": 4, "target_modules": ENDS},
+        "dora": {"rank": 3, "target_modules": ENDS, "use_dora": True},
+        "own": {"rank": 2, "target_modules": ["o_proj"], "modules_to_save": list(ENDS)},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
+        adapters = {
+            kind: make_adapter(model_folder, tmp_path / kind, seed=seed, **settings)
+            for seed, (kind, settings) in enumerate(kinds.items())
+        }
+        oracle = OracleOfEach(model_folder, adapters)
+    jobs = [job.model_copy(update={"max_tokens": 8}) for job in make_jobs([None, *adapters], 8)]
+    assert_parity(make_engine(model_folder, adapters), jobs, oracle)
+
+
+# --- What a fused module is to adapters ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["phi3"], indirect=True)
+def test_modules_that_the_model_does_not_have_are_refused_by_name(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    flags = {"enable_lora": True, "max_lora_rank": 8}
+    with pytest.raises(BadInput) as error:
+        make_engine(model_folder, {}, **flags, lora_target_modules=("o_proj", "q_proj"))
+    assert str(error.value) == (
+        "--lora-target-modules: the model has no q_proj; it has qkv_proj, o_proj, gate_up_proj,"
+        " down_proj, embed_tokens, lm_head."
+    )
+    of_llama = make_adapter(
+        *(make_model(tmp_path / "llama", "llama"), tmp_path / "adapter"),
+        rank=3, seed=1, target_modules=("q_proj", "v_proj"),
+    )
+    with pytest.raises(BadInput, match="the model has 3 layers with qkv_proj, o_proj, gate_up_pro"):
+        make_engine(model_folder, {"of-llama": of_llama})
+
+
+@pytest.mark.parametrize("name", ["phi3"], indirect=True)
+def test_all_modules_are_those_of_the_model(model_folder: Path, adapters: dict[str, Path]) -> None:
+    engine = make_engine(
+        *(model_folder, {}), enable_lora=True, max_lora_rank=8, lora_target_modules=("all",)
+    )
+    engine.adapters.serve("all", engine.adapters.read("all", adapters["all"], version=1))
+    jobs = make_jobs(["all"], 1)
+    assert run(engine, jobs) == run(make_engine(model_folder, {"all": adapters["all"]}), jobs)

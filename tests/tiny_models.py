@@ -155,5 +155,5 @@ class OracleOfEach(Oracle):
     ) -> list[int]:
         return self._oracles[adapter].generate(prompt_ids, adapter, num_tokens)
 
-    def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
-        return self._oracles[adapter].logits(ids, adapter)
+    def all_logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        return self._oracles[adapter].all_logits(ids, adapter)
