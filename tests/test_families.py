@@ -186,7 +186,7 @@ def kept_logits() -> Iterator[Logits]:
 
     def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> bool:
         for sequence, row in zip(sequences, logits, strict=True):
-            kept.setdefault(sequence.job.id, []).append(row.clone())
+            kept.setdefault(sequence.job.id, []).append(row.cpu().clone())
         return False
 
     with pytest.MonkeyPatch.context() as patch:
@@ -299,7 +299,9 @@ def test_modules_that_the_model_does_not_have_are_refused_by_name(
     )
     of_llama = make_adapter(
         *(make_model(tmp_path / "llama", "llama"), tmp_path / "adapter"),
-        rank=3, seed=1, target_modules=("q_proj", "v_proj"),
+        rank=3,
+        seed=1,
+        target_modules=("q_proj", "v_proj"),
     )
     with pytest.raises(BadInput, match="the model has 3 layers with qkv_proj, o_proj, gate_up_pro"):
         make_engine(model_folder, {"of-llama": of_llama})

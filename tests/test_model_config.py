@@ -140,6 +140,12 @@ def test_layers_of_an_unknown_type_are_refused(tmp_path: Path) -> None:
     assert "full_attention, sliding_attention" in message
 
 
+def test_layers_that_no_rope_layers_leaves_out_are_refused(tmp_path: Path) -> None:
+    smollm = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+    message = refusal(tmp_path, **smollm, layer_types=3 * ["full_attention"], no_rope_layers=[1, 0])
+    assert message.endswith("no_rope_layers tells of fewer layers than 3.")
+
+
 def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:
     gemma = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
     message = refusal(tmp_path, **gemma, use_bidirectional_attention=True)

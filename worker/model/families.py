@@ -62,11 +62,12 @@ def _layers_by_type(config: Any, head_dim: int) -> list[LayerConfig]:
 
 def _layers_without_rope(config: Any, head_dim: int) -> list[LayerConfig]:
     """Some of them without any position embedding (Yang et al., 2025)."""
+    layers = _layers_by_type(config, head_dim)
+    if len(config.no_rope_layers) < len(layers):
+        raise BadInput(f"config.json: no_rope_layers tells of fewer layers than {len(layers)}.")
     return [
         layer if has_rope else layer._replace(rotary=Rotary())
-        for layer, has_rope in zip(
-            _layers_by_type(config, head_dim), config.no_rope_layers, strict=False
-        )
+        for layer, has_rope in zip(layers, config.no_rope_layers, strict=False)
     ]
 
 
