@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from kernels.act_and_mul import act_and_mul_triton, act_and_mul_with_lora_triton
 from kernels.largest_token import largest_token_triton
 from kernels.lora_expand import lora_expand_triton
 from kernels.lora_segments import TILE_ROWS, Segment, lora_tiles
@@ -32,7 +33,6 @@ from kernels.paged_attention_prefill import (
 from kernels.rms_norm import add_rms_norm_triton
 from kernels.rotary_kv_write import rotary_kv_write_triton, rotary_kv_write_with_lora_triton
 from kernels.sample import Draw, sample_triton
-from kernels.silu_and_mul import silu_and_mul_triton, silu_and_mul_with_lora_triton
 
 DTYPE = torch.bfloat16
 ITEM = DTYPE.itemsize
@@ -221,9 +221,9 @@ def activate(rows: int) -> Timing:
     for _ in range(num_sets(bytes_)):
         both = normal(rows, columns + 2 * NUM_RANKS, std=0.1)
         b = normal(NUM_RANKS, columns, std=0.01)
-        args = (both[:, :columns], both[:, columns:], b, tiles)
-        with_lora.append(lambda args=args: silu_and_mul_with_lora_triton(*args))
-        without.append(lambda gate_up=args[0]: silu_and_mul_triton(gate_up))
+        args = (both[:, :columns], both[:, columns:], b, tiles, 2, "silu")
+        with_lora.append(lambda args=args: act_and_mul_with_lora_triton(*args))
+        without.append(lambda gate_up=args[0]: act_and_mul_triton(gate_up, "silu"))
     return Timing(
         *("SiLU-and-multiply with LoRA expand", f"{rows} rows", graph_us(with_lora), bytes_, 0),
         graph_us(without),
@@ -269,7 +269,7 @@ def rotary(rows: int) -> Timing:
         args = (angles, angles, cache.keys, cache.values, places)
         with_lora.append(
             lambda q=qkv, h=h, b=b, args=args: rotary_kv_write_with_lora_triton(
-                q, h, b, tiles, *args
+                q, h, b, tiles, 3, *args
             )
         )
         without.append(lambda qkv=qkv, args=args: rotary_kv_write_triton(qkv, *args))

@@ -36,7 +36,7 @@ KINDS = {
     "decode attention": r"^_decode|^_merge",
     "prefill attention": r"^_prefill",
     "LoRA expand of q/k/v, o, down": r"^_expand",
-    "SiLU-and-multiply, with LoRA expand": r"^_silu_and_mul",
+    "SiLU-and-multiply, with LoRA expand": r"^_act_and_mul",
     "norm with residual": r"^_add_rms_norm",
     "rotary and KV write": r"^_rotary_kv_write",
     "choice of tokens": r"^_sample|^_largest_token",

@@ -53,31 +53,47 @@ def choosing_libraries() -> Iterator[None]:
         _is_choosing = False
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``x W^T``. x: [rows, in_features]; weight: [out_features, in_features]; returns
-    [rows, out_features], written to ``out`` if given."""
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x W^T + bias``. x: [rows, in_features]; weight: [out_features, in_features]; bias:
+    [out_features]; returns [rows, out_features], written to ``out`` if given."""
     if x.device.type != "cuda":
-        return _multiply(x, weight, out)
+        return _multiply(x, weight, out, bias)
     shape = Shape(len(x), *weight.shape, x.dtype)
     if _is_choosing and shape not in _chosen:
         _chosen[shape] = _faster(x, weight)
-    return _multiply_by(_chosen.get(shape, _DEFAULT), x, weight, out)
+    return _multiply_by(_chosen.get(shape, _DEFAULT), x, weight, out, bias)
 
 
-def _multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    if bias is not None:
+        return torch.addmm(bias, x, weight.t(), out=out)
     if out is None:
         return F.linear(x, weight)
     return torch.mm(x, weight.t(), out=out)
 
 
 def _multiply_by(
-    library: str, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    library: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if library == _DEFAULT:
-        return _multiply(x, weight, out)
+        return _multiply(x, weight, out, bias)
     torch.backends.cuda.preferred_blas_library(library)
     try:
-        return _multiply(x, weight, out)
+        return _multiply(x, weight, out, bias)
     finally:
         torch.backends.cuda.preferred_blas_library(_DEFAULT)
 

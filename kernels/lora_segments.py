@@ -61,10 +61,17 @@ class LoraRows:
     gains: Sequence[GainRows] = ()
     """The rows of adapters with DoRA."""
 
-    def scale(self, y: torch.Tensor, layer: int) -> None:
-        """``y[rows] *= gains[layer]``, in float32; other rows keep every bit."""
+    def scale(self, y: torch.Tensor, layer: int, bias: torch.Tensor | None = None) -> None:
+        """``y[rows] *= gains[layer]``, in float32; other rows keep every bit.
+
+        bias: what of ``y`` is no product, and keeps its length: [features]
+        """
         for first_row, end_row, gains in self.gains:
-            y[first_row:end_row].mul_(gains[layer])
+            rows, gain = y[first_row:end_row], gains[layer]
+            if bias is None:
+                rows.mul_(gain)
+            else:
+                rows.copy_(torch.lerp(bias.float(), rows.float(), gain))
 
 
 def lora_tiles(segments: Sequence[Segment], tile_rows: int = TILE_ROWS) -> list[LoraTile]:

@@ -3,6 +3,10 @@
 A sequence's keys and values stand in pages of ``page_size`` rows for each KV head; its line of the
 page table lists its pages in order. Query head ``h`` attends to KV head
 ``h // (q_heads / kv_heads)``.
+
+With a window a query sees the newest ``window`` keys up to its own only (Beltagy et al., 2020).
+With a soft cap a score ``s`` becomes ``soft_cap * tanh(s / soft_cap)`` (Bello et al., 2016), before
+any mask. 0 stands for none of either.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ def paged_attention_decode(
     max_length: int,
     out: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
-    """``o = softmax(scale * q K^T) V`` for one query a sequence, over its whole length.
+    """``o = softmax(scale * q K^T) V`` for one query a sequence, over all keys that it sees.
 
     q: [rows, q_heads, head_dim]
     k_cache, v_cache: [pages, kv_heads, page_size, head_dim]
@@ -39,7 +45,10 @@ def paged_attention_decode(
     out: like ``q``, contiguous; written
     """
     op = paged_attention_decode_triton if q.is_cuda else paged_attention_decode_torch
-    op(q, k_cache, v_cache, page_table, sequences, lengths, max_length, out, scale)
+    op(
+        *(q, k_cache, v_cache, page_table, sequences, lengths, max_length, out),
+        *(scale, window, soft_cap),
+    )
 
 
 def paged_attention_decode_torch(
@@ -52,6 +61,8 @@ def paged_attention_decode_torch(
     max_length: int,
     out: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     n_rows, q_heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
@@ -64,14 +75,21 @@ def paged_attention_decode_torch(
     pages = torch.where(is_own, pages, pages[:, :1])
     keys = gather_pages(k_cache, pages).view(n_groups, -1, head_dim)
     values = gather_pages(v_cache, pages).view(n_groups, -1, head_dim)
-    masked = torch.arange(n_pages * page_size, device=q.device) >= lengths[:, None]
+    positions = torch.arange(n_pages * page_size, device=q.device)
+    masked = positions >= lengths[:, None]
+    if window:
+        masked |= positions < lengths[:, None] - window
     mask = q.new_zeros(masked.shape).masked_fill_(masked, float("-inf"))
     # The query heads of one KV head are the rows of one product, so that nothing is repeated. Two
     # plain products take 0.4 ms at 48 x 144 keys of 3 heads on two cores, against 0.8 ms by
     # F.scaled_dot_product_attention.
     grouped = q.reshape(n_groups, q_heads // kv_heads, head_dim)
     masks = mask.repeat_interleave(kv_heads, dim=0)[:, None]
-    scores = torch.baddbmm(masks, grouped, keys.transpose(1, 2), alpha=scale)
+    if soft_cap:
+        scores = torch.bmm(grouped, keys.transpose(1, 2)).mul_(scale / soft_cap)
+        scores = masks + soft_cap * scores.tanh_()
+    else:
+        scores = torch.baddbmm(masks, grouped, keys.transpose(1, 2), alpha=scale)
     attended = torch.bmm(scores.softmax(dim=-1), values).view(n_rows, q_heads, head_dim)
     out.copy_(torch.where(lengths[:, None, None] > 0, attended, out))
 
@@ -95,32 +113,39 @@ def paged_attention_decode_triton(
     max_length: int,
     out: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     """Flash decoding (Dao et al., 2023): a program takes a sequence's KV head, or, where there are
     few, an equal part of its keys; a second launch then merges the parts by their sums."""
     n_rows, q_heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
     ratio = q_heads // kv_heads
-    n_splits = _num_splits(n_rows * kv_heads, max_length)
+    n_splits = _num_splits(n_rows * kv_heads, min(max_length, window) if window else max_length)
     # Without splits a program writes the result itself; the rest is not touched.
     partial = out
     if n_splits > 1:
         partial = q.new_empty(n_splits, n_rows, q_heads, head_dim, dtype=torch.float32)
     log_sums = q.new_empty(n_splits, n_rows, q_heads, dtype=torch.float32)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    # Wide heads take half as many keys a turn: an H100's shared memory holds no more.
+    is_wide = block_d * q.element_size() > 512
     # The fastest of eight shapes on an H100 at 64, 256 and 512 sequences (docs/gpu.md).
     _decode[(n_rows, kv_heads, n_splits)](
         *(q, k_cache, v_cache, page_table, sequences, lengths, out, partial, log_sums),
         *(q.stride(0), page_table.stride(0), n_rows, scale * 1.4426950408889634),
+        WINDOW=window,
+        SOFT_CAP=soft_cap * 1.4426950408889634,
         KV_HEADS=kv_heads,
         RATIO=ratio,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         BLOCK_Q=max(16, triton.next_power_of_2(ratio)),
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_N=64,
+        BLOCK_D=block_d,
+        BLOCK_N=32 if is_wide else 64,
         N_SPLITS=n_splits,
         num_warps=4,
-        num_stages=3,
+        num_stages=2 if is_wide else 3,
     )
     if n_splits > 1:
         _merge[(n_rows, q_heads)](
@@ -159,6 +184,8 @@ def _decode(
     table_stride,
     n_rows,
     scale_log2,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -173,11 +200,13 @@ def _decode(
     if length == 0:
         return
     first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0)
     end = length
     if N_SPLITS > 1:
         # Whole turns of the loop, so that no two splits read one turn's keys.
-        part = tl.cdiv(tl.cdiv(length, BLOCK_N), N_SPLITS) * BLOCK_N
-        first = split * part
+        part = tl.cdiv(tl.cdiv(length - first, BLOCK_N), N_SPLITS) * BLOCK_N
+        first += split * part
         end = tl.minimum(first + part, length)
     heads = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
@@ -202,6 +231,8 @@ def _decode(
         k = tl.load(k_cache + here, mask=mask, other=0.0)
         v = tl.load(v_cache + here, mask=mask, other=0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale_log2
+        if SOFT_CAP > 0:
+            scores = soft_capped(scores, SOFT_CAP)
         scores = tl.where(is_key[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_largest[:, None])
@@ -222,6 +253,12 @@ def _decode(
         log_sum = tl.where(total > 0, largest + tl.log2(safe), float("-inf"))
         head = row * (KV_HEADS * RATIO) + kv_head * RATIO + heads
         tl.store(log_sums + skipped + head, log_sum, mask=heads < RATIO)
+
+
+@triton.jit
+def soft_capped(x, CAP: tl.constexpr):
+    """``CAP * tanh(x / CAP)``, where ``tanh(z) = 1 - 2 / (exp(2 z) + 1)``, 1 if that overflows."""
+    return CAP - 2 * CAP / (tl.exp(x * (2 / CAP)) + 1)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

@@ -1,7 +1,8 @@
 """Causal attention of chunks of prompts over a paged KV cache (Kwon et al., 2023).
 
 A chunk is a run of a sequence's newest tokens: each attends to all keys of its sequence up to its
-own, those of earlier chunks included. The cache is laid out as in ``paged_attention_decode``.
+own, those of earlier chunks included, or to the newest ones of a window. Cache, window and soft cap
+are as in ``paged_attention_decode``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.paged_attention_decode import gather_pages
+from kernels.paged_attention_decode import gather_pages, soft_capped
 
 #: Queries of one program of the Triton kernel. With 64 keys a turn, 4 warps and 3 stages this was
 #: the fastest of six shapes on an H100 at 256 and 2,048 keys, and 2% behind at 8,192 (docs/gpu.md).
@@ -74,8 +75,10 @@ def paged_attention_prefill(
     rows: PrefillRows,
     out: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
-    """``o = softmax(scale * q K^T) V`` for each row of the chunks, over the keys up to its own.
+    """``o = softmax(scale * q K^T) V`` for each row of the chunks, over the keys that it sees.
 
     q: [rows, q_heads, head_dim]
     k_cache, v_cache: [pages, kv_heads, page_size, head_dim]
@@ -83,9 +86,13 @@ def paged_attention_prefill(
     out: like ``q``; the chunks' rows are written
     """
     if rows.tiles is not None:
-        paged_attention_prefill_triton(q, k_cache, v_cache, page_table, rows.tiles, out, scale)
+        paged_attention_prefill_triton(
+            q, k_cache, v_cache, page_table, rows.tiles, out, scale, window, soft_cap
+        )
     else:
-        paged_attention_prefill_torch(q, k_cache, v_cache, page_table, rows.chunks, out, scale)
+        paged_attention_prefill_torch(
+            q, k_cache, v_cache, page_table, rows.chunks, out, scale, window, soft_cap
+        )
 
 
 def paged_attention_prefill_torch(
@@ -96,6 +103,8 @@ def paged_attention_prefill_torch(
     chunks: Sequence[PrefillChunk],
     out: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     _, q_heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_cache.shape
@@ -104,22 +113,45 @@ def paged_attention_prefill_torch(
         pages = page_table[sequence, : -(-length // page_size)][None]
         keys = gather_pages(k_cache, pages).view(kv_heads, -1, head_dim)[:, :length]
         values = gather_pages(v_cache, pages).view(kv_heads, -1, head_dim)[:, :length]
-        attended = F.scaled_dot_product_attention(
-            q[first_row:end_row].transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=None if n_rows == length else causal_mask(n_rows, length, q.device),
-            is_causal=n_rows == length,
-            scale=scale,
-            enable_gqa=q_heads != kv_heads,
-        )
-        out[first_row:end_row] = attended[0].transpose(0, 1)
+        queries = q[first_row:end_row].transpose(0, 1)
+        is_whole = n_rows == length and not window and not soft_cap
+        mask = None if is_whole else causal_mask(n_rows, length, q.device, window)
+        if soft_cap:
+            attended = _soft_capped_attention(queries, keys, values, mask, scale, soft_cap)
+        else:
+            attended = F.scaled_dot_product_attention(
+                *(queries[None], keys[None], values[None]),
+                attn_mask=mask,
+                is_causal=is_whole,
+                scale=scale,
+                enable_gqa=q_heads != kv_heads,
+            )[0]
+        out[first_row:end_row] = attended.transpose(0, 1)
 
 
-def causal_mask(n_rows: int, length: int, device: torch.device) -> torch.Tensor:
+def causal_mask(n_rows: int, length: int, device: torch.device, window: int = 0) -> torch.Tensor:
     """[n_rows, length] booleans: which keys the last ``n_rows`` of ``length`` queries may see."""
-    queries = torch.arange(length - n_rows, length, device=device)
-    return torch.arange(length, device=device) <= queries[:, None]
+    queries = torch.arange(length - n_rows, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)
+    if window:
+        return (keys <= queries) & (keys > queries - window)
+    return keys <= queries
+
+
+def _soft_capped_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+) -> torch.Tensor:
+    """queries: [q_heads, rows, head_dim]; keys, values: [kv_heads, length, head_dim]"""
+    grouped = queries.unflatten(0, (len(keys), -1))
+    scores = grouped @ keys[:, None].transpose(-1, -2)
+    scores = soft_cap * scores.mul_(scale / soft_cap).tanh_()
+    scores.masked_fill_(~mask, float("-inf"))
+    return (scores.softmax(dim=-1) @ values[:, None]).flatten(0, 1)
 
 
 def paged_attention_prefill_triton(
@@ -130,6 +162,8 @@ def paged_attention_prefill_triton(
     tiles: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     """After Flash Attention 2 (Dao, 2023)."""
     _, q_heads, head_dim = q.shape
@@ -140,6 +174,8 @@ def paged_attention_prefill_triton(
     _prefill[(q_heads, len(tiles))](
         *(q, k_cache, v_cache, page_table, tiles, out),
         *(q.stride(0), out.stride(0), page_table.stride(0), scale * 1.4426950408889634),
+        WINDOW=window,
+        SOFT_CAP=soft_cap * 1.4426950408889634,
         KV_HEADS=kv_heads,
         RATIO=q_heads // kv_heads,
         HEAD_DIM=head_dim,
@@ -164,6 +200,8 @@ def _prefill(
     out_stride,
     table_stride,
     scale_log2,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -195,8 +233,13 @@ def _prefill(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    # Keys that every query of the tile sees need no mask; the last ones do.
+    # Keys that every query of the tile sees need no mask; the last ones do. With a window all do,
+    # from the first key on that the tile's first query sees.
     n_unmasked = (first_position + 1) // BLOCK_N * BLOCK_N
+    first_masked = n_unmasked
+    if WINDOW > 0:
+        n_unmasked = 0
+        first_masked = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     for start in range(0, n_unmasked, BLOCK_N):
         position = start + n
         page = tl.load(line + position // PAGE_SIZE).to(tl.int64)
@@ -204,6 +247,8 @@ def _prefill(
         here = key_row[:, None] * HEAD_DIM + d[None, :]
         k = tl.load(k_cache + here, mask=in_head[None, :], other=0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale_log2
+        if SOFT_CAP > 0:
+            scores = soft_capped(scores, SOFT_CAP)
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
@@ -213,7 +258,7 @@ def _prefill(
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         largest = new_largest
 
-    for start in range(n_unmasked, first_position + n_rows, BLOCK_N):
+    for start in range(first_masked, first_position + n_rows, BLOCK_N):
         position = start + n
         is_key = position < first_position + n_rows
         page = tl.load(line + position // PAGE_SIZE, mask=is_key, other=0).to(tl.int64)
@@ -222,9 +267,18 @@ def _prefill(
         mask = is_key[:, None] & in_head[None, :]
         k = tl.load(k_cache + here, mask=mask, other=0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale_log2
+        if SOFT_CAP > 0:
+            scores = soft_capped(scores, SOFT_CAP)
         is_seen = position[None, :] <= (first_position + m)[:, None]
+        if WINDOW > 0:
+            # Rows behind the tile's last one see what that sees: without any key they would be NaN.
+            own = first_position + tl.minimum(m, n_rows - 1)
+            is_seen &= position[None, :] > own[:, None] - WINDOW
         scores = tl.where(is_seen, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
+        if WINDOW > 0:
+            # A query that has seen no key yet has no largest score: any number will do.
+            new_largest = tl.maximum(new_largest, -1e30)
         weights = tl.exp2(scores - new_largest[:, None])
         shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(weights, axis=1)

@@ -33,26 +33,30 @@ from worker.model.config import (
     END_MODULES,
     LINEAR_GROUPS,
     LINEAR_MODULES,
-    TARGET_GROUPS,
     TARGET_MODULES,
     ModelConfig,
 )
+from worker.model.families import Family, LayerConfig, Scales
+from worker.model.rotary import Rotary
 from worker.model.weights import load_weights, random_weights
 
 MODEL = ModelConfig(
+    family=Family(),
     vocab_size=11,
     hidden_size=18,
     intermediate_size=23,
-    num_layers=2,
     num_heads=3,
     num_kv_heads=1,
     head_dim=6,
+    layers=(LayerConfig(Rotary((1.0, 0.1, 0.01))),) * 2,
+    biased_modules=(),
+    activation="silu",
+    scales=Scales(6**-0.5),
     rms_norm_eps=1e-5,
     max_position=64,
     tie_word_embeddings=True,
     eos_token_ids=frozenset(),
     dtype=torch.float32,
-    inverse_frequencies=(1.0, 0.1, 0.01),
 )
 MAX_RANK = 32
 
@@ -83,7 +87,7 @@ def random_adapter(
 def make_slots(
     num_slots: int, modules: Collection[str] = LINEAR_MODULES, *, stacked: bool = False
 ) -> AdapterSlots:
-    spare = spare_rows(modules, rank_capacity(num_slots, MAX_RANK))
+    spare = spare_rows(MODEL, modules, rank_capacity(num_slots, MAX_RANK))
     weights = random_weights(MODEL, torch.device("cpu"), torch.float32, spare)
     return AdapterSlots(
         MODEL,
@@ -103,7 +107,7 @@ def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
     for seed, ((layer, group), weights) in enumerate(slots.weights.items()):
         if layer is None and group not in adapter.target_groups:
             continue  # No row of the adapter comes there.
-        modules = TARGET_GROUPS[group]
+        modules = MODEL.parts_of(group)
         x = torch.randn(4, weights.a.shape[1], generator=torch.Generator().manual_seed(seed))
         y = torch.zeros(4, sum(MODEL.linear_shape(module)[0] for module in modules))
         h = lora_shrink_torch(x, weights.a, segments, len(modules))

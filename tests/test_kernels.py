@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import pi
 from typing import Any
 
 import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from kernels.act_and_mul import act_and_mul_torch, act_and_mul_triton, act_and_mul_with_lora
 from kernels.linear import Linear
 from kernels.lora_embed import lora_embed
 from kernels.lora_expand import lora_expand_torch, lora_expand_triton
@@ -25,10 +27,14 @@ from kernels.paged_attention_prefill import (
     paged_attention_prefill_triton,
     prefill_tiles,
 )
-from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton
-from kernels.rotary_kv_write import rotary_kv_write_torch, rotary_kv_write_triton
+from kernels.rms_norm import (
+    add_rms_norm_torch,
+    add_rms_norm_triton,
+    rms_norm_torch,
+    rms_norm_triton,
+)
+from kernels.rotary_kv_write import HeadNorms, rotary_kv_write_torch, rotary_kv_write_triton
 from kernels.sample import Draw, sample_torch, sample_triton
-from kernels.silu_and_mul import silu_and_mul_torch, silu_and_mul_triton, silu_and_mul_with_lora
 
 Operation = Callable[..., Any]
 
@@ -108,31 +114,76 @@ def test_add_rms_norm_of_float16_squares_in_float32(add_rms_norm: Operation) -> 
     assert_within(actual, expected, expected.abs() * 2e-3)
 
 
-# --- silu_and_mul -------------------------------------------------------------------------------
+@rms_norms
+def test_add_rms_norm_adds_a_multiple(add_rms_norm: Operation) -> None:
+    x, residual, weight = (normal(ROWS, FEATURES, seed=s) for s in range(3))
+    expected = residual.double() + 0.22 * x.double()
+    normed = add_rms_norm(x, residual, weight[0], EPS, 0.22)
+    assert_within(residual, expected, expected.abs() * ROUNDING + x.abs() * ROUNDING)
+    expected = expected_rms_norm(residual, weight[0])
+    assert_within(normed, expected, expected.abs() * (FEATURES / 2 + 4) * ROUNDING)
 
-silus = pytest.mark.parametrize("silu_and_mul", [silu_and_mul_torch, silu_and_mul_triton])
+
+@rms_norms
+def test_add_rms_norm_by_a_weight_in_float32_rounds_the_product_once(
+    add_rms_norm: Operation,
+) -> None:
+    x, weight = normal(ROWS, FEATURES).half(), normal(FEATURES, seed=1)
+    expected = expected_rms_norm(x, weight)
+    actual = add_rms_norm(torch.zeros_like(x), x.clone(), weight, EPS)
+    assert actual.dtype == torch.float16
+    # Those of float32 are far below it; the smallest numbers are a fixed distance apart.
+    assert_within(actual, expected, expected.abs() * 1.05 * FP16_ROUNDING + 2.0**-25)
 
 
-@silus
-def test_silu_and_mul_is_its_formula(silu_and_mul: Operation) -> None:
+@pytest.mark.parametrize("rms_norm", [rms_norm_torch, rms_norm_triton])
+def test_rms_norm_normalizes_rows_at_any_stride_in_place(rms_norm: Operation) -> None:
+    wide, weight = normal(ROWS, FEATURES + 9), normal(FEATURES, seed=1)
+    before, x = wide.clone(), wide[:, 4 : FEATURES + 4]
+    assert rms_norm(x, weight, EPS) is x
+    expected = expected_rms_norm(before[:, 4 : FEATURES + 4], weight)
+    assert_within(x, expected, expected.abs() * (FEATURES / 2 + 4) * ROUNDING)
+    x.copy_(before[:, 4 : FEATURES + 4])
+    assert wide.equal(before)
+
+
+# --- act_and_mul --------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Operation] = {
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+    "gelu_tanh": lambda z: z / 2 * (1 + torch.tanh((2 / pi) ** 0.5 * (z + 0.044715 * z**3))),
+}
+
+acts = pytest.mark.parametrize("act_and_mul", [act_and_mul_torch, act_and_mul_triton])
+activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+@acts
+@activations
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # Numpy, under Triton.
+def test_act_and_mul_is_its_formula(act_and_mul: Operation, activation: str) -> None:
     gate_up = 4 * normal(5, 2 * 101 + 3)[:, : 2 * 101]
     gate, up = gate_up[:, :101].double(), gate_up[:, 101:].double()
-    expected = gate / (1 + torch.exp(-gate)) * up
-    assert_within(silu_and_mul(gate_up), expected, expected.abs() * 16 * ROUNDING)
+    expected = ACTIVATIONS[activation](gate) * up
+    # Where 1 + tanh is almost 0 it is off by a rounding of 1.
+    bound = expected.abs() * 16 * ROUNDING + (gate * up).abs() * 2 * ROUNDING
+    assert_within(act_and_mul(gate_up, activation), expected, bound)
 
 
-@silus
+@acts
+@activations
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # Numpy, under Triton.
-def test_silu_and_mul_stays_finite_for_large_gates(silu_and_mul: Operation) -> None:
+def test_act_and_mul_stays_finite_for_large_gates(act_and_mul: Operation, activation: str) -> None:
     gate_up = torch.tensor([[-1e4, -200.0, 200.0, 1e4, 2.0, 2.0, 2.0, 2.0]])
-    assert silu_and_mul(gate_up).tolist() == [[0.0, 0.0, 400.0, 2e4]]
+    assert act_and_mul(gate_up, activation).tolist() == [[0.0, 0.0, 400.0, 2e4]]
 
 
-@silus
-def test_silu_and_mul_leaves_its_input_alone(silu_and_mul: Operation) -> None:
+@acts
+@activations
+def test_act_and_mul_leaves_its_input_alone(act_and_mul: Operation, activation: str) -> None:
     gate_up = normal(5, 22)
     before = gate_up.clone()
-    silu_and_mul(gate_up)
+    act_and_mul(gate_up, activation)
     assert gate_up.equal(before)
 
 
@@ -140,11 +191,18 @@ def test_silu_and_mul_leaves_its_input_alone(silu_and_mul: Operation) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 49])
-def test_linear_is_its_formula(num_rows: int) -> None:
+@pytest.mark.parametrize("has_bias", [False, True], ids=["bare", "bias"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "packed"])
+def test_linear_is_its_formula(
+    num_rows: int, has_bias: bool, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_packed:
+        monkeypatch.setattr("kernels.linear._can_pack", lambda _: False)
     x, weight = normal(num_rows, FEATURES), normal(67, FEATURES, seed=1)
-    expected = x.double() @ weight.double().t()
-    bound = x.double().abs() @ weight.double().abs().t() * FEATURES * ROUNDING
-    actual = Linear(weight)(x)
+    bias = 100 * normal(67, seed=2) if has_bias else torch.zeros(67)
+    expected = x.double() @ weight.double().t() + bias
+    bound = (x.double().abs() @ weight.double().abs().t() + bias.abs()) * FEATURES * ROUNDING
+    actual = Linear(weight, bias if has_bias else None)(x)
     assert actual.shape == expected.shape
     assert ((actual.double() - expected).abs() <= bound).all()
 
@@ -186,64 +244,85 @@ class Rotary:
     rotary_kv_write: Operation
     q_heads: int
     kv_heads: int
+    rotated: int = 14
+    has_norms: bool = False
     head_dim: int = 14
 
     def __post_init__(self) -> None:
         heads = self.q_heads + 2 * self.kv_heads
         qkv = normal(5, heads * self.head_dim + 3)[:, :-3]
-        angles = 100 * normal(5, self.head_dim // 2, seed=1)
+        angles = 100 * normal(5, self.rotated // 2, seed=1)
         self.cos, self.sin = angles.cos(), angles.sin()
         self.rows = torch.tensor([113, 0, 41, 7, 42])
         shape = (NUM_PAGES, self.kv_heads, PAGE_SIZE, self.head_dim)
         self.k_cache, self.v_cache = torch.full(shape, POISON), torch.full(shape, -POISON)
-        by_head = qkv.unflatten(1, (heads, self.head_dim))
+        by_head = qkv.clone().unflatten(1, (heads, self.head_dim))
         self.q = by_head[:, : self.q_heads]
         self.k = by_head[:, self.q_heads : -self.kv_heads]
         self.v = by_head[:, -self.kv_heads :]
+        self.norms = None
+        if self.has_norms:
+            self.norms = HeadNorms(*(normal(self.head_dim, seed=s) for s in (2, 3)), EPS)
+            self.q, self.k = (
+                heads / (heads.double().square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+                for heads, weight in ((self.q, self.norms.q), (self.k, self.norms.k))
+            )
         self.returned = self.rotary_kv_write(
-            qkv, self.cos, self.sin, self.k_cache, self.v_cache, self.rows
+            qkv, self.cos, self.sin, self.k_cache, self.v_cache, self.rows, self.norms
         )
 
     def turned(self, heads: torch.Tensor) -> torch.Tensor:
-        """The halves of a head as real and imaginary part, turned by the row's angles."""
-        half = self.head_dim // 2
-        numbers = torch.complex(heads[..., :half].double(), heads[..., half:].double())
+        """Its first part's halves as real and imaginary part, turned by the row's angles."""
+        first, second, rest = heads.double().split(
+            [self.rotated // 2, self.rotated // 2, self.head_dim - self.rotated], dim=-1
+        )
         turn = torch.complex(self.cos.double(), self.sin.double())[:, None]
-        return torch.cat([(numbers * turn).real, (numbers * turn).imag], dim=-1)
+        numbers = torch.complex(first, second) * turn
+        return torch.cat([numbers.real, numbers.imag, rest], dim=-1)
 
     def written(self, cache: torch.Tensor) -> torch.Tensor:
         return by_row(cache)[self.rows]
 
 
-#: Two products and a sum: three roundings of terms below 2 * 5 (five standard deviations).
-ROTARY_BOUND = torch.tensor(3 * 10 * ROUNDING)
+#: Two products and a sum: three roundings of terms below 2 * 5 (five standard deviations); a norm
+#: before them adds half the error of a mean of 14, and two products.
+ROTARY_BOUND = torch.tensor((3 + 7 + 2) * 10 * ROUNDING)
 
 heads_of_rotary = pytest.mark.parametrize(("q_heads", "kv_heads"), [(6, 2), (3, 3), (5, 1)])
+#: Of 14 dimensions all are rotated, some, or none; with and without norms before.
+rotations = pytest.mark.parametrize(
+    ("rotated", "has_norms"), [(14, False), (14, True), (10, True), (4, False), (0, False)]
+)
 rotaries = pytest.mark.parametrize("op", [rotary_kv_write_torch, rotary_kv_write_triton])
 
 
 @rotaries
 @heads_of_rotary
+@rotations
 def test_rotary_kv_write_returns_the_queries_turned(
-    op: Operation, q_heads: int, kv_heads: int
+    op: Operation, q_heads: int, kv_heads: int, rotated: int, has_norms: bool
 ) -> None:
-    rotary = Rotary(op, q_heads, kv_heads)
+    rotary = Rotary(op, q_heads, kv_heads, rotated, has_norms)
     assert_within(rotary.returned, rotary.turned(rotary.q), ROTARY_BOUND)
 
 
 @rotaries
 @heads_of_rotary
-def test_rotary_kv_write_stores_the_keys_turned(op: Operation, q_heads: int, kv_heads: int) -> None:
-    rotary = Rotary(op, q_heads, kv_heads)
+@rotations
+def test_rotary_kv_write_stores_the_keys_turned(
+    op: Operation, q_heads: int, kv_heads: int, rotated: int, has_norms: bool
+) -> None:
+    rotary = Rotary(op, q_heads, kv_heads, rotated, has_norms)
     assert_within(rotary.written(rotary.k_cache), rotary.turned(rotary.k), ROTARY_BOUND)
 
 
 @rotaries
 @heads_of_rotary
+@rotations
 def test_rotary_kv_write_stores_the_values_as_they_are(
-    op: Operation, q_heads: int, kv_heads: int
+    op: Operation, q_heads: int, kv_heads: int, rotated: int, has_norms: bool
 ) -> None:
-    rotary = Rotary(op, q_heads, kv_heads)
+    rotary = Rotary(op, q_heads, kv_heads, rotated, has_norms)
     assert rotary.written(rotary.v_cache).equal(rotary.v)
 
 
@@ -300,15 +379,30 @@ class PagedCache:
         return list(range(len(self.pages), 0, -1))
 
 
-def expected_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def expected_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
     """One query [q_heads, head_dim] over keys and values [length, kv_heads, head_dim]."""
+    keys, values = keys[-window:], values[-window:]  # All of them where the window is 0.
     ratio = len(q) // keys.shape[1]
     out = torch.empty(q.shape, dtype=torch.float64)
     for head, query in enumerate(q.double()):
-        weights = (SCALE * keys[:, head // ratio].double() @ query).exp()
+        scores = SCALE * keys[:, head // ratio].double() @ query
+        if soft_cap:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        weights = scores.exp()
         out[head] = weights @ values[:, head // ratio].double() / weights.sum()
     return out
 
+
+#: Windows of the own key alone, below and above a page, and above a turn of the kernels; soft caps.
+attentions = pytest.mark.parametrize(
+    ("window", "soft_cap"), [(0, 0.0), (1, 0.0), (3, 2.5), (17, 0.0), (70, 0.0), (0, 2.5)]
+)
 
 decodes = pytest.mark.parametrize(
     "attend", [paged_attention_decode_torch, paged_attention_decode_triton]
@@ -318,30 +412,45 @@ decodes = pytest.mark.parametrize(
 @decodes
 @attention_heads
 @pytest.mark.parametrize("lengths", [[1, 5, 23, 7, 11], [101], [66, 1]], ids=str)
-def test_decode_attention_is_its_formula_over_each_whole_sequence(
-    attend: Operation, q_heads: int, kv_heads: int, lengths: list[int]
+@attentions
+def test_decode_attention_is_its_formula_over_the_keys_that_are_seen(
+    attend: Operation,
+    q_heads: int,
+    kv_heads: int,
+    lengths: list[int],
+    window: int,
+    soft_cap: float,
 ) -> None:
     cache = PagedCache(lengths, kv_heads)
     q = normal(len(lengths), q_heads, HEAD_DIM, seed=9)
     lines, numbers = (torch.tensor(n, dtype=torch.int32) for n in (cache.lines(), lengths))
     actual = torch.full_like(q, POISON)
     table = cache.page_table()
-    attend(q, cache.k_cache, cache.v_cache, table, lines, numbers, max(lengths), actual, SCALE)
+    attend(
+        *(q, cache.k_cache, cache.v_cache, table, lines, numbers, max(lengths), actual),
+        *(SCALE, window, soft_cap),
+    )
     cached = zip(q, cache.keys, cache.values, strict=True)
-    assert_within(actual, torch.stack([expected_attention(*c) for c in cached]), ATTENTION_BOUND)
+    expected = torch.stack([expected_attention(*c, window, soft_cap) for c in cached])
+    assert_within(actual, expected, ATTENTION_BOUND)
 
 
-def attend_torch(cache: PagedCache, q: torch.Tensor, chunks: list[PrefillChunk]) -> torch.Tensor:
+def attend_torch(
+    cache: PagedCache, q: torch.Tensor, chunks: list[PrefillChunk], *settings: float
+) -> torch.Tensor:
     out = torch.full_like(q, POISON)
-    table = cache.page_table()
-    paged_attention_prefill_torch(q, cache.k_cache, cache.v_cache, table, chunks, out, SCALE)
+    inputs = (q, cache.k_cache, cache.v_cache, cache.page_table())
+    paged_attention_prefill_torch(*inputs, chunks, out, SCALE, *settings)
     return out
 
 
-def attend_triton(cache: PagedCache, q: torch.Tensor, chunks: list[PrefillChunk]) -> torch.Tensor:
+def attend_triton(
+    cache: PagedCache, q: torch.Tensor, chunks: list[PrefillChunk], *settings: float
+) -> torch.Tensor:
     out = torch.full_like(q, POISON)
-    table, tiles = cache.page_table(), torch.tensor(prefill_tiles(chunks), dtype=torch.int32)
-    paged_attention_prefill_triton(q, cache.k_cache, cache.v_cache, table, tiles, out, SCALE)
+    inputs = (q, cache.k_cache, cache.v_cache, cache.page_table())
+    tiles = torch.tensor(prefill_tiles(chunks), dtype=torch.int32)
+    paged_attention_prefill_triton(*inputs, tiles, out, SCALE, *settings)
     return out
 
 
@@ -355,8 +464,15 @@ prefills = pytest.mark.parametrize("attend", [attend_torch, attend_triton])
     [([1], [1]), ([5], [5]), ([23], [8]), ([11], [1]), ([23, 7, 40], [23, 3, 39]), ([90], [70])],
     ids=str,
 )
-def test_prefill_attention_is_its_formula_over_the_keys_up_to_each_query(
-    attend: Operation, q_heads: int, kv_heads: int, lengths: list[int], rows: list[int]
+@attentions
+def test_prefill_attention_is_its_formula_over_the_keys_that_each_query_sees(
+    attend: Operation,
+    q_heads: int,
+    kv_heads: int,
+    lengths: list[int],
+    rows: list[int],
+    window: int,
+    soft_cap: float,
 ) -> None:
     cache = PagedCache(lengths, kv_heads)
     first, chunks, expected = 2, [], []
@@ -367,9 +483,10 @@ def test_prefill_attention_is_its_formula_over_the_keys_up_to_each_query(
         chunks.append(PrefillChunk(first, first + num_rows, line, length))
         for row in range(num_rows):
             end = length - num_rows + row + 1
-            expected.append(expected_attention(q[first + row], keys[:end], values[:end]))
+            seen = keys[:end], values[:end], window, soft_cap
+            expected.append(expected_attention(q[first + row], *seen))
         first += num_rows
-    actual = attend(cache, q, chunks)
+    actual = attend(cache, q, chunks, window, soft_cap)
     assert_within(actual[2:first], torch.stack(expected), ATTENTION_BOUND)
     assert (actual[:2] == POISON).all()
     assert (actual[first:] == POISON).all()
@@ -526,10 +643,14 @@ def test_shrink_lays_its_columns_as_the_rows_of_a(n_parts: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_silu_and_mul_with_lora_is_expand_and_then_silu_and_mul(backend: str) -> None:
+@pytest.mark.parametrize("sizes", [(19, 19), (38,)], ids=str)
+@activations
+def test_act_and_mul_with_lora_is_expand_and_then_act_and_mul(
+    backend: str, sizes: tuple[int, ...], activation: str
+) -> None:
     loras = Loras(2)
     segments = many_segments(loras)
-    loras.sizes, loras.b = (19, 19), normal(CAPACITY, 38, seed=3)
+    loras.sizes, loras.b = sizes, normal(CAPACITY, 38, seed=3)
     gate_up = normal(NUM_ROWS, 40, seed=1)[:, :38]
     h = 1e-3 * normal(NUM_ROWS, 2 * CAPACITY, seed=4)
     every_row = [
@@ -539,9 +660,9 @@ def test_silu_and_mul_with_lora_is_expand_and_then_silu_and_mul(backend: str) ->
     ]
     tiles = tiles_of([*segments, *every_row]) if backend == "triton" else None
     rows = LoraRows(segments, tiles, CAPACITY)
-    actual = silu_and_mul_with_lora(gate_up.clone(), h, loras.b, rows)
+    actual = act_and_mul_with_lora(gate_up.clone(), h, loras.b, rows, sizes, activation)
     lora_expand_torch(gate_up, h, loras.b, segments, loras.sizes)
-    expected = silu_and_mul_torch(gate_up.double())
+    expected = act_and_mul_torch(gate_up.double(), activation)
     assert_within(actual, expected, torch.full_like(expected, 200 * ROUNDING))
 
 
@@ -555,6 +676,15 @@ def test_lora_embed_is_the_product_of_one_hot_rows(tiles: torch.Tensor | None) -
     for first_row, end_row, first_rank, rank in segments:
         rows, ranks = slice(first_row, end_row), slice(first_rank, first_rank + rank)
         assert h[rows, ranks].equal(one_hot[rows] @ a[ranks].t())
+
+
+def test_gains_leave_a_bias_as_long_as_it_is() -> None:
+    y, gains, bias = normal(9, 11), normal(2, 11, seed=1), 10 * normal(11, seed=2)
+    biased = y + bias
+    LoraRows([], None, 0, gains=[GainRows(2, 5, gains)]).scale(biased, 1, bias)
+    expected = y.double() + bias.double()
+    expected[2:5] = y[2:5].double() * gains[1] + bias.double()
+    assert_within(biased, expected, torch.tensor(4 * 50 * ROUNDING))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from schemas.errors import BadInput
-from tests.tiny_models import make_llama
+from tests.tiny_models import make_llama, make_model
 from worker.model.config import ModelConfig
-from worker.model.weights import DecoderWeights, load_weights
+from worker.model.weights import DecoderWeights, load_weights, random_weights, tensors_by_name
 
 LLAMA: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,7 +70,7 @@ def test_a_token_takes_keys_and_values_of_all_layers_in_the_cache(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None}, "unnamed"),
     ],
@@ -78,38 +80,83 @@ def test_another_architecture_is_refused_with_the_supported_ones_named(
 ) -> None:
     assert refusal(tmp_path, **changes) == (
         f"--model-path {tmp_path}: architecture {name} is not supported."
-        " Supported: LlamaForCausalLM."
+        " Supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,"
+        " Phi3ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, SmolLM3ForCausalLM,"
+        " GraniteForCausalLM, Olmo2ForCausalLM."
+    )
+
+
+def test_another_rotary_embedding_is_refused_with_the_supported_ones_named(tmp_path: Path) -> None:
+    rope = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}
+    assert refusal(tmp_path, rope_parameters=rope) == (
+        f"--model-path {tmp_path}: rotary embedding of type 'dynamic' is not supported."
+        " Supported: default, linear, llama3, yarn, longrope."
     )
 
 
 @pytest.mark.parametrize(
     "rope",
     [
-        {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "dynamic", "factor": 4.0},
-        {"rope_type": "longrope", "short_factor": 6 * [1.0], "long_factor": 6 * [2.0]},
+        {"rope_type": "linear"},
+        {"rope_type": "linear", "factor": "large"},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": 6 * [1.0]},
+        {"rope_type": "longrope", "short_factor": 6 * [1.0], "long_factor": 5 * [2.0]},
+        {"rope_type": "llama3", "factor": 8.0},
     ],
-    ids=lambda rope: str(rope["rope_type"]),
+    ids=str,
 )
-def test_another_rotary_embedding_is_refused_with_the_supported_ones_named(
+def test_a_rotary_embedding_with_wrong_numbers_is_refused_by_its_type(
     tmp_path: Path, rope: dict[str, object]
 ) -> None:
-    assert refusal(tmp_path, rope_parameters={"rope_theta": 10000.0, **rope}) == (
-        f"--model-path {tmp_path}: rotary embedding of type '{rope['rope_type']}' is not supported."
-        " Supported: default, linear, llama3."
-    )
+    message = refusal(tmp_path, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert message.startswith(f"--model-path {tmp_path}: ")
+    assert "config.json" in message
+    assert str(rope["rope_type"]) in message or "factor" in message
 
 
-@pytest.mark.parametrize("setting", ["attention_bias", "mlp_bias"])
-def test_biases_are_refused(tmp_path: Path, setting: str) -> None:
-    expected = f"--model-path {tmp_path}: biases in linear layers are not supported."
-    assert refusal(tmp_path, **{setting: True}) == expected
+def test_yarn_stretches_the_context_as_model_cards_tell_to_set_it(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    assert read(tmp_path, rope_parameters=yarn).max_position == 2048
+    yarn["original_max_position_embeddings"] = 64
+    assert read(tmp_path, rope_parameters=yarn).max_position == 512
+
+
+def test_a_longrope_is_stretched_where_longer_contexts_are_served_and_only_there(
+    tmp_path: Path,
+) -> None:
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    factors = {"short_factor": 6 * [1.0], "long_factor": 6 * [2.0]}
+    rotary = read(tmp_path, rope_parameters=long | factors).layers[0].rotary
+    short, stretched = (rotary.tables(length, torch.device("cpu")) for length in (64, 65))
+    assert short[0].shape == (64, 6)
+    for one, other in zip(short, stretched, strict=True):
+        torch.testing.assert_close(one[:32], other[:64:2])
+
+
+def test_layers_of_an_unknown_type_are_refused(tmp_path: Path) -> None:
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    message = refusal(tmp_path, **qwen, layer_types=3 * ["chunked_attention"])
+    assert "chunked_attention" in message
+    assert "full_attention, sliding_attention" in message
+
+
+def test_layers_that_no_rope_layers_leaves_out_are_refused(tmp_path: Path) -> None:
+    smollm = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+    message = refusal(tmp_path, **smollm, layer_types=3 * ["full_attention"], no_rope_layers=[1, 0])
+    assert message.endswith("no_rope_layers tells of fewer layers than 3.")
+
+
+def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:
+    gemma = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    message = refusal(tmp_path, **gemma, use_bidirectional_attention=True)
+    assert "use_bidirectional_attention" in message
 
 
 def test_another_activation_is_refused(tmp_path: Path) -> None:
-    """The engine knows SwiGLU alone; with another one every answer would be wrong."""
+    """With another one every answer would be wrong."""
     assert refusal(tmp_path, hidden_act="gelu") == (
-        f"--model-path {tmp_path}: the activation gelu is not supported. Supported: silu."
+        f"--model-path {tmp_path}: the activation gelu is not supported."
+        " Supported: silu, gelu_pytorch_tanh."
     )
 
 
@@ -136,6 +183,13 @@ def test_a_broken_config_is_refused_by_its_name(tmp_path: Path, text: str) -> No
 
 def test_the_refusal_of_an_unknown_model_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in refusal(tmp_path, model_type="from-next-year")
+
+
+def test_modules_stored_as_one_are_one_module_to_adapters(tmp_path: Path) -> None:
+    config = read(tmp_path, architectures=["Phi3ForCausalLM"], model_type="phi3")
+    assert config.linear_modules == ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    assert config.linear_shape("qkv_proj") == (72 + 2 * 24, 72)
+    assert config.linear_shape("gate_up_proj") == (200, 72)
 
 
 # --- End of text --------------------------------------------------------------------------------
@@ -262,8 +316,106 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     assert weights_refusal(folder).startswith(expected)
 
 
+def test_a_type_that_is_no_plain_number_is_named(folder: Path) -> None:
+    """Quantized weights of the right shapes, whose config.json does not tell."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(folder, lambda weights: weights.update({name: weights[name].to(torch.int8)}))
+    assert weights_refusal(folder) == (
+        f"--model-path {folder / 'model.safetensors'}: {name} has the type I8;"
+        " F64, F32, F16, BF16 can be read."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_of_any_stored_type_are_read_exactly(folder: Path, dtype: torch.dtype) -> None:
+    stored = {name: w.to(dtype) for name, w in load_file(folder / "model.safetensors").items()}
+    save_file(stored, folder / "model.safetensors")
+    weights = load(folder)
+    assert weights.dtype == torch.float32
+    assert weights.embedding.equal(stored["model.embed_tokens.weight"].float())
+    norm = stored["model.layers.1.input_layernorm.weight"].float()
+    assert weights.layers[1].norms["pre_attention"].equal(norm)
+
+
+def test_weights_stay_as_they_were_read_when_the_file_changes(folder: Path) -> None:
+    weights = load(folder)
+    before = weights.embedding.clone(), weights.layers[0].linears["o_proj"].clone()
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 2))
+    assert weights.embedding.equal(before[0])
+    assert weights.layers[0].linears["o_proj"].equal(before[1])
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_broken_index_of_shards_is_named(folder: Path, text: str) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
     assert weights_refusal(folder).startswith(f"--model-path {index}: ")
+
+
+# --- Shards -------------------------------------------------------------------------------------
+
+
+def test_shards_of_fused_and_tied_weights_are_those_of_one_file(tmp_path: Path) -> None:
+    whole = make_model(tmp_path / "whole", "phi3", tie_word_embeddings=True)
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    ours, theirs = load(sharded), load(whole)
+    assert ours.head is ours.embedding
+    assert ours.embedding.equal(theirs.embedding)
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        for group in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+            assert one.linears[group].equal(other.linears[group])
+
+
+def test_each_shard_that_is_read_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoModelForCausalLM.from_pretrained(make_llama(tmp_path / "whole")).save_pretrained(
+        tmp_path / "sharded", max_shard_size="200KB"
+    )
+    shards = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    capsys.readouterr()
+    load(tmp_path / "sharded")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "weights_read" in line]
+    assert len(lines) == len(shards) > 1
+    for number, (line, shard) in enumerate(zip(lines, shards, strict=True), 1):
+        assert shard in line
+        assert f"{number} of {len(shards)}" in line
+
+
+def make_shards(folder: Path) -> list[int]:
+    """A shard a layer of a model of 103 MB; returns their sizes in bytes."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
+    config = read(
+        folder, **sizes, num_key_value_heads=8, num_hidden_layers=8, tie_word_embeddings=True
+    )
+    weights = random_weights(config, torch.device("cpu"), torch.float32)
+    shards: dict[str, Weights] = {}
+    for name, tensor in tensors_by_name(weights, config).items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "0"
+        shards.setdefault(f"{layer}.safetensors", {})[name] = tensor.clone()
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return [sum(tensor.nbytes for tensor in tensors.values()) for tensors in shards.values()]
+
+
+def test_loading_takes_no_more_memory_than_the_model_and_its_largest_shard(tmp_path: Path) -> None:
+    num_bytes = make_shards(tmp_path)
+    ctypes.CDLL(None).malloc_trim(0)  # What tests before have left would be taken again, unseen.
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # The largest counts from now on.
+    weights = load(tmp_path)
+    taken = resident_bytes("VmHWM") - before
+    assert weights.layers[7].linears["down_proj"].any()
+    assert 0.95 * sum(num_bytes) < taken < sum(num_bytes) + 1.2 * max(num_bytes)
+
+
+def resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) << 10

@@ -12,6 +12,12 @@ from math import log
 import pytest
 import torch
 
+from kernels.act_and_mul import (
+    Activation,
+    act_and_mul_torch,
+    act_and_mul_triton,
+    act_and_mul_with_lora_triton,
+)
 from kernels.largest_token import NO_TOKEN, largest_token_torch, largest_token_triton
 from kernels.lora_expand import lora_expand_torch, lora_expand_triton
 from kernels.lora_segments import LoraTile, Segment, lora_tiles
@@ -27,18 +33,19 @@ from kernels.paged_attention_prefill import (
     paged_attention_prefill_triton,
     prefill_tiles,
 )
-from kernels.rms_norm import add_rms_norm_torch, add_rms_norm_triton
+from kernels.rms_norm import (
+    add_rms_norm_torch,
+    add_rms_norm_triton,
+    rms_norm_torch,
+    rms_norm_triton,
+)
 from kernels.rotary_kv_write import (
+    HeadNorms,
     rotary_kv_write_torch,
     rotary_kv_write_triton,
     rotary_kv_write_with_lora_triton,
 )
 from kernels.sample import Draw, sample_torch, sample_triton
-from kernels.silu_and_mul import (
-    silu_and_mul_torch,
-    silu_and_mul_triton,
-    silu_and_mul_with_lora_triton,
-)
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -48,6 +55,9 @@ POISON = float("nan")
 #: dtype's 24, 11 or 8 bits. A wrong row, page or adapter is off by about 1.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
+#: Of numpy, under Triton: ``z / (1 + exp(-z))`` is 0 where the power is infinite.
+overflow_is_fine = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+activations = pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 every_dtype = pytest.mark.parametrize("dtype", list(BOUNDS) if ON_GPU else [torch.float32], ids=str)
 
 
@@ -83,6 +93,27 @@ def test_add_rms_norm(dtype: torch.dtype, rows: int, features: int) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize("is_wide", [False, True], ids=["weight", "float32-weight"])
+def test_add_rms_norm_of_a_multiple(dtype: torch.dtype, is_wide: bool) -> None:
+    x, residual = normal(37, 1030, dtype=dtype), normal(37, 1030, dtype=dtype, seed=1)
+    weight = normal(1030, dtype=torch.float32 if is_wide else dtype, seed=2)
+    expected = wide(residual) + 0.22 * wide(x)
+    actual = add_rms_norm_triton(x, residual, weight, 1e-5, 0.22)
+    assert_close(residual, expected)
+    zeros = torch.zeros_like(expected)
+    assert_close(actual, add_rms_norm_torch(zeros, wide(residual), wide(weight), 1e-5))
+
+
+@every_dtype
+@pytest.mark.parametrize(("rows", "features"), [(1, 576), (37, 4096), (5, 100)])
+def test_rms_norm(dtype: torch.dtype, rows: int, features: int) -> None:
+    x = normal(rows, features + 24, dtype=dtype)[:, :features]
+    weight = normal(features, dtype=dtype, seed=1)
+    expected = rms_norm_torch(wide(x), wide(weight), 1e-5)
+    assert_close(rms_norm_triton(x, weight, 1e-5), expected)
+
+
+@every_dtype
 @pytest.mark.parametrize("vocabulary", [211, 20_003])
 def test_largest_token(dtype: torch.dtype, vocabulary: int) -> None:
     logits = normal(9, vocabulary + 24, dtype=dtype)[:, :-24]
@@ -102,23 +133,55 @@ def test_largest_token(dtype: torch.dtype, vocabulary: int) -> None:
 
 @every_dtype
 @pytest.mark.parametrize(("rows", "features"), [(1, 1536), (37, 14336 if ON_GPU else 1500)])
-def test_silu_and_mul(dtype: torch.dtype, rows: int, features: int) -> None:
+@activations
+@overflow_is_fine
+def test_act_and_mul(dtype: torch.dtype, rows: int, features: int, activation: Activation) -> None:
     gate_up = normal(rows, 2 * features + 40, dtype=dtype, scale=3)[:, : 2 * features]
-    assert_close(silu_and_mul_triton(gate_up), silu_and_mul_torch(wide(gate_up)))
+    expected = act_and_mul_torch(wide(gate_up), activation)
+    assert_close(act_and_mul_triton(gate_up, activation), expected)
+
+
+#: How heads are rotated: whole, partly with norms before, not at all, and wide ones with norms.
+rotaries = pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim", "rotated", "has_norms"),
+    [
+        *[(32, 8, 128, 128, False), (9, 3, 64, 64, False)],
+        *[(6, 2, 96, 72, True), (4, 1, 128, 0, False), (4, 2, 256, 256, True)],
+    ],
+)
+
+
+def head_norms(head_dim: int, dtype: torch.dtype) -> HeadNorms:
+    return HeadNorms(*(normal(head_dim, dtype=dtype, seed=s) for s in (6, 7)), 1e-2)
+
+
+def wide_norms(norms: HeadNorms | None) -> HeadNorms | None:
+    return norms and HeadNorms(wide(norms.q), wide(norms.k), norms.eps)
 
 
 @every_dtype
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64)])
-def test_rotary_kv_write(dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int) -> None:
+@rotaries
+def test_rotary_kv_write(
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotated: int,
+    has_norms: bool,
+) -> None:
     rows, pages = 37, 11
+    norms = head_norms(head_dim, dtype) if has_norms else None
     qkv = normal(rows, (q_heads + 2 * kv_heads) * head_dim + 16, dtype=dtype)[:, :-16]
-    angles = 100 * normal(rows, head_dim // 2, dtype=torch.float32, seed=1)
+    angles = 100 * normal(rows, rotated // 2, dtype=torch.float32, seed=1)
     cos, sin = angles.cos(), angles.sin()
     places = torch.randperm(pages * 16, generator=torch.Generator().manual_seed(2))[:rows]
     caches = [poisoned(pages, kv_heads, 16, head_dim, dtype=dtype) for _ in range(2)]
     oracles = [wide(cache) for cache in caches]
-    q = rotary_kv_write_triton(qkv, cos, sin, *caches, places.to(DEVICE, torch.int32))
-    expected = rotary_kv_write_torch(wide(qkv), wide(cos), wide(sin), *oracles, places)
+    on_device = places.to(DEVICE, torch.int32)
+    q = rotary_kv_write_triton(qkv, cos, sin, *caches, on_device, norms)
+    expected = rotary_kv_write_torch(
+        wide(qkv), wide(cos), wide(sin), *oracles, places, wide_norms(norms)
+    )
     assert_close(q, expected)
     for cache, oracle in zip(caches, oracles, strict=True):
         written = ~oracle.isnan()
@@ -153,14 +216,24 @@ class Cache:
         return wide(self.keys).nan_to_num(), wide(self.values).nan_to_num(), self.table.cpu()
 
 
-heads = pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64)])
+#: Heads, and windows and soft caps: none, one of them, both.
+attentions = pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim", "window", "soft_cap"),
+    [(32, 8, 128, 0, 0.0), (9, 3, 64, 0, 0.0), (6, 2, 96, 67, 0.0), (4, 2, 256, 129, 1.5)],
+)
 
 
 @every_dtype
-@heads
+@attentions
 @pytest.mark.parametrize("lengths", [[1, 16, 17, 333], [900]], ids=str)
 def test_paged_attention_decode(
-    dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, lengths: list[int]
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    soft_cap: float,
+    lengths: list[int],
 ) -> None:
     cache, scale = Cache(lengths, kv_heads, head_dim, dtype), head_dim**-0.5
     # Two rows more, that are none of a sequence.
@@ -170,11 +243,12 @@ def test_paged_attention_decode(
     out = poisoned(*q.shape, dtype=dtype)
     paged_attention_decode_triton(
         *(q, cache.keys, cache.values, cache.table),
-        *(lines.to(DEVICE), numbers.to(DEVICE), max(lengths), out, scale),
+        *(lines.to(DEVICE), numbers.to(DEVICE), max(lengths), out, scale, window, soft_cap),
     )
     expected = wide(out)
     paged_attention_decode_torch(
-        wide(q), *cache.oracle(), lines, numbers, max(lengths), expected, scale
+        *(wide(q), *cache.oracle(), lines, numbers, max(lengths), expected),
+        *(scale, window, soft_cap),
     )
     assert_close(out[1:-1], expected[1:-1])
     for unwritten in (out[0], out[-1], expected[0], expected[-1]):
@@ -182,9 +256,14 @@ def test_paged_attention_decode(
 
 
 @every_dtype
-@heads
+@attentions
 def test_paged_attention_prefill(
-    dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    soft_cap: float,
 ) -> None:
     lengths, rows = [200, 1, 64, 130], [200, 1, 3, 65]
     cache, scale = Cache(lengths, kv_heads, head_dim, dtype), head_dim**-0.5
@@ -196,9 +275,10 @@ def test_paged_attention_prefill(
     out = poisoned(*q.shape, dtype=dtype)
     nothing = PrefillTile(0, 0, 0, 0)
     tiles = torch.tensor([*prefill_tiles(chunks), nothing], dtype=torch.int32, device=DEVICE)
-    paged_attention_prefill_triton(q, cache.keys, cache.values, cache.table, tiles, out, scale)
+    settings = scale, window, soft_cap
+    paged_attention_prefill_triton(q, cache.keys, cache.values, cache.table, tiles, out, *settings)
     expected = wide(out)
-    paged_attention_prefill_torch(wide(q), *cache.oracle(), chunks, expected, scale)
+    paged_attention_prefill_torch(wide(q), *cache.oracle(), chunks, expected, *settings)
     assert_close(out, expected)
 
 
@@ -266,24 +346,39 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(8, 2, 128), (3, 1, 24)])
-@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim", "rotated", "has_norms"),
+    [(8, 2, 128, 128, False), (3, 1, 24, 24, True), (3, 1, 96, 72, True), (4, 2, 64, 0, False)],
+)
+@pytest.mark.parametrize(("n_parts", "count"), [(3, 1), (3, 9), (1, 4)])
 def test_rotary_kv_write_with_lora(
-    dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, count: int
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotated: int,
+    has_norms: bool,
+    n_parts: int,
+    count: int,
 ) -> None:
-    sizes = (q_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    sizes: tuple[int, ...] = (q_heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    if n_parts == 1:
+        sizes = (sum(sizes),)
+    norms = head_norms(head_dim, dtype) if has_norms else None
     adapters = Adapters(count, sizes, dtype)
     pages = -(-adapters.rows // 16) + 3
-    angles = 100 * normal(adapters.rows, head_dim // 2, dtype=torch.float32, seed=1)
+    angles = 100 * normal(adapters.rows, rotated // 2, dtype=torch.float32, seed=1)
     cos, sin = angles.cos(), angles.sin()
     places = torch.randperm(pages * 16, generator=torch.Generator().manual_seed(2))[: adapters.rows]
     caches = [poisoned(pages, kv_heads, 16, head_dim, dtype=dtype) for _ in range(2)]
     oracles = [wide(cache) for cache in caches]
     q = rotary_kv_write_with_lora_triton(
-        *(adapters.y, adapters.h, adapters.b, adapters.tiles),
-        *(cos, sin, *caches, places.to(DEVICE, torch.int32)),
+        *(adapters.y, adapters.h, adapters.b, adapters.tiles, n_parts),
+        *(cos, sin, *caches, places.to(DEVICE, torch.int32), norms),
     )
-    expected = rotary_kv_write_torch(adapters.expected, wide(cos), wide(sin), *oracles, places)
+    expected = rotary_kv_write_torch(
+        adapters.expected, wide(cos), wide(sin), *oracles, places, wide_norms(norms)
+    )
     assert_close(q, expected)
     for cache, oracle in zip(caches, oracles, strict=True):
         written = ~oracle.isnan()
@@ -292,11 +387,19 @@ def test_rotary_kv_write_with_lora(
 
 
 @every_dtype
-@pytest.mark.parametrize("count", [1, 9])
-def test_silu_and_mul_with_lora(dtype: torch.dtype, count: int) -> None:
-    adapters = Adapters(count, (530, 530), dtype)
-    actual = silu_and_mul_with_lora_triton(adapters.y, adapters.h, adapters.b, adapters.tiles)
-    assert_close(actual, silu_and_mul_torch(adapters.expected))
+@activations
+@pytest.mark.parametrize(
+    ("sizes", "count"), [((530, 530), 1), ((530, 530), 9), ((1060,), 4)], ids=str
+)
+@overflow_is_fine
+def test_act_and_mul_with_lora(
+    dtype: torch.dtype, activation: Activation, sizes: tuple[int, ...], count: int
+) -> None:
+    adapters = Adapters(count, sizes, dtype)
+    actual = act_and_mul_with_lora_triton(
+        *(adapters.y, adapters.h, adapters.b, adapters.tiles, len(sizes), activation)
+    )
+    assert_close(actual, act_and_mul_torch(adapters.expected, activation))
 
 
 #: Where every logit is drawn for by settings of all kinds.

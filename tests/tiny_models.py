@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,6 +33,35 @@ def make_llama(folder: Path, **changes: object) -> Path:
     return folder
 
 
+#: Sizes that are not round, for models of all families.
+SIZES: dict[str, object] = {
+    "vocab_size": 211,
+    "hidden_size": 72,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.15,
+}
+
+
+def make_model(folder: Path, model_type: str, **changes: object) -> Path:
+    """A random model of any family, with norms and biases that matter."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.empty_like(parameter).normal_(std=0.3))
+    model.save_pretrained(folder)
+    return folder
+
+
 def make_adapter(
     model_folder: Path,
     folder: Path,
@@ -47,7 +76,7 @@ def make_adapter(
     ``target_modules`` in one string is a regular expression.
     """
     torch.manual_seed(seed)
-    base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **changes)
     model = get_peft_model(base, config)
@@ -68,7 +97,7 @@ class Oracle:
     """transformers and PEFT, one prompt at a time, greedy, float32."""
 
     def __init__(self, model_folder: Path, adapters: dict[str, Path]) -> None:
-        base = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         self._model = base.eval()
         for number, (name, folder) in enumerate(adapters.items()):
             if number == 0:
@@ -92,8 +121,12 @@ class Oracle:
 
     def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         """Those of the token after ``ids``: [vocabulary]."""
+        return self.all_logits(ids, adapter)[-1]
+
+    def all_logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """Those of the token after each of ``ids``: [ids, vocabulary]."""
         with self._using(adapter):
-            return self._model(torch.tensor([ids])).logits[0, -1]
+            return self._model(torch.tensor([ids])).logits[0]
 
     @contextmanager
     def _using(self, adapter: str | None) -> Iterator[None]:
@@ -122,5 +155,5 @@ class OracleOfEach(Oracle):
     ) -> list[int]:
         return self._oracles[adapter].generate(prompt_ids, adapter, num_tokens)
 
-    def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
-        return self._oracles[adapter].logits(ids, adapter)
+    def all_logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        return self._oracles[adapter].all_logits(ids, adapter)

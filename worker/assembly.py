@@ -30,13 +30,13 @@ def build_runner(
 ) -> ModelRunner:
     """What runs batches, with a KV cache of so many pages, and CUDA graphs on a GPU."""
     # One page more than the pool hands out, for rows that belong to no sequence.
-    cache = KVCache(model, pages + 1, weights.norm.device, weights.norm.dtype)
+    cache = KVCache(model, pages + 1, weights.device, weights.dtype)
     runner = ModelRunner(
         Decoder(model, weights, cache, slots.weights if slots else {}, context_length),
         max_running=config.running_limit,
         max_pages=num_pages(context_length),
         unused_page=pages,
-        device=weights.norm.device,
+        device=weights.device,
     )
     runner.warm_up(
         max_prefill_tokens=config.prefill_limit,
@@ -77,7 +77,7 @@ def load_weights_and_slots(
     # On a GPU the slots' A stand behind the base weights, so that one product makes both.
     is_stacked = config.has_lora and _stacks_adapters(device)
     capacity = rank_capacity(config.max_loras_per_batch, limits.max_rank) if is_stacked else 0
-    spare = spare_rows(limits.target_modules, capacity)
+    spare = spare_rows(model, limits.target_modules, capacity)
     if config.load_format == "dummy":
         weights = random_weights(model, device, dtype, spare)
     else:

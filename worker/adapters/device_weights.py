@@ -41,7 +41,8 @@ def stack_gains(
     Raises BadInput if the device's memory is full.
     """
     stacked: dict[str, torch.Tensor] = {}
-    for group, parts in TARGET_GROUPS.items():
+    for group in TARGET_GROUPS:
+        parts = model.parts_of(group)
         places = [place for place in gains if place[1] in parts]
         if not places:
             continue

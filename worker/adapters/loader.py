@@ -21,7 +21,7 @@ from worker.adapters.peft_format import (
 from worker.adapters.peft_tensors import check_finite
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
-from worker.model.config import ModelConfig
+from worker.model.config import TARGET_MODULES, ModelConfig
 from worker.model.weights import DecoderWeights
 
 
@@ -50,10 +50,17 @@ def find_limits(
 ) -> AdapterLimits:
     """What the flags say, or else what the adapters of ``--lora-paths`` need.
 
-    Raises BadInput for the first of these that cannot be served, as far as can be told without
-    reading weights.
+    Raises BadInput for a flag that names what the model does not have, and for the first of these
+    that cannot be served, as far as can be told without reading weights.
     """
     max_rank, modules = config.max_lora_rank or 0, frozenset(config.lora_target_modules or ())
+    if modules.issuperset(TARGET_MODULES):
+        modules = frozenset(model.target_modules)
+    elif unknown := sorted(modules.difference(model.target_modules)):
+        raise BadInput(
+            f"--lora-target-modules: the model has no {unknown[0]}; it has"
+            f" {', '.join(model.target_modules)}."
+        )
     for lora in found:
         try:
             limits = _limits_for(

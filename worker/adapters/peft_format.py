@@ -23,7 +23,7 @@ from worker.adapters.peft_weights import (
     find_weights,
     weights_file,
 )
-from worker.model.config import TARGET_GROUPS, ModelConfig
+from worker.model.config import TARGET_GROUPS, ModelConfig, group_of
 from worker.model.weights import DecoderWeights
 
 
@@ -51,11 +51,8 @@ class Adapter:
     @cached_property
     def target_groups(self) -> list[str]:
         """The groups of fused modules that it changes."""
-        return [
-            group
-            for group, parts in TARGET_GROUPS.items()
-            if not self.target_modules.isdisjoint(parts)
-        ]
+        changed = set(map(group_of, self.target_modules))
+        return [group for group in TARGET_GROUPS if group in changed]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.model.config import END_MODULES, LINEAR_MODULES, TARGET_MODULES, ModelConfig
-from worker.model.weights import PARENTS, group_of
+from worker.model.config import END_MODULES, ModelConfig, group_of
+from worker.model.weights import PARENTS
 
 #: A layer and one of its linear modules, or no layer and one of ``END_MODULES``.
 Place = tuple[int | None, str]
@@ -31,7 +31,9 @@ def module_name(place: Place) -> str:
 
 def all_places(model: ModelConfig) -> list[Place]:
     """Every module that an adapter can change."""
-    layers = [(layer, module) for layer in range(model.num_layers) for module in LINEAR_MODULES]
+    layers = [
+        (layer, module) for layer in range(model.num_layers) for module in model.linear_modules
+    ]
     return [*layers, *((None, module) for module in END_MODULES)]
 
 
@@ -62,7 +64,7 @@ def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
         raise BadInput(
             f"{path}: targets nothing the model has. Look at target_modules, exclude_modules and"
             f" layers_to_transform; the model has {model.num_layers} layers with"
-            f" {', '.join(TARGET_MODULES)}."
+            f" {', '.join(model.target_modules)}."
         )
     for module in trained:
         if (None, module) in places:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
 from worker.adapters.peft_targets import Place, Selection, all_places, module_name
-from worker.model.config import END_MODULES, TARGET_MODULES, ModelConfig
+from worker.model.config import END_MODULES, ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -204,7 +204,7 @@ def _why_not(key: str, model: ModelConfig) -> str:
         )
     if name in map(module_name, all_places(model)):
         return f"{CONFIG_FILE} does not select this module."
-    return f"matches no module that an adapter can change here ({', '.join(TARGET_MODULES)})."
+    return f"matches no module that an adapter can change here ({', '.join(model.target_modules)})."
 
 
 def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from worker.adapters.last_reads import LastReads
 from worker.adapters.peft_format import Adapter
-from worker.model.config import END_MODULES, LINEAR_GROUPS, TARGET_GROUPS, ModelConfig
+from worker.model.config import END_MODULES, ModelConfig
 from worker.model.lora_linear import LoraPlace, LoraWeights
 from worker.model.weights import DecoderWeights
 
@@ -67,12 +67,14 @@ def rank_levels(capacity: int) -> list[int]:
     return sorted({min(capacity, part) for part in parts})
 
 
-def spare_rows(target_modules: Collection[str], capacity: int) -> dict[str, int]:
+def spare_rows(
+    model: ModelConfig, target_modules: Collection[str], capacity: int
+) -> dict[str, int]:
     """Rows of A that ``capacity`` ranks take behind the base weight of each linear group that
     adapters may change."""
     return {
         group: len(parts) * capacity
-        for group, parts in LINEAR_GROUPS.items()
+        for group, parts in model.linear_groups.items()
         if not set(parts).isdisjoint(target_modules)
     }
 
@@ -127,7 +129,7 @@ class AdapterSlots:
                 group, stacked.layers[layer].linears[group] if stacked else None
             )
             for layer in range(model.num_layers)
-            for group in spare_rows(target_modules, self.capacity)
+            for group in spare_rows(model, target_modules, self.capacity)
         }
         self.weights |= {
             (None, module): self._make_weights(module, None)
@@ -301,7 +303,7 @@ class AdapterSlots:
 
     def _fill(self, target: torch.Tensor, factor: _Factor, adapter: Adapter) -> None:
         layer, group = factor.place
-        modules = TARGET_GROUPS[group]
+        modules = self._model.parts_of(group)
         if factor.is_b:
             part_sizes = self.weights[factor.place].part_sizes
             parts = torch.split(target.view(adapter.rank, -1), list(part_sizes), dim=1)
@@ -313,7 +315,7 @@ class AdapterSlots:
                 part[: len(source)] = source
 
     def _make_weights(self, group: str, stacked: torch.Tensor | None) -> LoraWeights:
-        parts = TARGET_GROUPS[group]
+        parts = self._model.parts_of(group)
         part_sizes = tuple(self._model.linear_shape(part)[0] for part in parts)
 
         def zeros(rows: int, columns: int) -> torch.Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kernels.act_and_mul import Activation
 from schemas.errors import BadInput
+from worker.model.families import FAMILIES, Family, LayerConfig, Scales
+from worker.model.rotary import longest_context
 
 #: Linear modules that share their input stand in one weight and run as one product. The order
 #: of the parts is the order of their columns in the product.
@@ -21,38 +24,52 @@ LINEAR_GROUPS = {
     "down_proj": ("down_proj",),
 }
 
-#: The seven linear modules of a layer.
+#: Where a model stores them so, and so its adapters change them: each group is one module.
+FUSED_LINEAR_GROUPS = {group: (group,) for group in LINEAR_GROUPS}
+
+#: The seven linear modules of a layer, unless they are fused.
 LINEAR_MODULES = tuple(module for parts in LINEAR_GROUPS.values() for module in parts)
 
 #: What stands before and behind the layers.
 END_MODULES = ("embed_tokens", "lm_head")
 
-#: The modules that adapters may target, and those of them that run as one product.
-TARGET_MODULES = (*LINEAR_MODULES, *END_MODULES)
-TARGET_GROUPS = LINEAR_GROUPS | {module: (module,) for module in END_MODULES}
+#: The groups of modules that adapters may change, whatever the model.
+TARGET_GROUPS = (*LINEAR_GROUPS, *END_MODULES)
 
-_ARCHITECTURES = ("LlamaForCausalLM",)
-_ROPE_TYPES = ("default", "linear", "llama3")
+#: The modules that adapters may target, of any model.
+TARGET_MODULES = tuple(dict.fromkeys((*LINEAR_MODULES, *LINEAR_GROUPS, *END_MODULES)))
+
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def group_of(module: str) -> str:
+    """The one of ``TARGET_GROUPS`` that one of ``TARGET_MODULES`` belongs to."""
+    for group, parts in LINEAR_GROUPS.items():
+        if module in parts:
+            return group
+    return module
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of a Llama decoder."""
+    """Sizes and constants of a decoder."""
 
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    layers: tuple[LayerConfig, ...]
+    biased_modules: tuple[str, ...]
+    activation: Activation
+    scales: Scales
     rms_norm_eps: float
     max_position: int
     tie_word_embeddings: bool
     eos_token_ids: frozenset[int]
     dtype: torch.dtype
-    inverse_frequencies: tuple[float, ...]
-    """Of the rotary embedding, head_dim / 2 of them."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -60,49 +77,57 @@ class ModelConfig:
         if not folder.is_dir():
             raise BadInput(f"--model-path {folder}: there is no folder of that name.")
         config = _read(folder, "config.json", AutoConfig)
-        architectures = config.architectures or []
-        if not set(architectures) & set(_ARCHITECTURES):
-            raise BadInput(
-                f"--model-path {folder}: architecture {', '.join(architectures) or 'unnamed'} is"
-                f" not supported. Supported: {', '.join(_ARCHITECTURES)}."
+        eos_token_ids = _eos_token_ids(folder, config)
+        try:
+            family, activation = _family(config), _activation(config)
+            head_dim = getattr(config, "head_dim", None)
+            head_dim = head_dim or config.hidden_size // config.num_attention_heads
+            return cls(
+                family=family,
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=head_dim,
+                layers=tuple(family.layers(config, head_dim)),
+                biased_modules=family.biases(config),
+                activation=activation,
+                scales=family.scales(config, head_dim),
+                rms_norm_eps=config.rms_norm_eps,
+                max_position=longest_context(config),
+                tie_word_embeddings=config.tie_word_embeddings,
+                eos_token_ids=eos_token_ids,
+                dtype=config.dtype or torch.float32,
             )
-        if getattr(config, "quantization_config", None):
-            method = config.quantization_config.get("quant_method", "unnamed")
-            raise BadInput(
-                f"--model-path {folder}: weights quantized by {method} are not supported."
-            )
-        if config.hidden_act != "silu":
-            raise BadInput(
-                f"--model-path {folder}: the activation {config.hidden_act} is not supported."
-                " Supported: silu."
-            )
-        if config.attention_bias or config.mlp_bias:
-            raise BadInput(f"--model-path {folder}: biases in linear layers are not supported.")
-        rope_type = config.rope_parameters["rope_type"]
-        if rope_type not in _ROPE_TYPES:
-            raise BadInput(
-                f"--model-path {folder}: rotary embedding of type '{rope_type}' is not supported."
-                f" Supported: {', '.join(_ROPE_TYPES)}."
-            )
-        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        return cls(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            max_position=config.max_position_embeddings,
-            tie_word_embeddings=config.tie_word_embeddings,
-            eos_token_ids=_eos_token_ids(folder, config),
-            dtype=config.dtype or torch.float32,
-            inverse_frequencies=_inverse_frequencies(config, head_dim),
-        )
+        except BadInput as error:
+            raise BadInput(f"--model-path {folder}: {error}") from error
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def linear_groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The modules of each linear group, in the order of their columns."""
+        return FUSED_LINEAR_GROUPS if self.family.is_fused else LINEAR_GROUPS
+
+    @property
+    def linear_modules(self) -> tuple[str, ...]:
+        """The linear modules of a layer."""
+        return tuple(module for parts in self.linear_groups.values() for module in parts)
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The modules that adapters may change."""
+        return (*self.linear_modules, *END_MODULES)
+
+    def parts_of(self, group: str) -> tuple[str, ...]:
+        """The modules of one of ``TARGET_GROUPS``."""
+        return self.linear_groups.get(group, (group,))
 
     def linear_shape(self, module: str) -> tuple[int, int]:
-        """(out_features, in_features) of one of ``TARGET_MODULES``; the embedding is a product with
+        """(out_features, in_features) of one of ``target_modules``; the embedding is a product with
         one-hot rows, of as many features as there are tokens."""
         q_size = self.num_heads * self.head_dim
         kv_size = self.num_kv_heads * self.head_dim
@@ -110,9 +135,11 @@ class ModelConfig:
             "q_proj": (q_size, self.hidden_size),
             "k_proj": (kv_size, self.hidden_size),
             "v_proj": (kv_size, self.hidden_size),
+            "qkv_proj": (q_size + 2 * kv_size, self.hidden_size),
             "o_proj": (self.hidden_size, q_size),
             "gate_proj": (self.intermediate_size, self.hidden_size),
             "up_proj": (self.intermediate_size, self.hidden_size),
+            "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
             "down_proj": (self.hidden_size, self.intermediate_size),
             "embed_tokens": (self.hidden_size, self.vocab_size),
             "lm_head": (self.vocab_size, self.hidden_size),
@@ -120,7 +147,15 @@ class ModelConfig:
 
     def out_features(self, group: str) -> int:
         """Columns of the product of one of ``TARGET_GROUPS``."""
-        return sum(self.linear_shape(part)[0] for part in TARGET_GROUPS[group])
+        return sum(self.linear_shape(part)[0] for part in self.parts_of(group))
+
+    def norm_size(self, norm: str) -> int:
+        """Features of one of the norms that ``family.norms`` names."""
+        if norm not in ("q", "k"):
+            return self.hidden_size
+        if self.family.qk_norms_of == "head":
+            return self.head_dim
+        return (self.num_heads if norm == "q" else self.num_kv_heads) * self.head_dim
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one token takes in the KV cache over all layers."""
@@ -147,12 +182,24 @@ def _eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [ids])
 
 
-def _inverse_frequencies(config: Any, head_dim: int) -> tuple[float, ...]:
-    rope = config.rope_parameters
-    if rope["rope_type"] == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        frequencies = 1.0 / rope["rope_theta"] ** exponents
-    else:
-        # The types accepted above scale nothing but the frequencies.
-        frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
-    return tuple(frequencies.tolist())
+def _family(config: Any) -> Family:
+    architectures = config.architectures or []
+    known = [name for name in architectures if name in FAMILIES]
+    if not known:
+        raise BadInput(
+            f"architecture {', '.join(architectures) or 'unnamed'} is not supported."
+            f" Supported: {', '.join(FAMILIES)}."
+        )
+    if getattr(config, "quantization_config", None):
+        method = config.quantization_config.get("quant_method", "unnamed")
+        raise BadInput(f"weights quantized by {method} are not supported.")
+    return FAMILIES[known[0]]
+
+
+def _activation(config: Any) -> Activation:
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    if name not in _ACTIVATIONS:
+        raise BadInput(
+            f"the activation {name} is not supported. Supported: {', '.join(_ACTIVATIONS)}."
+        )
+    return _ACTIVATIONS[name]

@@ -33,12 +33,23 @@ class LoraWeights:
 
 
 class LoraLinear:
-    """``y = x W^T``, plus ``x A^T B`` of its adapter for each row that has one."""
+    """``y = x W^T + bias``, plus ``x A^T B`` of its adapter for each row that has one."""
 
-    def __init__(self, weight: torch.Tensor, lora: LoraWeights | None, layer: int) -> None:
-        """weight: [out_features, in_features]; ``lora`` is None where no adapter can change it."""
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        lora: LoraWeights | None,
+        layer: int,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """weight: [out_features, in_features]; ``lora`` is None where no adapter can change it.
+
+        bias: [out_features], and zeros behind it for the rows of A where these are stacked
+        """
         self._layer = layer
-        self._linear = Linear(weight)
+        self._stacked_bias = bias
+        self._bias = bias if bias is None else bias[: len(weight)]
+        self._linear = Linear(weight, self._bias)
         self.lora = lora
 
     def __call__(
@@ -53,16 +64,19 @@ class LoraLinear:
         return y
 
     def shrink(self, x: torch.Tensor, rows: LoraRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x W^T``, with DoRA multiplied, and the shrunk rows that ``lora_expand`` takes."""
+        """``x W^T``, with DoRA multiplied, plus the bias; and the shrunk rows that ``lora_expand``
+        takes."""
         assert self.lora is not None
         if self.lora.stacked is None or rows.shrink_tiles is not None:
             y, h = self._linear(x), lora_shrink(x, self.lora.a, rows, self.num_parts)
         else:
             out_features = sum(self.lora.part_sizes)
             # Ranks beyond the batch's adapters are left out; those between them come for nothing.
-            both = product(x, self.lora.stacked[: out_features + self.num_parts * rows.num_ranks])
+            end = out_features + self.num_parts * rows.num_ranks
+            bias = self._stacked_bias
+            both = product(x, self.lora.stacked[:end], bias=bias if bias is None else bias[:end])
             y, h = both[:, :out_features], both[:, out_features:]
-        rows.scale(y, self._layer)
+        rows.scale(y, self._layer, self._bias)
         return y, h
 
     @property

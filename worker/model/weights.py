@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import structlog
 import torch
 from safetensors import SafetensorError, safe_open
 
 from schemas.errors import BadInput
-from worker.model.config import LINEAR_GROUPS, ModelConfig
+from worker.model.config import ModelConfig, group_of
+
+log = structlog.get_logger()
 
 #: Where each fused linear stands in a Hugging Face state dict.
 PARENTS = {
@@ -23,26 +27,25 @@ PARENTS = {
     "down_proj": "mlp",
 }
 
-
 #: No linear group has spare rows.
 NO_ROWS: Mapping[str, int] = MappingProxyType({})
 
-
-def group_of(module: str) -> str:
-    """The group of fused linear modules that one of them belongs to."""
-    return next(group for group, parts in LINEAR_GROUPS.items() if module in parts)
+_READABLE_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: norms [hidden_size], linears [out_features of all parts + spare, in_features].
+    """One layer.
 
-    What stands in the spare rows is for the adapters' slots to say.
+    norms: by what is normalized, the keys of ``Family.norms``; all that is to be added is in them
+    linears: of each group [out_features of all parts + spare, in_features]; what stands in the
+        spare rows is for the adapters' slots to say
+    biases: of each group that has some [out_features of all parts + spare], 0 where there is none
     """
 
-    input_norm: torch.Tensor
-    post_attention_norm: torch.Tensor
+    norms: dict[str, torch.Tensor]
     linears: dict[str, torch.Tensor]
+    biases: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,91 @@ class DecoderWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.norm.dtype
+        return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.norm.device
+        return self.embedding.device
 
     def weight_of(self, layer: int | None, module: str, config: ModelConfig) -> torch.Tensor:
-        """One of ``TARGET_MODULES`` [out_features, in_features]."""
+        """One of the model's ``target_modules`` [out_features, in_features]."""
         if layer is None:
             return self.embedding.t() if module == "embed_tokens" else self.head
         group = group_of(module)
-        parts = LINEAR_GROUPS[group]
-        sizes = [config.linear_shape(part)[0] for part in parts]
-        start = sum(sizes[: parts.index(module)])
-        return self.layers[layer].linears[group][start : start + config.linear_shape(module)[0]]
+        return _part(self.layers[layer].linears[group], module, config)
 
     def ends(self) -> dict[str, torch.Tensor]:
         """The weights of ``END_MODULES``, each [vocab_size, hidden_size]."""
         return {"embed_tokens": self.embedding, "lm_head": self.head}
+
+
+def _part(of_group: torch.Tensor, module: str, config: ModelConfig) -> torch.Tensor:
+    """The rows of one module in what its linear group has of each output feature."""
+    parts = config.parts_of(group_of(module))
+    sizes = [config.linear_shape(part)[0] for part in parts]
+    start = sum(sizes[: parts.index(module)])
+    return of_group[start : start + config.linear_shape(module)[0]]
+
+
+def _allocate(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, spare_rows: Mapping[str, int]
+) -> DecoderWeights:
+    """Memory for all weights, with zeros in spare rows and where a module has no bias."""
+    norm_dtype = torch.float32 if config.family.norms_in_float32 else dtype
+    biased_groups = {group_of(module) for module in config.biased_modules}
+
+    def linear(group: str) -> torch.Tensor:
+        out_features = config.out_features(group)
+        in_features = config.linear_shape(config.parts_of(group)[0])[1]
+        num_rows = out_features + spare_rows.get(group, 0)
+        weight = torch.empty(num_rows, in_features, device=device, dtype=dtype)
+        weight[out_features:].zero_()
+        return weight
+
+    def bias(group: str) -> torch.Tensor:
+        num_rows = config.out_features(group) + spare_rows.get(group, 0)
+        return torch.zeros(num_rows, device=device, dtype=dtype)
+
+    def norm(size: int) -> torch.Tensor:
+        return torch.empty(size, device=device, dtype=norm_dtype)
+
+    def end() -> torch.Tensor:
+        return torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+
+    layers = [
+        LayerWeights(
+            {name: norm(config.norm_size(name)) for name in config.family.norms},
+            {group: linear(group) for group in config.linear_groups},
+            {group: bias(group) for group in config.linear_groups if group in biased_groups},
+        )
+        for _ in config.layers
+    ]
+    embedding = end()
+    head = embedding if config.tie_word_embeddings else end()
+    return DecoderWeights(embedding, layers, norm(config.hidden_size), head)
+
+
+def tensors_by_name(weights: DecoderWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The memory of each tensor of the checkpoint, by its name there; one that is tied to another
+    has none."""
+    named = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    if not config.tie_word_embeddings:
+        named["lm_head.weight"] = weights.head
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}."
+        for norm, name in config.family.norms.items():
+            named[f"{prefix}{name}.weight"] = layer.norms[norm]
+        for module in config.linear_modules:
+            group = group_of(module)
+            name = f"{prefix}{PARENTS[group]}.{module}"
+            named[f"{name}.weight"] = _part(layer.linears[group], module, config)
+            if module in config.biased_modules:
+                named[f"{name}.bias"] = _part(layer.biases[group], module, config)
+    return named
+
+
+def _norms(weights: DecoderWeights) -> list[torch.Tensor]:
+    return [weights.norm, *(norm for layer in weights.layers for norm in layer.norms.values())]
 
 
 def load_weights(
@@ -84,50 +153,29 @@ def load_weights(
     dtype: torch.dtype,
     spare_rows: Mapping[str, int] = NO_ROWS,
 ) -> DecoderWeights:
-    """Read a model folder's safetensors, one file or sharded.
+    """Read a model folder's safetensors, one file or sharded; of files one is open at a time.
 
     ``spare_rows``: for each linear group, rows to leave behind its weight; none where it is not
     named.
 
     Raises BadInput, with the tensor's or file's name, for whatever is missing or of another shape.
     """
-    reader = _TensorReader(folder, device, dtype)
-    hidden = (config.hidden_size,)
-    embedding_shape = (config.vocab_size, config.hidden_size)
-    layers = []
-    for index in range(config.num_layers):
-        prefix = f"model.layers.{index}."
-        linears = {
-            group: _with_spare_rows(
-                torch.cat(
-                    [
-                        reader.read(f"{prefix}{parent}.{part}.weight", config.linear_shape(part))
-                        for part in LINEAR_GROUPS[group]
-                    ]
-                ),
-                spare_rows.get(group, 0),
-            )
-            for group, parent in PARENTS.items()
-        }
-        layers.append(
-            LayerWeights(
-                reader.read(prefix + "input_layernorm.weight", hidden),
-                reader.read(prefix + "post_attention_layernorm.weight", hidden),
-                linears,
-            )
-        )
-    embedding = reader.read("model.embed_tokens.weight", embedding_shape)
-    norm = reader.read("model.norm.weight", hidden)
-    if config.tie_word_embeddings:
-        return DecoderWeights(embedding, layers, norm, embedding)
-    return DecoderWeights(embedding, layers, norm, reader.read("lm_head.weight", embedding_shape))
-
-
-def _with_spare_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
-    if not count:
-        return weight
-    spare = weight.new_zeros(count, weight.shape[1])
-    return torch.cat([weight, spare])
+    files = _files(folder)
+    weights = _allocate(config, device, dtype, spare_rows)
+    targets = tensors_by_name(weights, config)
+    if missing := [name for name in targets if name not in files]:
+        raise BadInput(f"--model-path {folder}: the weights lack {missing[0]}.")
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name in targets:
+        by_file[files[name]].append(name)
+    for number, (file, names) in enumerate(sorted(by_file.items()), 1):
+        with _open(folder / file) as shard:
+            for name in names:
+                _copy(folder / file, shard, name, targets[name])
+        log.info("weights_read", file=file, files=f"{number} of {len(by_file)}")
+    for norm in _norms(weights):
+        norm.add_(config.family.norm_offset)
+    return weights
 
 
 def random_weights(
@@ -138,27 +186,12 @@ def random_weights(
 ) -> DecoderWeights:
     """Weights of the right shapes and ordinary sizes, the same ones every time."""
     generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        weight = torch.empty(shape, device=device, dtype=dtype)
-        return weight.normal_(std=0.02, generator=generator)
-
-    def ones() -> torch.Tensor:
-        return torch.ones(config.hidden_size, device=device, dtype=dtype)
-
-    def linear(group: str, parts: tuple[str, ...]) -> torch.Tensor:
-        weight = normal(config.out_features(group), config.linear_shape(parts[0])[1])
-        return _with_spare_rows(weight, spare_rows.get(group, 0))
-
-    layers = [
-        LayerWeights(
-            ones(), ones(), {group: linear(group, p) for group, p in LINEAR_GROUPS.items()}
-        )
-        for _ in range(config.num_layers)
-    ]
-    embedding = normal(config.vocab_size, config.hidden_size)
-    head = embedding if config.tie_word_embeddings else normal(*embedding.shape)
-    return DecoderWeights(embedding, layers, ones(), head)
+    weights = _allocate(config, device, dtype, spare_rows)
+    for tensor in tensors_by_name(weights, config).values():
+        tensor.normal_(std=0.02, generator=generator)
+    for norm in _norms(weights):
+        norm.fill_(1)
+    return weights
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -170,47 +203,40 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise BadInput(f"--model-path {index}: is no index of safetensors files.") from error
 
 
-class _TensorReader:
-    """Finds tensors by name in a folder's safetensors files."""
+def _files(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, of a model in one file or several."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        return _weight_map(index)
+    if not single.exists():
+        raise BadInput(
+            f"--model-path {folder}: holds neither {single.name} nor {index.name}. Other formats"
+            " are not read; `--load-format dummy` runs on random weights."
+        )
+    with _open(single) as file:
+        return dict.fromkeys(file.keys(), single.name)
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self._folder = folder
-        self._device = device
-        self._dtype = dtype
-        self._files: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
-        if index.exists():
-            weight_map = _weight_map(index)
-        elif single.exists():
-            weight_map = dict.fromkeys(self._open(single.name).keys(), single.name)
-        else:
-            raise BadInput(
-                f"--model-path {folder}: holds neither model.safetensors nor"
-                " model.safetensors.index.json. Other formats are not read;"
-                " `--load-format dummy` runs on random weights."
-            )
-        self._weight_map: dict[str, str] = weight_map
 
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in self._weight_map:
-            raise BadInput(f"--model-path {self._folder}: the weights lack {name}.")
-        file = self._weight_map[name]
-        try:
-            tensor: torch.Tensor = self._open(file).get_tensor(name)
-        except SafetensorError as error:
-            raise BadInput(f"--model-path {self._folder / file}: {name}: {error}") from error
-        if tuple(tensor.shape) != shape:
-            raise BadInput(
-                f"--model-path {self._folder / file}: {name} has the shape {tuple(tensor.shape)};"
-                f" config.json asks for {shape}."
-            )
-        return tensor.to(self._device, self._dtype)
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"--model-path {path}: {error}") from error
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                self._files[file] = safe_open(self._folder / file, "pt")
-            except (OSError, SafetensorError) as error:
-                raise BadInput(f"--model-path {self._folder / file}: {error}") from error
-        return self._files[file]
+
+def _copy(path: Path, file: Any, name: str, target: torch.Tensor) -> None:
+    try:
+        header = file.get_slice(name)
+    except SafetensorError as error:
+        raise BadInput(f"--model-path {path}: {name}: {error}") from error
+    if (shape := tuple(header.get_shape())) != tuple(target.shape):
+        raise BadInput(
+            f"--model-path {path}: {name} has the shape {shape};"
+            f" config.json asks for {tuple(target.shape)}."
+        )
+    if (kind := header.get_dtype()) not in _READABLE_TYPES:
+        raise BadInput(
+            f"--model-path {path}: {name} has the type {kind}; {', '.join(_READABLE_TYPES)} can be"
+            " read."
+        )
+    target.copy_(file.get_tensor(name))

@@ -1,0 +1,317 @@
+"""Every family of models and every rotary embedding against transformers, and LoRA on it against
+PEFT: tiny random models, whose prompts exceed their windows."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations, cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from schemas.errors import BadInput
+from schemas.job import Job
+from tests.test_engine import make_engine
+from tests.tiny_models import Oracle, OracleOfEach, make_adapter, make_model
+from worker import assembly, model_runner
+from worker.engine import Engine
+from worker.model_runner import ModelRunner
+from worker.sequence import Sequence
+
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1000.0}
+
+#: What ``make_model`` is told: a type of transformers, and what is not as usual.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 6}),
+    "llama-3": (
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": LLAMA3
+            | {
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "llama-linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}},
+    ),
+    "mistral": ("mistral", {"sliding_window": 23, "head_dim": 20}),
+    "qwen2": ("qwen2", {"rope_parameters": YARN | {"original_max_position_embeddings": 32}}),
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 20, "tie_word_embeddings": True, "attention_bias": True}),
+    "phi3": ("phi3", {"sliding_window": 21, "num_key_value_heads": 6}),
+    "phi4": (
+        "phi3",
+        {
+            "hidden_size": 96,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": LONG
+            | {
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 1.5, 2.0, 4.0, 7.0, 9.0],
+            },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 17,
+            # Else a random model of this family says its last token again and again.
+            "tie_word_embeddings": False,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 17,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            },
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {"no_rope_layer_interval": 2, "rope_parameters": YARN | {"factor": 2.0}},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+}
+
+#: Those that differ in these kernels, which take seconds each.
+INTERPRETED = ("qwen2-windows", "phi4", "gemma2", "gemma3", "smollm3")
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+NUM_TOKENS = 64
+
+#: In float32, of logits whose largest is about 10.
+TOLERANCE = 1e-4
+
+
+def linear_modules(name: str) -> tuple[str, ...]:
+    return FUSED_LINEAR if MODELS[name][0] == "phi3" else LINEAR
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model_folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_type, changes = MODELS[name]
+    return make_model(tmp_path_factory.mktemp("model"), model_type, **changes)
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    name: str, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Of all linear modules, of some of their parts, and with DoRA."""
+    modules = linear_modules(name)
+    kinds: dict[str, dict[str, Any]] = {
+        "all": {"rank": 5, "target_modules": modules},
+        "some": {"rank": 12, "target_modules": modules[::3]},
+        "dora": {"rank": 3, "target_modules": modules, "use_dora": True},
+    }
+    return {
+        kind: make_adapter(model_folder, tmp_path_factory.mktemp(kind), seed=seed, **settings)
+        for seed, (kind, settings) in enumerate(kinds.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def oracle(model_folder: Path, adapters: dict[str, Path]) -> Oracle:
+    return Oracle(model_folder, adapters)
+
+
+def make_jobs(loras: list[str | None], count: int) -> list[Job]:
+    rng = random.Random(3)
+    return [
+        Job(
+            id=f"job-{i}",
+            lora=lora,
+            prompt_token_ids=[rng.randrange(211) for _ in range(length)],
+            max_tokens=NUM_TOKENS,
+        )
+        for i, (lora, length) in enumerate(zip(cycle(loras), range(1, 100, 13), strict=False))
+        if i < count
+    ]
+
+
+Logits = dict[str, list[torch.Tensor]]
+
+
+@contextmanager
+def kept_logits() -> Iterator[Logits]:
+    """Those of each token of each job, by job id."""
+    kept: Logits = {}
+
+    def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> bool:
+        for sequence, row in zip(sequences, logits, strict=True):
+            kept.setdefault(sequence.job.id, []).append(row.cpu().clone())
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_runner, "draw", draw)
+        yield kept
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict[str, list[int]]:
+    """Tokens by job id; the jobs join two at a time, so that prefill and decode mix."""
+    sequences = [engine.sequence_of(job) for job in jobs]
+    joining = list(sequences)
+    while joining or engine.scheduler.running or engine.scheduler.waiting:
+        for sequence in joining[:2]:
+            engine.add(sequence)
+        del joining[:2]
+        engine.step()
+    return {sequence.job.id: sequence.output_ids for sequence in sequences}
+
+
+def assert_parity(engine: Engine, jobs: list[Job], oracle: Oracle) -> None:
+    """Each of a job's tokens is the oracle's greedy one after those before it, by logits as close
+    as ``TOLERANCE``."""
+    with kept_logits() as kept:
+        tokens = run(engine, jobs)
+    for job in jobs:
+        prompt = job.prompt_token_ids or []
+        expected = oracle.all_logits([*prompt, *tokens[job.id]], job.lora)[len(prompt) - 1 : -1]
+        found = torch.stack(kept[job.id])
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+        assert tokens[job.id] == expected.argmax(-1).tolist()
+        assert len(tokens[job.id]) == job.max_tokens
+
+
+def test_chunked_prompts_and_answers_mixed_with_adapters_are_those_of_transformers_and_peft(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    jobs = make_jobs([None, "all", "some", "dora"], 8)
+    assert_parity(make_engine(model_folder, adapters), jobs, oracle)
+
+
+def test_prompts_in_one_piece_are_those_of_transformers(model_folder: Path, oracle: Oracle) -> None:
+    jobs = make_jobs([None], 3)
+    assert_parity(make_engine(model_folder, {}, chunked_prefill_size=512), jobs, oracle)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the tests above run the kernels")
+@pytest.mark.parametrize("name", INTERPRETED, indirect=True, scope="module")
+def test_the_kernels_of_a_gpu_interpreted_give_the_same(
+    model_folder: Path,
+    adapters: dict[str, Path],
+    oracle: Oracle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of prefill and LoRA, with A under the base weights."""
+    monkeypatch.setattr(assembly, "_stacks_adapters", lambda device: True)
+    monkeypatch.setattr(
+        ModelRunner, "_tiles", lambda _, numbers: numbers.view(-1, 4) if len(numbers) else None
+    )
+    lora = {name: adapters[name] for name in ("all", "dora")}
+    jobs = [job.model_copy(update={"max_tokens": 1}) for job in make_jobs(["all", None, "dora"], 3)]
+    # No longer than the context that the one by LongRoPE was made for, which is not stretched then.
+    assert_parity(make_engine(model_folder, lora, context_length=32), jobs, oracle)
+
+
+def test_adapters_answer_differently(adapters: dict[str, Path], oracle: Oracle) -> None:
+    """Else a mix-up of adapters would go unseen."""
+    logits = [oracle.logits([5, 6, 7], name) for name in [None, *adapters]]
+    for one, other in combinations(logits, 2):
+        assert (one - other).abs().max() > 1000 * TOLERANCE
+
+
+# --- What adapters change beside linear modules -------------------------------------------------
+
+ENDS = ("embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"], indirect=True)
+def test_embeddings_and_output_heads_of_adapters_are_scaled_and_capped_as_the_models(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "lora": {"rank": 4, "target_modules": ENDS},
+        "dora": {"rank": 3, "target_modules": ENDS, "use_dora": True},
+        "own": {"rank": 2, "target_modules": ["o_proj"], "modules_to_save": list(ENDS)},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that it saves embeddings along.
+        adapters = {
+            kind: make_adapter(model_folder, tmp_path / kind, seed=seed, **settings)
+            for seed, (kind, settings) in enumerate(kinds.items())
+        }
+        oracle = OracleOfEach(model_folder, adapters)
+    jobs = [job.model_copy(update={"max_tokens": 8}) for job in make_jobs([None, *adapters], 8)]
+    assert_parity(make_engine(model_folder, adapters), jobs, oracle)
+
+
+# --- What a fused module is to adapters ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["phi3"], indirect=True)
+def test_modules_that_the_model_does_not_have_are_refused_by_name(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    flags = {"enable_lora": True, "max_lora_rank": 8}
+    with pytest.raises(BadInput) as error:
+        make_engine(model_folder, {}, **flags, lora_target_modules=("o_proj", "q_proj"))
+    assert str(error.value) == (
+        "--lora-target-modules: the model has no q_proj; it has qkv_proj, o_proj, gate_up_proj,"
+        " down_proj, embed_tokens, lm_head."
+    )
+    of_llama = make_adapter(
+        *(make_model(tmp_path / "llama", "llama"), tmp_path / "adapter"),
+        rank=3,
+        seed=1,
+        target_modules=("q_proj", "v_proj"),
+    )
+    with pytest.raises(BadInput, match="the model has 3 layers with qkv_proj, o_proj, gate_up_pro"):
+        make_engine(model_folder, {"of-llama": of_llama})
+
+
+@pytest.mark.parametrize("name", ["phi3"], indirect=True)
+def test_all_modules_are_those_of_the_model(model_folder: Path, adapters: dict[str, Path]) -> None:
+    engine = make_engine(
+        *(model_folder, {}), enable_lora=True, max_lora_rank=8, lora_target_modules=("all",)
+    )
+    engine.adapters.serve("all", engine.adapters.read("all", adapters["all"], version=1))
+    jobs = make_jobs(["all"], 1)
+    assert run(engine, jobs) == run(make_engine(model_folder, {"all": adapters["all"]}), jobs)
