@@ -15,10 +15,10 @@ from worker.adapters.peft_format import (
     Adapter,
     AdapterOutline,
     check_adapter,
+    check_numbers,
     load_adapter,
     revision_of,
 )
-from worker.adapters.peft_tensors import check_finite
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 from worker.model.config import ModelConfig
@@ -87,9 +87,9 @@ class AdapterChecker:
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput for one that cannot be
         served."""
-        _limits_for(_outline(folder, self.model), self.max_rank, self.target_modules)
-        check_finite(folder)
-        return revision_of(folder)
+        outline = _outline(folder, self.model)
+        _limits_for(outline, self.max_rank, self.target_modules)
+        return check_numbers(folder, outline)
 
 
 @dataclass(frozen=True)
