@@ -21,6 +21,7 @@ from producer.lora import app as lora_app
 from producer.messages import fail
 from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
 from schemas.errors import BadInput, LorryError
+from schemas.faults import plain
 
 EXIT_CODES = """\
 **Exit codes**
@@ -63,6 +64,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = plain(error.message)
+            raise
         except LorryError as error:
             fail(str(error))
             raise typer.Exit(error.exit_code) from None

@@ -156,6 +156,25 @@ def test_wrong_usage_ends_with_2(args: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, args).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (
+            ("submit", "x", "--priority", "urgent"),
+            "'urgent' is not one of 'high', 'normal', 'low'.",
+        ),
+        (("submit", "x", "--when-full", ""), "'' is not one of 'wait', 'refuse'."),
+        (("results", "x", "--format", "csv"), "'csv' is not one of 'jsonl', 'table'."),
+        (("wait", "x", "--timeout", "soon"), "should be a valid number, unable to parse"),
+        (("lora", "load", "a", "b", "--timeout", "-1"), "should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(args: tuple[str, ...], told: str) -> None:
+    outcome = CliRunner().invoke(app, args, env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert outcome.exit_code == 2
+    assert f"Invalid value for '{args[-2]}': {told}" in outcome.stderr
+
+
 @pytest.mark.parametrize("name", ["", "a b", "{a}", "a/b", "x" * 65])
 def test_a_wrong_queue_name_is_refused(name: str, redis_url: str) -> None:
     outcome = Producer(redis_url, name)("status")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from broker.job_queue import Claim, Claims, JobQueue
 from schemas import WIRE_VERSION
 from schemas.errors import JobError
+from schemas.faults import first_fault
 from schemas.job import Job
 from worker.leases import Leases
 from worker.publisher import Failed, Publisher, Retry
@@ -155,5 +156,4 @@ def _job_of(claim: Claim) -> Job:
     try:
         return Job.from_wire(claim.payload)
     except ValidationError as error:
-        problem = error.errors(include_input=False)[0]
-        raise JobError("bad_record", f"the stored job is damaged: {problem['msg']}") from error
+        raise JobError("bad_record", f"the stored job is damaged: {first_fault(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import (
 
 from schemas.adapter import AdapterName
 from schemas.errors import BadInput
+from schemas.faults import first_fault, plain
 from schemas.hub import HUB_PREFIX, HubSource
 from schemas.keys import QUEUE_NAME
 from worker.model.config import TARGET_MODULES
@@ -74,10 +76,8 @@ class LoraPath(BaseModel):
                 name, path = source.name if source else Path(text).name, text
             return cls(lora_name=name, lora_path=path)
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = "".join(f"{part}: " for part in problem["loc"])
             raise BadInput(
-                f"--lora-paths {text}: {field}{problem['msg']}."
+                f"--lora-paths {text}: {first_fault(error)}."
                 " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned, with a folder"
                 " or OWNER/NAME[@REVISION] of the hub as the path; a name begins with a letter or"
                 " digit and goes on with those and . _ - /"
@@ -108,6 +108,15 @@ def _known_owners(owners: tuple[str, ...]) -> tuple[str, ...]:
     return owners
 
 
+def _queue_name(name: str) -> str:
+    if not re.fullmatch(QUEUE_NAME, name):
+        raise ValueError(
+            "cannot name a queue: use up to 64 letters, digits and . _ -, a letter or digit first"
+        )
+    return name
+
+
+QueueName = Annotated[str, AfterValidator(_queue_name)]
 HubOwners = Annotated[tuple[str, ...], AfterValidator(_known_owners)]
 
 
@@ -120,7 +129,7 @@ class FetcherConfig(BaseModel):
     hub_owners: HubOwners
     max_lora_rank: Positive | None = None
     lora_target_modules: TargetModules = None
-    queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
+    queue: QueueName = "lorry"
     redis_url: str | None = None
     redis_password_file: Path | None = None
     end_with: int | None = None
@@ -160,7 +169,7 @@ class WorkerConfig(BaseModel):
     device: Literal["cpu", "cuda"] | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
-    queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
+    queue: QueueName = "lorry"
     redis_url: str | None = None
     max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
     redis_password_file: Path | None = None
@@ -245,7 +254,7 @@ class WorkerConfig(BaseModel):
 def _first_problem(error: ValidationError) -> str:
     """One sentence of a pydantic error, with the flag in place of the field."""
     problem = error.errors()[0]
-    message = problem["msg"].removeprefix("Value error, ")
+    message = plain(problem["msg"])
     if not problem["loc"]:
         return message
     flag = "--" + str(problem["loc"][0]).replace("_", "-")

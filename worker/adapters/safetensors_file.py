@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from schemas.errors import BadInput
+from schemas.faults import first_fault
 
 #: The types that weights of an adapter may have.
 WEIGHT_TYPES = {
@@ -120,9 +121,7 @@ def _parse(header: bytes, file_size: int) -> dict[str, StoredTensor]:
     try:
         found = _Header.model_validate_json(header[_LENGTH_BYTES:]).__pydantic_extra__
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise ValueError(": ".join(filter(None, ["its header", place, problem["msg"]]))) from error
+        raise ValueError(f"its header: {first_fault(error)}") from error
     end = 0
     tensors = dict(sorted(found.items(), key=lambda item: item[1].data_offsets))
     for key, tensor in tensors.items():
