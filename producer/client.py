@@ -212,6 +212,12 @@ class Client:
         with self._errors():
             return bool(self._reader.workers())
 
+    def knows_adapters(self) -> bool:
+        """Whether a worker has ever joined the queue or an adapter was loaded, so that a name can
+        be unknown."""
+        with self._errors():
+            return self._reader.has_desired_state()
+
     def overview(self) -> Overview:
         """The queue at this moment."""
         with self._errors():

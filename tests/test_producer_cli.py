@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 from typer.testing import Result as Outcome
 
@@ -231,6 +233,21 @@ def test_a_password_is_never_shown(url: str) -> None:
     outcome = Producer(url, "q")("status")
     assert outcome.exit_code == 4
     assert "secret" not in outcome.output
+
+
+def test_every_command_can_be_told_server_password_and_queue() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    commands = dict(group.commands)
+    while groups := [name for name, found in commands.items() if isinstance(found, TyperGroup)]:
+        for name in groups:
+            found = commands.pop(name)
+            assert isinstance(found, TyperGroup)
+            commands |= {f"{name} {inner}": command for inner, command in found.commands.items()}
+    assert len(commands) >= 17
+    for name, command in commands.items():
+        options = {parameter.name for parameter in command.params}
+        assert options.issuperset({"redis_url", "redis_password_file", "queue"}), name
 
 
 def test_an_error_shows_no_control_characters(producer: Producer) -> None:
