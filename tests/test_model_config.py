@@ -127,6 +127,11 @@ def test_a_missing_folder_is_called_missing(tmp_path: Path) -> None:
         ModelConfig.from_folder(gone)
 
 
+def test_a_folder_without_a_config_is_no_models(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"^--model-path {tmp_path}: it lacks config.json"):
+        ModelConfig.from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama", "vocab_size": "many"}'])
 def test_a_broken_config_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -258,4 +258,7 @@ def _first_problem(error: ValidationError) -> str:
     if not problem["loc"]:
         return message
     flag = "--" + str(problem["loc"][0]).replace("_", "-")
-    return f"{flag} {json.dumps(problem['input'], default=str)}: {message}"
+    given = problem["input"]
+    # As it was typed; a single value in quotes, since it may be empty.
+    shown = " ".join(given) if isinstance(given, list) else json.dumps(given, default=str)
+    return f"{flag} {shown}: {message}"

@@ -59,6 +59,11 @@ class ModelConfig:
         """Read a model folder; raises BadInput if it holds no model that the engine can run."""
         if not folder.is_dir():
             raise BadInput(f"--model-path {folder}: there is no folder of that name.")
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                f"--model-path {folder}: it lacks config.json. Name the folder of a Hugging Face"
+                " model."
+            )
         config = _read(folder, "config.json", AutoConfig)
         architectures = config.architectures or []
         if not set(architectures) & set(_ARCHITECTURES):
@@ -132,7 +137,7 @@ def _read(folder: Path, file: str, kind: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"--model-path {folder}: cannot read its {file}: {reason}") from error
 
 
