@@ -147,6 +147,18 @@ def test_a_folder_outside_the_roots_is_refused(
         assert reason == f"{source} is not below --lora-root {root}."
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "circle/sql", "a\0b"])
+def test_a_path_that_no_system_can_look_up_is_refused_and_ends_no_worker(
+    make_follower: MakeFollower, root: Path, name: str
+) -> None:
+    (root / "circle").symlink_to(root / "circle")
+    follower = make_follower()
+    follower.load("sql", root / "sql")
+    follower.load("odd", f"{root}/{name}")
+    assert follower.registry.revisions == {"sql": "sql weights"}
+    assert follower.registry.errors.keys() == {"odd"}
+
+
 def test_without_roots_commands_load_nothing(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:

@@ -121,8 +121,9 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_missing_folder_is_called_missing(tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
+@pytest.mark.parametrize("name", ["gone", "a" * 300])
+def test_a_missing_folder_is_called_missing(tmp_path: Path, name: str) -> None:
+    gone = tmp_path / name
     with pytest.raises(BadInput, match=f"^--model-path {gone}: there is no folder of that name"):
         ModelConfig.from_folder(gone)
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
 from worker.adapters import device_weights
+from worker.adapters.loader import AdapterLimits, AdapterLoader
 from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
 from worker.model.weights import DecoderWeights, load_weights, random_weights
@@ -972,6 +973,17 @@ def test_an_alpha_that_is_no_finite_number_is_refused(
 
 
 # --- Weights that are refused -------------------------------------------------------------------
+
+
+def test_a_folder_that_no_system_can_look_up_is_refused(
+    model: ModelConfig, base: DecoderWeights
+) -> None:
+    folder = Path("/" + "a" * 300)
+    loader = AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES))
+    with pytest.raises(BadInput, match="there is no folder"):
+        loader.load("sql", folder)
+    with pytest.raises(BadInput, match="there is no folder"):
+        loader.revision(folder)
 
 
 def test_a_folder_without_weights_is_refused(folder: Path, model: ModelConfig) -> None:

@@ -244,6 +244,16 @@ def test_adapters_that_come_later_need_limits(tmp_path: Path) -> None:
         assert WorkerConfig.from_flags({"model_path": "m", **flags, **LIMITS}).has_lora
 
 
+@pytest.mark.parametrize("path", ["a" * 300, "circle/a/b"])
+def test_a_path_that_no_system_can_look_up_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    assert LoraPath.parse(f"sql={path}").repository is None
+    assert "there is no folder" in refusal({"lora_paths": ["a=x"], "lora_root": [Path(path)]})
+
+
 def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     flags = {"lora_paths": ["a=x"], "lora_root": [tmp_path, tmp_path / "gone"]}
     expected = f"--lora-root {tmp_path / 'gone'}: there is no folder of that name"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,7 +43,7 @@ class LoraPath(BaseModel):
 
     @property
     def folder(self) -> Path:
-        return Path(self.lora_path).resolve()
+        return Path(os.path.realpath(self.lora_path))
 
     @property
     def repository(self) -> HubSource | None:
@@ -50,7 +51,7 @@ class LoraPath(BaseModel):
 
         A folder of that name wins; with ``hf:`` before it, it is the repository.
         """
-        if self.lora_path.startswith(HUB_PREFIX) or not self.folder.is_dir():
+        if self.lora_path.startswith(HUB_PREFIX) or not os.path.isdir(self.folder):
             return HubSource.parse(self.lora_path)
         return None
 
@@ -211,7 +212,7 @@ class WorkerConfig(BaseModel):
             )
         if self.with_fetcher and not self.hub_owners:
             raise ValueError("--with-fetcher needs --hub-owners: whose repositories it may fetch")
-        if missing := [str(root) for root in self.lora_root if not root.is_dir()]:
+        if missing := [str(root) for root in self.lora_root if not os.path.isdir(root)]:
             raise ValueError(f"--lora-root {missing[0]}: there is no folder of that name")
         if self.max_total_tokens is not None and self.mem_fraction_static is not None:
             raise ValueError("--max-total-tokens and --mem-fraction-static exclude each other")

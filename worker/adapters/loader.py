@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class AdapterLoader:
 
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput if it cannot be read."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise BadInput(f"there is no folder {folder}.")
         try:
             return revision_of(folder)
@@ -145,6 +146,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _outline(folder: Path, model: ModelConfig) -> AdapterOutline:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BadInput(f"there is no folder {folder}.")
     return check_adapter(folder, model)

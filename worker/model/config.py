@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read a model folder; raises BadInput if it holds no model that the engine can run."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise BadInput(f"--model-path {folder}: there is no folder of that name.")
         if not (folder / "config.json").is_file():
             raise BadInput(
