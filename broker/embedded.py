@@ -38,6 +38,9 @@ START_TIMEOUT = 60.0
 #: Seconds that one question may take; then a person is told what is waited for.
 ANSWER_TIMEOUT = 1.0
 
+#: What the server tells, in its folder.
+LOG_FILE = "valkey.log"
+
 #: The kernel's bound on the path of a Unix socket, without the closing zero byte.
 MAX_SOCKET_PATH = 107
 
@@ -50,6 +53,26 @@ def default_state_folder() -> Path:
     return Path(state_home) / "lorry"
 
 
+def server_command(folder: Path) -> list[str]:
+    """The command of a Valkey that keeps its data and its log in the folder, as a queue needs it;
+    where it listens is to be added."""
+    return [
+        str(get_binary_path()),
+        *("--dir", str(folder), "--logfile", str(folder / LOG_FILE)),
+        *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+        *("--maxmemory-policy", "noeviction"),
+    ]
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers and has its data loaded."""
+    try:
+        with connect(url, timeout=ANSWER_TIMEOUT) as client:
+            return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
 class EmbeddedServer:
     """This process's use of the server in a state folder, from construction to ``close``."""
 
@@ -60,7 +83,7 @@ class EmbeddedServer:
         """
         self.folder = (folder or default_state_folder()).absolute()
         self._socket = self.folder / "valkey.sock"
-        self._log = self.folder / "valkey.log"
+        self._log = self.folder / LOG_FILE
         self._pid_file = self.folder / "valkey.pid"
         self._server_lock = self.folder / "server.lock"
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,7 +142,7 @@ class EmbeddedServer:
         has_told = False
         with self._server_lock.open("a") as lock:
             while not _can_lock(lock):
-                if self._answers():
+                if answers(self.url):
                     return False
                 waited = time.monotonic() - begun
                 if waited > START_TIMEOUT:
@@ -135,22 +158,11 @@ class EmbeddedServer:
             self._start(lock)
             return True
 
-    def _answers(self) -> bool:
-        """Whether a server answers and has its data loaded."""
-        try:
-            with connect(self.url, timeout=ANSWER_TIMEOUT) as client:
-                return bool(client.ping())
-        except redis.RedisError:
-            return False
-
     def _start(self, lock: IO[str]) -> None:
         command = [
-            str(get_binary_path()),
+            *server_command(self.folder),
             *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),
-            *("--dir", str(self.folder), "--logfile", str(self._log)),
             *("--pidfile", str(self._pid_file)),
-            *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
-            *("--maxmemory-policy", "noeviction"),
         ]
         # A session of its own: Ctrl-C in the terminal ends the worker, not the server under it.
         self._process = subprocess.Popen(
@@ -163,7 +175,7 @@ class EmbeddedServer:
         )
         deadline = time.monotonic() + START_TIMEOUT
         try:
-            while not self._answers():
+            while not answers(self.url):
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise ServerUnavailable(
                         f"The embedded server in {self.folder} did not start; {self._log} tells"

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError
+from schemas.faults import first_fault
 from schemas.hub import FetchRecord
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -18,9 +19,7 @@ def read_record(model: type[Record], text: str, what: str) -> Record:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        problem = error.errors(include_input=False)[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise LorryError(f"{what} is damaged: {place}: {problem['msg']}") from error
+        raise LorryError(f"{what} is damaged: {first_fault(error)}") from error
 
 
 def read_adapter(name: str, text: str) -> AdapterRecord:

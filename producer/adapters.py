@@ -98,14 +98,14 @@ def load(
 
 def check_load(reader: QueueReader, name: str, *, pinned: bool) -> None:
     """Raises BadInput for what cannot be a name, and if a worker has no slot left to keep."""
-    _require_name(name)
+    require_name(name)
     if pinned:
         _require_slot_to_keep(reader, name)
 
 
 def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> Change:
     """Take an adapter off all workers, once its waiting jobs are finished, or failed by force."""
-    _require_name(name)
+    require_name(name)
     version = queue.unload_adapter(name, "force" if force else "drain")
     if version is None:
         raise unknown(reader, name)
@@ -125,7 +125,7 @@ def _retire(queue: JobQueue, reader: QueueReader, name: str) -> bool:
 
 def pin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
     """Let an adapter keep a slot on every worker."""
-    _require_name(name)
+    require_name(name)
     if record := reader.adapter(name):
         if record.unloading:
             raise BadInput(f"'{name}' is being unloaded; `producer lora load` brings it back.")
@@ -138,7 +138,7 @@ def pin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
 
 def unpin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
     """Let an adapter give up its slot like any other."""
-    _require_name(name)
+    require_name(name)
     version = queue.pin_adapter(name, False)
     if version is None:
         raise unknown(reader, name)
@@ -271,7 +271,7 @@ def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool) ->
     return f"{left}, and no worker serves it; --force lets them fail"
 
 
-def _require_name(name: str) -> None:
+def require_name(name: str) -> None:
     if not is_adapter_name(name):
         raise BadInput(
             f"'{name}' cannot name an adapter: use up to 128 letters, digits and . _ - /"

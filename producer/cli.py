@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from broker.interrupts import INTERRUPTED, end_at_once
 from producer.controls import app as controls_app
 from producer.dead import app as dead_app
 from producer.lora import app as lora_app
 from producer.messages import fail
 from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
 from schemas.errors import BadInput, LorryError
+from schemas.faults import plain
 
 EXIT_CODES = """\
 **Exit codes**
@@ -37,8 +39,8 @@ EXIT_CODES = """\
 - 130: interrupted by Ctrl-C; what was sent goes on
 """
 
-#: The exit codes that a shell gives a program ended by Ctrl-C, or by a reader that has gone.
-INTERRUPTED, NO_READER = 130, 141
+#: The exit code that a shell gives a program ended by a reader that has gone.
+NO_READER = 141
 
 
 class Format(StrEnum):
@@ -63,6 +65,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = plain(error.message)
+            raise
         except LorryError as error:
             fail(str(error))
             raise typer.Exit(error.exit_code) from None
@@ -297,7 +302,10 @@ def main() -> None:
         getattr(sys, name).reconfigure(errors="backslashreplace")  # A name need not fit the locale.
     # Asked to end, it leaves in order, so that the embedded server does not outlive its last user.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    app(prog_name="producer")
+    try:
+        app(prog_name="producer")
+    finally:
+        end_at_once()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from producer.options import Json, Queue, RedisUrl
+from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
 
 app = typer.Typer()
 
@@ -18,13 +18,14 @@ def cancel(
     ],
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Cancel jobs, or all jobs of submissions, that have not ended: waiting and running ones."""
     from producer import steering
     from producer.place import Place
 
-    steering.cancel(Place(redis_url, queue), ids, json_wanted=json)
+    steering.cancel(Place(redis_url, queue, redis_password_file), ids, json_wanted=json)
 
 
 PausedName = Annotated[
@@ -34,21 +35,31 @@ PausedName = Annotated[
 
 
 @app.command()
-def pause(name: PausedName = None, redis_url: RedisUrl = None, queue: Queue = "lorry") -> None:
+def pause(
+    name: PausedName = None,
+    redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
+    queue: Queue = "lorry",
+) -> None:
     """Let workers claim nothing new of the queue, or of an adapter; what runs is finished."""
     from producer import steering
     from producer.place import Place
 
-    steering.pause(Place(redis_url, queue), name)
+    steering.pause(Place(redis_url, queue, redis_password_file), name)
 
 
 @app.command()
-def resume(name: PausedName = None, redis_url: RedisUrl = None, queue: Queue = "lorry") -> None:
+def resume(
+    name: PausedName = None,
+    redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
+    queue: Queue = "lorry",
+) -> None:
     """Let workers claim again what was paused."""
     from producer import steering
     from producer.place import Place
 
-    steering.resume(Place(redis_url, queue), name)
+    steering.resume(Place(redis_url, queue, redis_password_file), name)
 
 
 @app.command()
@@ -63,10 +74,11 @@ def limits(
     ] = None,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Bound what may wait in the queue, for all who submit; without options, show it."""
     from producer import steering
     from producer.place import Place
 
-    steering.limits(Place(redis_url, queue), jobs, num_bytes, json_wanted=json)
+    steering.limits(Place(redis_url, queue, redis_password_file), jobs, num_bytes, json_wanted=json)

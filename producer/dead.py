@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from producer.options import Json, Queue, RedisUrl
+from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
 
 app = typer.Typer(
     name="dead",
@@ -16,20 +16,24 @@ app = typer.Typer(
 
 Ids = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[ID]...", help="Jobs, and submissions for all dead jobs of theirs."),
+    typer.Argument(metavar="ID", help="Jobs, and submissions for all dead jobs of theirs."),
 ]
 All = Annotated[bool, typer.Option("--all", help="All dead jobs of the queue.")]
 
 
 @app.command("list")
 def list_(
-    ids: Ids = None, json: Json = False, redis_url: RedisUrl = None, queue: Queue = "lorry"
+    ids: Ids = None,
+    json: Json = False,
+    redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
+    queue: Queue = "lorry",
 ) -> None:
     """List dead jobs with the reason, those given up first in front; without IDs all of them."""
     from producer import replaying
     from producer.place import Place
 
-    replaying.list_dead(Place(redis_url, queue), ids or [], json_wanted=json)
+    replaying.list_dead(Place(redis_url, queue, redis_password_file), ids or [], json_wanted=json)
 
 
 @app.command()
@@ -37,13 +41,14 @@ def show(
     job: Annotated[str, typer.Argument(metavar="JOB", help="A job, dead or not.")],
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Show a job and how each of its attempts ended."""
     from producer import replaying
     from producer.place import Place
 
-    replaying.show(Place(redis_url, queue), job, json_wanted=json)
+    replaying.show(Place(redis_url, queue, redis_password_file), job, json_wanted=json)
 
 
 @app.command()
@@ -52,13 +57,16 @@ def replay(
     all_: All = False,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Let dead jobs run again, with a fresh count of attempts; their history is kept."""
     from producer import replaying
     from producer.place import Place
 
-    replaying.replay(Place(redis_url, queue), ids or [], all_wanted=all_, json_wanted=json)
+    replaying.replay(
+        Place(redis_url, queue, redis_password_file), ids or [], all_wanted=all_, json_wanted=json
+    )
 
 
 @app.command()
@@ -67,10 +75,13 @@ def drop(
     all_: All = False,
     json: Json = False,
     redis_url: RedisUrl = None,
+    redis_password_file: RedisPasswordFile = None,
     queue: Queue = "lorry",
 ) -> None:
     """Take jobs off this list for good; their results still say why they were given up."""
     from producer import replaying
     from producer.place import Place
 
-    replaying.drop(Place(redis_url, queue), ids or [], all_wanted=all_, json_wanted=json)
+    replaying.drop(
+        Place(redis_url, queue, redis_password_file), ids or [], all_wanted=all_, json_wanted=json
+    )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from typing import Literal
+from typing import Literal, get_args
 
 from broker.queue_reader import QueueReader
 from producer.checks import AdapterCheck, IdCheck
 from producer.lines import Defaults, make_job, parse_line
 from producer.problems import Problems
 from producer.spool import Spool
-from producer.terms import Terms
+from producer.terms import Terms, WhenFull
 from schemas.errors import BadInput, LorryError
 from schemas.job import Job
 from schemas.result import RESULT_TTL
@@ -43,6 +43,9 @@ def prepare(
         raise BadInput(
             f"--result-ttl is a time of more than 0 and at most ten years, not {result_ttl:g} s."
         )
+    when_full = terms.get("when_full", "wait")
+    if when_full not in get_args(WhenFull):
+        raise BadInput(f"--when-full is 'wait' or 'refuse', not '{when_full}'.")
     problems = Problems(name)
     spool = Spool(name)
     try:
@@ -67,7 +70,7 @@ def prepare(
         raise
     spool.num_jobs_by_adapter = adapters.num_jobs
     spool.result_ttl = result_ttl
-    spool.when_full = terms.get("when_full", "wait")
+    spool.when_full = when_full
     return spool
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from schemas.errors import BadInput
+from schemas.faults import place_of, plain
 from schemas.job import Job, Message
 
 #: The longest line that is read, in bytes; it bounds the memory that one line takes.
@@ -139,14 +140,10 @@ def _fault(fault: ErrorDetails) -> str:
     """pydantic's account of one fault as "field: what is wrong"."""
     place, kind = fault["loc"], fault["type"]
     if kind == "value_error":
-        return fault["msg"].removeprefix("Value error, ")
+        return plain(fault["msg"])
     if kind == "extra_forbidden":
         return _unknown_field(place)
-    if kind == "string_pattern_mismatch":
-        what = _PATTERNS[str(place[0])]
-    else:
-        what = re.sub(r"^\w+ should ", "should ", fault["msg"])
-        what = what[0].lower() + what[1:].replace(" after validation", "")
+    what = _PATTERNS[str(place[0])] if kind == "string_pattern_mismatch" else plain(fault["msg"])
     found = "" if kind == "missing" else f" (found {_found(fault['input'])})"
     return f"{_place(place)}: {what}{found}"
 
@@ -169,11 +166,8 @@ def _unknown_field(place: tuple[int | str, ...]) -> str:
 
 
 def _place(place: tuple[int | str, ...]) -> str:
-    """("messages", 1, "role") -> "messages[1].role"."""
-    if place[0] == "metadata":  # What follows are names of pydantic's, not of the line's.
-        return "metadata"
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return "".join(parts).removeprefix(".")
+    # What follows are names of pydantic's, not of the line's.
+    return "metadata" if place[0] == "metadata" else place_of(place)
 
 
 def _found(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ class Output:
         if self.path is None:
             return
         if self.path.is_file() or not self.path.exists():
-            self.path = self.path.resolve()  # A link stays one, and its target is replaced.
+            # A link stays one, and its target is replaced. (Path.resolve raises RuntimeError for
+            # links in a circle.)
+            self.path = Path(os.path.realpath(self.path))
             self.written_to = self.path.with_name(self.path.name + ".partial")
         try:
             self._file = open(self.written_to or self.path, "wb")  # noqa: SIM115 - see __exit__.

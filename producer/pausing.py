@@ -12,9 +12,10 @@ from schemas.keys import BASE, WHOLE_QUEUE
 
 
 def pause(queue: JobQueue, reader: QueueReader, adapter: str | None) -> bool:
-    """Pause an adapter, or the queue; False if it was paused already. Raises UnknownId for an
-    adapter that the queue does not know."""
+    """Pause an adapter, or the queue; False if it was paused already. Raises BadInput for what
+    cannot be a name, and UnknownId for an adapter that the queue does not know."""
     if adapter is not None and adapter != BASE:
+        adapters.require_name(adapter)
         is_known = reader.adapter(adapter) or not reader.has_desired_state()
         if not is_known:
             raise adapters.unknown(reader, adapter)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker.address import has_password, without_password
+from broker.interrupts import tidy_up_first
 from producer.client import Client
 from producer.messages import notice, warn
 
@@ -28,6 +29,8 @@ class Place:
                 "Every user of this machine can see the password in --redis-url, by ps."
                 " REDIS_URL, REDIS_PASSWORD and --redis-password-file keep it to yourself."
             )
+        # A client may start the embedded server, which must not outlive its last user.
+        tidy_up_first()
         with Client(self.redis_url, self.queue, self.redis_password_file) as client:
             notice(f"Using {client.server}")
             yield client

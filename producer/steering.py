@@ -11,7 +11,7 @@ import typer
 from producer.advice import counted
 from producer.bars import bar_for
 from producer.limiting import describe
-from producer.messages import say
+from producer.messages import say, warn
 from producer.pausing import sentences
 from producer.place import Place
 from producer.quantities import parse_size
@@ -42,11 +42,17 @@ def pause(place: Place, name: str | None) -> None:
     """Pause the queue, or an adapter."""
     with place.client() as client:
         is_new = client.pause(name)
+        is_known = name in (None, BASE) or client.knows_adapters()
     what, again = _paused_thing(place, name), place.command(f"resume{f' {name}' if name else ''}")
     if is_new:
         typer.echo(f"Paused {what}: workers finish what runs and claim nothing new until {again}.")
     else:
         typer.echo(f"Paused already: {what}. {again} ends that.")
+    if not is_known:
+        warn(
+            f"No worker has ever joined queue '{place.queue}', so nobody could tell whether it has"
+            " that adapter; the pause holds if one of that name comes."
+        )
 
 
 def resume(place: Place, name: str | None) -> None:
@@ -62,13 +68,14 @@ def resume(place: Place, name: str | None) -> None:
 
 def limits(place: Place, jobs: str | None, num_bytes: str | None, *, json_wanted: bool) -> None:
     """Change the bounds that are given, and show what waits and what may."""
+    given = {}
+    if jobs is not None:
+        given["jobs"] = parse_size(jobs, "--jobs")
+    if num_bytes is not None:
+        given["bytes"] = parse_size(num_bytes, "--bytes")
     with place.client() as client:
-        limits = client.limits()
-        if jobs is not None:
-            limits = limits._replace(jobs=parse_size(jobs, "--jobs"))
-        if num_bytes is not None:
-            limits = limits._replace(bytes=parse_size(num_bytes, "--bytes"))
-        if jobs is not None or num_bytes is not None:
+        limits = client.limits()._replace(**given)
+        if given:
             client.set_limits(limits)
         waiting = client.overview().backlog
     if json_wanted:

@@ -293,6 +293,23 @@ def test_modules_of_smaller_ranks_leave_no_trace_of_what_stood_in_the_slot() -> 
     assert_slot_computes(slots, mixed)
 
 
+def test_an_adapter_laid_out_for_a_gpu_is_in_memory_once() -> None:
+    slots, adapter = (
+        make_slots(1, TARGET_MODULES),
+        random_adapter("a", rank=7, modules=TARGET_MODULES),
+    )
+    before = {place: (factors.a, factors.b) for place, factors in adapter.factors.items()}
+    pieces = slots._pack(adapter, page_locked=False)
+    slots._share(adapter, pieces)
+    laid_out = {piece.memory.untyped_storage().data_ptr() for piece in pieces}
+    for place, (a, b) in before.items():
+        factors = adapter.factors[place]
+        assert factors.a.equal(a)
+        assert factors.b.equal(b)
+        assert factors.a.untyped_storage().data_ptr() in laid_out
+        assert factors.b.untyped_storage().data_ptr() in laid_out
+
+
 def test_loading_a_slot_leaves_its_neighbours_alone() -> None:
     slots = make_slots(3)
     a, b, c, d = (random_adapter(name, rank=MAX_RANK, seed=ord(name)) for name in "abcd")

@@ -159,14 +159,14 @@ def test_a_server_that_never_answers_is_an_error_that_names_its_process(
 def test_ctrl_c_while_the_server_starts_ends_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: EmbeddedServer) -> bool:
+    def interrupted(url: str) -> bool:
         while not servers_of(folder):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(EmbeddedServer, "_answers", interrupted)
+        patch.setattr(embedded, "answers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             EmbeddedServer(folder)
     assert not servers_of(folder)

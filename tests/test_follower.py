@@ -36,6 +36,11 @@ class Follower(DesiredStateFollower):
             },
         )
 
+    def load(self, name: str, source: Path | str, *, pinned: bool = False) -> None:
+        """Follow a command to load an adapter."""
+        self._queue.set_adapter(name, str(source), pinned=pinned)
+        self.follow()
+
     def _count_report(self) -> None:
         self.num_reports += 1
 
@@ -94,10 +99,8 @@ def test_a_load_of_other_weights_under_a_name_replaces_it(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     follower = make_follower()
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
-    queue.set_adapter("sql", str(root / "new"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
+    follower.load("sql", root / "new")
     assert follower.registry.revisions == {"sql": "new weights"}
     assert record(queue, "sql").revision == "new weights"
 
@@ -106,13 +109,11 @@ def test_files_changed_in_place_are_served_once_they_are_loaded_again(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     follower = make_follower()
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
     (root / "sql" / "weights").write_text("trained on")
     follower.follow()
     assert follower.registry.revisions == {"sql": "sql weights"}
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
     assert follower.registry.revisions == {"sql": "trained on"}
 
 
@@ -120,8 +121,7 @@ def test_a_worker_that_finds_other_files_than_the_first_one_refuses_them(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     first, second = make_follower(), make_follower()
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    first.follow()
+    first.load("sql", root / "sql")
     (root / "sql" / "weights").write_text("another machine's")
     second.follow()
     assert second.registry.revisions == {}
@@ -132,8 +132,7 @@ def test_a_worker_that_finds_other_files_than_the_first_one_refuses_them(
 
 
 def refusal(queue: JobQueue, follower: Follower, source: Path) -> str:
-    queue.set_adapter("sql", str(source), pinned=False)
-    follower.follow()
+    follower.load("sql", source)
     assert follower.registry.revisions == {}
     return follower.registry.errors["sql"]
 
@@ -147,6 +146,18 @@ def test_a_folder_outside_the_roots_is_refused(
     for source in (outside, root / "link", root / ".." / "rooted"):
         reason = refusal(queue, make_follower(), source)
         assert reason == f"{source} is not below --lora-root {root}."
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "circle/sql", "a\0b"])
+def test_a_path_that_no_system_can_look_up_is_refused_and_ends_no_worker(
+    make_follower: MakeFollower, root: Path, name: str
+) -> None:
+    (root / "circle").symlink_to(root / "circle")
+    follower = make_follower()
+    follower.load("sql", root / "sql")
+    follower.load("odd", f"{root}/{name}")
+    assert follower.registry.revisions == {"sql": "sql weights"}
+    assert follower.registry.errors.keys() == {"odd"}
 
 
 def test_without_roots_commands_load_nothing(
@@ -167,8 +178,7 @@ def test_a_folder_of_the_command_line_needs_no_root(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     follower = make_follower(roots=(), own_folders=[root / "sql"])
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
     assert follower.registry.revisions == {"sql": "sql weights"}
 
 
@@ -177,12 +187,10 @@ def test_a_refused_adapter_leaves_the_others_alone_and_is_served_once_loaded_rig
 ) -> None:
     follower = make_follower()
     queue.set_adapter("chat", str(root / "chat"), pinned=False)
-    queue.set_adapter("sql", str(root / "gone"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "gone")
     assert follower.registry.revisions == {"chat": "chat weights"}
     assert follower.registry.errors == {"sql": f"there is no folder {root / 'gone'}."}
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
     assert follower.registry.errors == {}
     assert set(follower.registry.revisions) == {"chat", "sql"}
 
@@ -259,11 +267,9 @@ def test_a_load_that_follows_a_failed_one_still_replaces_what_is_served(
 ) -> None:
     worker = make_follower()
     replaced_by_nothing(queue, root, worker)
-    queue.set_adapter("sql", str(root / "nowhere"), pinned=False)
-    worker.follow()
+    worker.load("sql", root / "nowhere")
     assert worker.registry.revisions == {"sql": "sql weights"}
-    queue.set_adapter("sql", str(root / "new"), pinned=False)
-    worker.follow()
+    worker.load("sql", root / "new")
     assert worker.registry.revisions == {"sql": "new weights"}
     assert worker.registry.errors == {}
 
@@ -298,8 +304,7 @@ def test_a_repository_of_a_named_owner_is_read_from_the_cache(
     queue: JobQueue, make_follower: MakeFollower, cached: Path
 ) -> None:
     follower = make_follower(hub_owners=["acme"])
-    queue.set_adapter("sql", f"hf:acme/sql@{COMMIT}", pinned=False)
-    follower.follow()
+    follower.load("sql", f"hf:acme/sql@{COMMIT}")
     assert follower.registry.revisions == {"sql": "hub weights"}
     assert follower.registry.records["sql"].source == f"hf:acme/sql@{COMMIT}"
     queue.pin_adapter("sql", True)
@@ -311,8 +316,7 @@ def test_a_repository_of_the_command_line_needs_no_owner(
     queue: JobQueue, make_follower: MakeFollower, cached: Path
 ) -> None:
     follower = make_follower(own_repositories=["acme/sql"])
-    queue.set_adapter("sql", f"hf:acme/sql@{COMMIT}", pinned=False)
-    follower.follow()
+    follower.load("sql", f"hf:acme/sql@{COMMIT}")
     assert follower.registry.revisions == {"sql": "hub weights"}
 
 
@@ -333,8 +337,7 @@ def test_what_is_not_cached_or_not_allowed_is_refused(
     queue: JobQueue, make_follower: MakeFollower, cached: Path, source: str, reason: str
 ) -> None:
     follower = make_follower(hub_owners=["acme"])
-    queue.set_adapter("x", source, pinned=False)
-    follower.follow()
+    follower.load("x", source)
     assert reason in follower.registry.errors["x"]
     assert follower.registry.revisions == {}
 
@@ -413,8 +416,7 @@ def test_a_load_that_nobody_can_read_does_not_take_a_workers_own_adapter_out_of_
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     other = make_follower()
-    queue.set_adapter("sql", str(root / "gone"), pinned=False)
-    other.follow()
+    other.load("sql", root / "gone")
     assert other.registry.revisions == {}
     own = make_follower(own_folders=[root / "sql"])
     load(own.registry, "sql", root / "sql", version=0)
@@ -454,8 +456,7 @@ def test_a_server_that_lost_everything_is_told_again(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     follower = make_follower()
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
     queue.client.delete(queue.keys.adapters, queue.keys.adapters_version)
     follower.follow()
     assert record(queue, "sql").source == str(root / "sql")
@@ -482,8 +483,7 @@ def test_a_damaged_record_stops_nothing_that_is_served(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     follower = make_follower()
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
     queue.client.hset(queue.keys.adapters, "chat", "{")
     follower.follow()
     assert follower.registry.revisions == {"sql": "sql weights"}
@@ -499,8 +499,7 @@ def test_an_adapter_is_unloaded_once_its_jobs_are_done(
     queue: JobQueue, make_follower: MakeFollower, root: Path
 ) -> None:
     follower = make_follower()
-    queue.set_adapter("sql", str(root / "sql"), pinned=False)
-    follower.follow()
+    follower.load("sql", root / "sql")
     job = Job(id="one", lora="sql", prompt_token_ids=[1])
     queue.submit("submission", "", 1, 0, [job])
     queue.unload_adapter("sql", "drain")

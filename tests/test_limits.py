@@ -255,3 +255,8 @@ def test_a_record_that_no_script_could_use_is_refused_whole(
     with pytest.raises(ResponseError, match="soon"):
         queue._run("submit", "sub", "file", 2, 0, given["result_ttl"], 0, 0, *jobs)
     assert list(queue.client.scan_iter(match=queue.keys.prefix + "*")) == []
+
+
+def test_another_way_with_a_full_queue_than_the_two_is_refused(client: Client) -> None:
+    with pytest.raises(BadInput, match="--when-full is 'wait' or 'refuse', not 'maybe'"):
+        client.submit(["x"], when_full="maybe")  # type: ignore[arg-type]

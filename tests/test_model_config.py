@@ -168,10 +168,16 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_a_missing_folder_is_called_missing(tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
+@pytest.mark.parametrize("name", ["gone", "a" * 300])
+def test_a_missing_folder_is_called_missing(tmp_path: Path, name: str) -> None:
+    gone = tmp_path / name
     with pytest.raises(BadInput, match=f"^--model-path {gone}: there is no folder of that name"):
         ModelConfig.from_folder(gone)
+
+
+def test_a_folder_without_a_config_is_no_models(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"^--model-path {tmp_path}: it lacks config.json"):
+        ModelConfig.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "llama", "vocab_size": "many"}'])

@@ -142,6 +142,27 @@ def test_an_adapter_of_a_queue_that_no_worker_has_joined_can_be_paused(client: C
     assert client.resume("sql")
 
 
+def test_pausing_an_adapter_that_nobody_can_know_yet_says_so(
+    producer: Producer, queue: JobQueue
+) -> None:
+    outcome = producer("pause", "sqll")
+    assert outcome.exit_code == 0
+    assert outcome.stderr.splitlines()[-1] == (
+        f"warning: No worker has ever joined queue '{queue.name}', so nobody could tell whether it"
+        " has that adapter; the pause holds if one of that name comes."
+    )
+    assert "warning" not in producer("pause", "@base").stderr
+    assert "warning" not in producer("pause").stderr
+    Worker(queue)
+    assert "warning" not in producer("pause", "sql").stderr
+
+
+def test_what_cannot_be_an_adapters_name_is_not_paused(producer: Producer) -> None:
+    outcome = producer("pause", "a b")
+    assert outcome.exit_code == 2
+    assert "'a b'" in outcome.stderr
+
+
 def test_an_unknown_adapter_is_not_paused(client: Client, queue: JobQueue) -> None:
     join(queue)
     with pytest.raises(UnknownId):

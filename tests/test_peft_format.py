@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
-from worker.adapters import device_weights, peft_format
+from worker.adapters import device_weights
+from worker.adapters.loader import AdapterLimits, AdapterLoader
 from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
 from worker.model.weights import DecoderWeights, load_weights, random_weights
@@ -159,16 +162,75 @@ def test_an_adapter_that_is_loaded_does_not_change_with_its_file(
     assert all(map(torch.equal, before, after))
 
 
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
 def test_files_that_change_while_they_are_read_are_refused(
-    folder: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+    folder: Path, model: ModelConfig, base: DecoderWeights, file: str
 ) -> None:
-    def revision_after_a_change(folder: Path) -> str:
-        os.utime(folder / WEIGHTS, ns=(0, 0))
-        return "0"
-
-    monkeypatch.setattr(peft_format, "revision_of", revision_after_a_change)
+    outline = check_adapter(folder, model)
+    os.utime(folder / file, ns=(0, 0))
     with pytest.raises(BadInput, match=r"were changed while they were read; load it again\."):
-        load(folder, model)
+        load_adapter("name", folder, outline, model, base)
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, -1])
+def test_a_file_that_is_cut_off_after_it_was_checked_is_refused(
+    folder: Path, model: ModelConfig, base: DecoderWeights, length: int
+) -> None:
+    outline, path = check_adapter(folder, model), folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(BadInput) as error:
+        load_adapter("name", folder, outline, model, base)
+    assert str(error.value) == f"{path}: was changed while it was read; load it again."
+
+
+def test_a_file_that_is_written_anew_again_and_again_kills_no_reader(
+    folder: Path, model_folder: Path
+) -> None:
+    """Where it is mapped, the kernel does (SIGBUS)."""
+    content = (folder / WEIGHTS).read_bytes()
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, folder, model_folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert reader.stdout
+    assert reader.stdout.readline() == "reads\n"
+    for _ in range(1000):
+        (folder / WEIGHTS).write_bytes(content)  # Empty at first.
+    out, _ = reader.communicate("enough\n", timeout=60)
+    assert reader.returncode == 0
+    assert out == "The last one was whole.\n"
+
+
+#: Loads an adapter over and over until it is told to stop, and then once more.
+READER = """
+import sys, threading
+from pathlib import Path
+import torch
+from schemas.errors import BadInput
+from worker.adapters.peft_format import check_adapter, load_adapter
+from worker.model.config import ModelConfig
+from worker.model.weights import random_weights
+
+folder, model = Path(sys.argv[1]), ModelConfig.from_folder(Path(sys.argv[2]))
+base = random_weights(model, torch.device("cpu"), torch.float32)
+stop = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), stop.set())).start()
+
+def load():
+    return load_adapter("name", folder, check_adapter(folder, model), model, base)
+
+load()
+print("reads", flush=True)
+while not stop.is_set():
+    try:
+        load()
+    except BadInput:
+        pass
+load()
+print("The last one was whole.")
+"""
 
 
 def test_where_the_base_model_stood_when_the_adapter_was_trained_does_not_matter(
@@ -887,11 +949,11 @@ def test_a_config_that_cannot_be_opened_is_refused(folder: Path, model: ModelCon
     [
         ('{"r": 3,', "is no JSON object"),
         ("[]", "is no JSON object"),
-        ('{"peft_type": "LORA", "lora_alpha": 6}', "r: Field required"),
-        ('{"peft_type": "LORA", "lora_alpha": 6, "r": 0}', "r: Input should be greater"),
+        ('{"peft_type": "LORA", "lora_alpha": 6}', "r: field required"),
+        ('{"peft_type": "LORA", "lora_alpha": 6, "r": 0}', "r: should be greater"),
         (
             '{"peft_type": "LORA", "lora_alpha": null, "r": 3}',
-            "lora_alpha: Input should be",
+            "lora_alpha: should be",
         ),
     ],
 )
@@ -911,6 +973,17 @@ def test_an_alpha_that_is_no_finite_number_is_refused(
 
 
 # --- Weights that are refused -------------------------------------------------------------------
+
+
+def test_a_folder_that_no_system_can_look_up_is_refused(
+    model: ModelConfig, base: DecoderWeights
+) -> None:
+    folder = Path("/" + "a" * 300)
+    loader = AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES))
+    with pytest.raises(BadInput, match="there is no folder"):
+        loader.load("sql", folder)
+    with pytest.raises(BadInput, match="there is no folder"):
+        loader.revision(folder)
 
 
 def test_a_folder_without_weights_is_refused(folder: Path, model: ModelConfig) -> None:
@@ -1000,7 +1073,7 @@ def test_a_module_that_lacks_its_weights_is_refused(folder: Path, model: ModelCo
 def test_an_adapter_for_a_model_of_fewer_layers_is_refused(
     folder: Path, model: ModelConfig
 ) -> None:
-    deeper = replace(model, num_layers=4)
+    deeper = replace(model, layers=(*model.layers, model.layers[-1]))
     assert f"lacks {PREFIX}.3.mlp.down_proj.lora_A.weight" in refusal(folder, deeper)
 
 

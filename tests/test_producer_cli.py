@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 from typer.testing import Result as Outcome
 
@@ -157,6 +159,25 @@ def test_wrong_usage_ends_with_2(args: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, args).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (
+            ("submit", "x", "--priority", "urgent"),
+            "'urgent' is not one of 'high', 'normal', 'low'.",
+        ),
+        (("submit", "x", "--when-full", ""), "'' is not one of 'wait', 'refuse'."),
+        (("results", "x", "--format", "csv"), "'csv' is not one of 'jsonl', 'table'."),
+        (("wait", "x", "--timeout", "soon"), "should be a valid number, unable to parse"),
+        (("lora", "load", "a", "b", "--timeout", "-1"), "should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(args: tuple[str, ...], told: str) -> None:
+    outcome = CliRunner().invoke(app, args, env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    assert outcome.exit_code == 2
+    assert f"Invalid value for '{args[-2]}': {told}" in outcome.stderr
+
+
 @pytest.mark.parametrize("name", ["", "a b", "{a}", "a/b", "x" * 65])
 def test_a_wrong_queue_name_is_refused(name: str, redis_url: str) -> None:
     outcome = Producer(redis_url, name)("status")
@@ -213,6 +234,21 @@ def test_a_password_is_never_shown(url: str) -> None:
     outcome = Producer(url, "q")("status")
     assert outcome.exit_code == 4
     assert "secret" not in outcome.output
+
+
+def test_every_command_can_be_told_server_password_and_queue() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    commands = dict(group.commands)
+    while groups := [name for name, found in commands.items() if isinstance(found, TyperGroup)]:
+        for name in groups:
+            found = commands.pop(name)
+            assert isinstance(found, TyperGroup)
+            commands |= {f"{name} {inner}": command for inner, command in found.commands.items()}
+    assert len(commands) >= 17
+    for name, command in commands.items():
+        options = {parameter.name for parameter in command.params}
+        assert options.issuperset({"redis_url", "redis_password_file", "queue"}), name
 
 
 def test_an_error_shows_no_control_characters(producer: Producer) -> None:

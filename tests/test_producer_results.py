@@ -342,6 +342,14 @@ def test_nothing_to_write_leaves_no_file(producer: Producer, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_that_is_a_link_to_itself_is_refused(producer: Producer, tmp_path: Path) -> None:
+    out = tmp_path / "circle" / "out.jsonl"
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    outcome = producer("submit", prompts(tmp_path, '"a"'), "--wait", "-o", str(out))
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith(f"error: -o {out}: ")
+
+
 @pytest.mark.parametrize("name", [".", "nowhere/out.jsonl"])
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_sent(
     producer: Producer, client: Client, tmp_path: Path, name: str

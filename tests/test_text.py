@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, decoders, models
 from tokenizers import Tokenizer as RustTokenizer
 
-from schemas.errors import JobError
+from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from worker.stop_strings import StopSearch
 from worker.text import Tokenizer
@@ -329,3 +329,13 @@ def test_what_a_search_decodes_does_not_grow_with_the_answer() -> None:
         assert search.text_before_stop(ord("\N{REPLACEMENT CHARACTER}")) is None
     assert max(lengths) == 8
     assert len(lengths) <= 5 * 1000
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"model": 3}', "[]"])
+def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(BadInput) as error:
+        Tokenizer(tmp_path, 1)
+    assert str(error.value).startswith(f"--model-path {tmp_path}: cannot read its tokenizer: ")
+    assert "\n" not in str(error.value)

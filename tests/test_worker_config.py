@@ -143,40 +143,39 @@ def refusal(flags: Mapping[str, object]) -> str:
     ],
 )
 def test_a_count_below_one_is_refused(flag: str) -> None:
-    expected = f"--{flag.replace('_', '-')} 0: Input should be greater than or equal to 1"
+    expected = f"--{flag.replace('_', '-')} 0: should be greater than or equal to 1"
     assert refusal({flag: 0}) == expected
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("device", "tpu", "--device \"tpu\": Input should be 'cpu' or 'cuda'"),
-        ("lora_backend", "csgmv", "--lora-backend \"csgmv\": Input should be 'triton' or 'torch'"),
-        ("load_format", "gguf", "--load-format \"gguf\": Input should be 'auto' or 'dummy'"),
+        ("device", "tpu", "--device \"tpu\": should be 'cpu' or 'cuda'"),
+        ("lora_backend", "csgmv", "--lora-backend \"csgmv\": should be 'triton' or 'torch'"),
+        ("load_format", "gguf", "--load-format \"gguf\": should be 'auto' or 'dummy'"),
         (
             *("dtype", "float64"),
-            "--dtype \"float64\": Input should be 'auto', 'float32', 'float16' or 'bfloat16'",
+            "--dtype \"float64\": should be 'auto', 'float32', 'float16' or 'bfloat16'",
         ),
         (
             *("lora_target_modules", ["q_proj", "qkv_proj"]),
-            f'--lora-target-modules ["q_proj", "qkv_proj"]: qkv_proj: choose from {MODULES}, or'
-            " 'all'",
+            f"--lora-target-modules q_proj qkv_proj: qkv_proj: choose from {MODULES}, or 'all'",
         ),
-        ("mem_fraction_static", 0.0, "--mem-fraction-static 0.0: Input should be greater than 0"),
-        ("mem_fraction_static", 1.0, "--mem-fraction-static 1.0: Input should be less than 1"),
-        ("mem_fraction_static", float("nan"), "--mem-fraction-static NaN: Input should be less"),
-        ("lease_seconds", 0.5, "--lease-seconds 0.5: Input should be greater than or equal to 1"),
-        ("lease_seconds", 1e6, "--lease-seconds 1000000.0: Input should be less than or equal to"),
-        ("lease_seconds", float("nan"), "--lease-seconds NaN: Input should be less than or equal"),
-        ("hub_owners", ["a/b"], '--hub-owners ["a/b"]: a/b is no user or organization of the hub'),
+        ("mem_fraction_static", 0.0, "--mem-fraction-static 0.0: should be greater than 0"),
+        ("mem_fraction_static", 1.0, "--mem-fraction-static 1.0: should be less than 1"),
+        ("mem_fraction_static", float("nan"), "--mem-fraction-static NaN: should be less"),
+        ("lease_seconds", 0.5, "--lease-seconds 0.5: should be greater than or equal to 1"),
+        ("lease_seconds", 1e6, "--lease-seconds 1000000.0: should be less than or equal to"),
+        ("lease_seconds", float("nan"), "--lease-seconds NaN: should be less than or equal"),
+        ("hub_owners", ["a/b"], "--hub-owners a/b: a/b is no user or organization of the hub"),
         (
             "hub_owners",
             ["hf:a"],
-            '--hub-owners ["hf:a"]: hf:a is no user or organization of the hub',
+            "--hub-owners hf:a: hf:a is no user or organization of the hub",
         ),
-        ("hub_owners", [".."], '--hub-owners [".."]: .. is no user or organization of the hub'),
-        ("queue", "two words", '--queue "two words": String should match pattern'),
-        ("queue", "{tag}", '--queue "{tag}": String should match pattern'),
+        ("hub_owners", [".."], "--hub-owners ..: .. is no user or organization of the hub"),
+        ("queue", "two words", '--queue "two words": cannot name a queue: use up to 64 letters'),
+        ("queue", "{tag}", '--queue "{tag}": cannot name a queue: use up to 64 letters'),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_right_ones_named(
@@ -215,7 +214,7 @@ def test_a_fetcher_beside_the_worker_needs_owners() -> None:
 
 
 def test_a_fetchers_wrong_flag_is_refused_by_its_name() -> None:
-    with pytest.raises(BadInput, match="--max-lora-rank 0: Input should be greater than or equal"):
+    with pytest.raises(BadInput, match="--max-lora-rank 0: should be greater than or equal"):
         FetcherConfig.from_flags({"model_path": "m", "hub_owners": ["acme"], "max_lora_rank": 0})
 
 
@@ -244,6 +243,16 @@ def test_adapters_that_come_later_need_limits(tmp_path: Path) -> None:
             " be loaded"
         )
         assert WorkerConfig.from_flags({"model_path": "m", **flags, **LIMITS}).has_lora
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "circle/a/b"])
+def test_a_path_that_no_system_can_look_up_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    assert LoraPath.parse(f"sql={path}").repository is None
+    assert "there is no folder" in refusal({"lora_paths": ["a=x"], "lora_root": [Path(path)]})
 
 
 def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
@@ -327,8 +336,7 @@ def test_a_wrong_flag_ends_the_worker_with_status_2_and_one_line() -> None:
     ended = run_worker("--model-path", "m", "--dtype", "float64")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        "worker: error: --dtype \"float64\": Input should be 'auto', 'float32', 'float16' or"
-        " 'bfloat16'\n"
+        "worker: error: --dtype \"float64\": should be 'auto', 'float32', 'float16' or 'bfloat16'\n"
     )
 
 

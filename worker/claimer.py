@@ -13,6 +13,7 @@ from broker.claims import Claim, Claims
 from broker.job_queue import JobQueue
 from schemas import WIRE_VERSION
 from schemas.errors import JobError
+from schemas.faults import first_fault
 from schemas.job import Job
 from worker.leases import Leases
 from worker.publisher import Failed, Publisher, Retry
@@ -156,5 +157,4 @@ def _job_of(claim: Claim) -> Job:
     try:
         return Job.from_wire(claim.payload)
     except ValidationError as error:
-        problem = error.errors(include_input=False)[0]
-        raise JobError("bad_record", f"the stored job is damaged: {problem['msg']}") from error
+        raise JobError("bad_record", f"the stored job is damaged: {first_fault(error)}") from error

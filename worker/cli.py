@@ -8,6 +8,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from broker.interrupts import INTERRUPTED, end_at_once, tidy_up_first
+
 DESCRIPTION = """\
 Claims jobs from a queue, runs them in batches over many LoRA adapters, and writes one result a job
 back. Ends with status 0 after SIGTERM or Ctrl-C (what runs may finish; a second one hands it back),
@@ -176,7 +178,9 @@ def main() -> None:
     try:
         sys.exit(_run(flags))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    finally:
+        end_at_once()
 
 
 def _run(flags: dict[str, object]) -> int:
@@ -193,6 +197,7 @@ def _run(flags: dict[str, object]) -> int:
     from worker.logs import configure_logs, log
     from worker.worker import Worker
 
+    tidy_up_first()
     configure_logs()
     keep_freed_memory()
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +20,7 @@ from pydantic import (
 
 from schemas.adapter import AdapterName
 from schemas.errors import BadInput
+from schemas.faults import first_fault, plain
 from schemas.hub import HUB_PREFIX, HubSource
 from schemas.keys import QUEUE_NAME
 from worker.model.config import TARGET_MODULES
@@ -40,7 +43,7 @@ class LoraPath(BaseModel):
 
     @property
     def folder(self) -> Path:
-        return Path(self.lora_path).resolve()
+        return Path(os.path.realpath(self.lora_path))
 
     @property
     def repository(self) -> HubSource | None:
@@ -48,7 +51,7 @@ class LoraPath(BaseModel):
 
         A folder of that name wins; with ``hf:`` before it, it is the repository.
         """
-        if self.lora_path.startswith(HUB_PREFIX) or not self.folder.is_dir():
+        if self.lora_path.startswith(HUB_PREFIX) or not os.path.isdir(self.folder):
             return HubSource.parse(self.lora_path)
         return None
 
@@ -74,10 +77,8 @@ class LoraPath(BaseModel):
                 name, path = source.name if source else Path(text).name, text
             return cls(lora_name=name, lora_path=path)
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = "".join(f"{part}: " for part in problem["loc"])
             raise BadInput(
-                f"--lora-paths {text}: {field}{problem['msg']}."
+                f"--lora-paths {text}: {first_fault(error)}."
                 " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned, with a folder"
                 " or OWNER/NAME[@REVISION] of the hub as the path; a name begins with a letter or"
                 " digit and goes on with those and . _ - /"
@@ -108,6 +109,15 @@ def _known_owners(owners: tuple[str, ...]) -> tuple[str, ...]:
     return owners
 
 
+def _queue_name(name: str) -> str:
+    if not re.fullmatch(QUEUE_NAME, name):
+        raise ValueError(
+            "cannot name a queue: use up to 64 letters, digits and . _ -, a letter or digit first"
+        )
+    return name
+
+
+QueueName = Annotated[str, AfterValidator(_queue_name)]
 HubOwners = Annotated[tuple[str, ...], AfterValidator(_known_owners)]
 
 
@@ -120,7 +130,7 @@ class FetcherConfig(BaseModel):
     hub_owners: HubOwners
     max_lora_rank: Positive | None = None
     lora_target_modules: TargetModules = None
-    queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
+    queue: QueueName = "lorry"
     redis_url: str | None = None
     redis_password_file: Path | None = None
     end_with: int | None = None
@@ -161,7 +171,7 @@ class WorkerConfig(BaseModel):
     device: Literal["cpu", "cuda"] | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
-    queue: Annotated[str, Field(pattern=QUEUE_NAME)] = "lorry"
+    queue: QueueName = "lorry"
     redis_url: str | None = None
     max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
     redis_password_file: Path | None = None
@@ -203,7 +213,7 @@ class WorkerConfig(BaseModel):
             )
         if self.with_fetcher and not self.hub_owners:
             raise ValueError("--with-fetcher needs --hub-owners: whose repositories it may fetch")
-        if missing := [str(root) for root in self.lora_root if not root.is_dir()]:
+        if missing := [str(root) for root in self.lora_root if not os.path.isdir(root)]:
             raise ValueError(f"--lora-root {missing[0]}: there is no folder of that name")
         if self.max_total_tokens is not None and self.mem_fraction_static is not None:
             raise ValueError("--max-total-tokens and --mem-fraction-static exclude each other")
@@ -246,8 +256,11 @@ class WorkerConfig(BaseModel):
 def _first_problem(error: ValidationError) -> str:
     """One sentence of a pydantic error, with the flag in place of the field."""
     problem = error.errors()[0]
-    message = problem["msg"].removeprefix("Value error, ")
+    message = plain(problem["msg"])
     if not problem["loc"]:
         return message
     flag = "--" + str(problem["loc"][0]).replace("_", "-")
-    return f"{flag} {json.dumps(problem['input'], default=str)}: {message}"
+    given = problem["input"]
+    # As it was typed; a single value in quotes, since it may be empty.
+    shown = " ".join(given) if isinstance(given, list) else json.dumps(given, default=str)
+    return f"{flag} {shown}: {message}"

@@ -27,9 +27,10 @@ class Tokenizer:
         if any((folder / file).exists() for file in _TOKENIZER_FILES):
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # The Rust tokenizer's are of no class of their own.
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise BadInput(
-                    f"--model-path {folder}: cannot read its tokenizer: {error}"
+                    f"--model-path {folder}: cannot read its tokenizer: {reason}"
                 ) from error
 
     def encode(self, job: Job) -> list[int]:

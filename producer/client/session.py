@@ -85,6 +85,12 @@ class Session:
         with self._errors():
             return bool(self._reader.workers())
 
+    def knows_adapters(self) -> bool:
+        """Whether a worker has ever joined the queue or an adapter was loaded, so that a name can
+        be unknown."""
+        with self._errors():
+            return self._reader.has_desired_state()
+
     def not_finished(self, what: str) -> LorryError:
         """The error that says so (``what`` is a sentence without its full stop): NotFinished, or
         NoWorker if no worker is alive."""

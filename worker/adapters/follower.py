@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -169,7 +170,11 @@ class DesiredStateFollower:
             )
         if source.startswith(HUB_PREFIX):
             return self._allowed_in_cache(source)
-        folder = Path(source).resolve()
+        try:
+            # Not Path.resolve, which raises RuntimeError for links in a circle.
+            folder = Path(os.path.realpath(source))
+        except ValueError as error:
+            raise BadInput(f"{source!r} cannot be a folder: {error}.") from error
         if folder in self._own_folders:
             return folder
         if not self._roots:

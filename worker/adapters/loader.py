@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from worker.adapters.peft_format import (
     Adapter,
     AdapterOutline,
     check_adapter,
+    check_numbers,
     load_adapter,
     revision_of,
 )
-from worker.adapters.peft_tensors import check_finite
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 from worker.model.config import TARGET_MODULES, ModelConfig
@@ -94,9 +95,9 @@ class AdapterChecker:
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput for one that cannot be
         served."""
-        _limits_for(_outline(folder, self.model), self.max_rank, self.target_modules)
-        check_finite(folder)
-        return revision_of(folder)
+        outline = _outline(folder, self.model)
+        _limits_for(outline, self.max_rank, self.target_modules)
+        return check_numbers(folder, outline)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class AdapterLoader:
 
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput if it cannot be read."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise BadInput(f"there is no folder {folder}.")
         try:
             return revision_of(folder)
@@ -152,6 +153,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _outline(folder: Path, model: ModelConfig) -> AdapterOutline:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BadInput(f"there is no folder {folder}.")
     return check_adapter(folder, model)

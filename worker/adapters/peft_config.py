@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.errors import BadInput
+from schemas.faults import first_fault
 
 Number = TypeVar("Number", int, float)
 
@@ -130,9 +131,7 @@ def read_config(folder: Path) -> PeftConfig:
     try:
         config = PeftConfig.model_validate(settings)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise BadInput(f"{path}: {place}: {problem['msg']}") from error
+        raise BadInput(f"{path}: {first_fault(error)}") from error
     _check_settings(path, config.model_extra or {})
     _check_targets(path, config)
     _check_patterns(path, config)

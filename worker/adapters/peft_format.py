@@ -11,18 +11,29 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from schemas.errors import BadInput
 from worker.adapters.device_weights import DeviceWeights, stack_gains
 from worker.adapters.peft_config import CONFIG_FILE, read_config, read_settings
 from worker.adapters.peft_targets import Place, select
-from worker.adapters.peft_tensors import check_base_copies, check_tied, read_factors, read_trained
+from worker.adapters.peft_tensors import (
+    check_base_copy,
+    check_tied,
+    is_finite,
+    make_factors,
+    place_trained,
+)
 from worker.adapters.peft_weights import (
+    WEIGHTS_FILE,
     LoraFactors,
     StoredWeights,
     find_weights,
     weights_file,
 )
+from worker.adapters.safetensors_file import SafetensorsFile
 from worker.model.config import TARGET_GROUPS, ModelConfig, group_of
 from worker.model.weights import DecoderWeights
 
@@ -55,11 +66,17 @@ class Adapter:
         return [group for group in TARGET_GROUPS if group in changed]
 
 
+#: What changes with a folder's files: of each the inode, size and time.
+Stamp = list[tuple[int, int, int]]
+
+
 @dataclass(frozen=True)
 class AdapterOutline:
     """What a folder holds, told without reading its weights."""
 
     weights: StoredWeights
+    file: SafetensorsFile
+    stamp: Stamp
 
     @property
     def rank(self) -> int:
@@ -76,9 +93,12 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     Raises BadInput, naming the file and the setting or key, for an adapter that cannot be served
     exactly.
     """
+    stamp = _stamp(folder)
     config = read_config(folder)
     selection = select(folder, config, model)
-    return AdapterOutline(find_weights(folder, config, selection, model))
+    file = SafetensorsFile.open(weights_file(folder))
+    weights = find_weights(file.path, file.tensors, config, selection, model)
+    return AdapterOutline(weights, file, stamp)
 
 
 def load_adapter(
@@ -89,22 +109,33 @@ def load_adapter(
     Raises BadInput for weights that are not finite in that type, for copies of base weights that
     differ from them, if there is no room on the device, and if the files change meanwhile.
     """
-    stored, stamp = outline.weights, _stamp(folder)
-    check_base_copies(folder, stored.base_copies, base)
-    check_tied(folder, stored)
-    factors, gains = read_factors(folder, stored.factors, model, base)
-    trained = read_trained(folder, stored, base)
+    path, stored = outline.file.path, outline.weights
+    digest, tensors = _hash_of_settings(folder), dict[str, torch.Tensor]()
+    for key, tensor in outline.file.read(digest):
+        if module := stored.base_copies.get(key):
+            # Not kept: it is larger than the adapter.
+            check_base_copy(path, key, tensor, module, base)
+        else:
+            tensors[key] = tensor
+    _check_unchanged(folder, outline)
+    check_tied(path, tensors, stored)
+    factors, gains = make_factors(path, tensors, stored.factors, model, base)
+    trained = place_trained(path, tensors, stored, base)
     on_device = DeviceWeights(stack_gains(gains, model, base.device), trained)
-    revision = revision_of(folder)
-    if _stamp(folder) != stamp:
-        raise BadInput(f"{folder}: its files were changed while they were read; load it again.")
-    return Adapter(name, str(folder), revision, outline.rank, factors, on_device)
+    return Adapter(name, str(folder), _revision(digest), outline.rank, factors, on_device)
 
 
-def _stamp(folder: Path) -> list[tuple[int, int, int]]:
-    """What changes with the files."""
-    found = [os.stat(path) for path in (folder / CONFIG_FILE, weights_file(folder))]
-    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+def check_numbers(folder: Path, outline: AdapterOutline) -> str:
+    """The revision of an adapter whose numbers are all finite.
+
+    Raises BadInput, naming the key, if one is not, and if the files change meanwhile.
+    """
+    digest = _hash_of_settings(folder)
+    for key, tensor in outline.file.read(digest):
+        if not is_finite(tensor):
+            raise BadInput(f"{outline.file.path}: {key} holds NaN or infinite values.")
+    _check_unchanged(folder, outline)
+    return _revision(digest)
 
 
 def revision_of(folder: Path) -> str:
@@ -112,15 +143,33 @@ def revision_of(folder: Path) -> str:
 
     Raises BadInput if either cannot be read.
     """
-    digest = hashlib.sha256()
-    # Settings in any order are the same; patterns are not, of which the first that matches counts.
-    settings = dict(sorted(read_settings(folder).items()))
-    digest.update(json.dumps(settings).encode())
-    path = weights_file(folder)
+    digest, path = _hash_of_settings(folder), weights_file(folder)
     try:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
-    return digest.hexdigest()[:16]
+    return _revision(digest)
+
+
+def _hash_of_settings(folder: Path) -> Any:
+    # Settings in any order are the same; patterns are not, of which the first that matches counts.
+    settings = dict(sorted(read_settings(folder).items()))
+    return hashlib.sha256(json.dumps(settings).encode())
+
+
+def _revision(digest: Any) -> str:
+    return str(digest.hexdigest()[:16])
+
+
+def _stamp(folder: Path) -> Stamp:
+    try:
+        found = [os.stat(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    except OSError:
+        return []  # Whoever reads them tells what is wrong.
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+
+
+def _check_unchanged(folder: Path, outline: AdapterOutline) -> None:
+    if _stamp(folder) != outline.stamp:
+        raise BadInput(f"{folder}: its files were changed while they were read; load it again.")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
 from worker.adapters.peft_targets import Place, Selection, all_places, module_name
+from worker.adapters.safetensors_file import WEIGHT_TYPES, StoredTensor
 from worker.model.config import END_MODULES, ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 
 _PREFIX = "base_model.model."
 
@@ -55,6 +52,10 @@ class LoraFactors:
     a: torch.Tensor
     b: torch.Tensor
 
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
 
 @dataclass(frozen=True)
 class StoredFactors:
@@ -85,16 +86,18 @@ class StoredWeights:
 
 
 def find_weights(
-    folder: Path, config: PeftConfig, selection: Selection, model: ModelConfig
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    config: PeftConfig,
+    selection: Selection,
+    model: ModelConfig,
 ) -> StoredWeights:
-    """The weights of what the config selects, by the header of the file alone.
+    """The weights of what the config selects, by what the header of the file tells.
 
     Raises BadInput, naming the key, if one is missing, has another shape or type than config and
     model ask for, or belongs to no selected module.
     """
-    path = folder / WEIGHTS_FILE
-    file = open_weights(folder)
-    keys = sorted(file.keys())
+    keys = sorted(tensors)
     inserted = _adapter_name(path, keys)
     found = {place: _stored(config, place, inserted, keys) for place in selection.places}
     trained = {module: _end_key(module, "weight") for module in selection.trained}
@@ -118,12 +121,12 @@ def find_weights(
     for (_, module), factors in found.items():
         out_features, in_features = model.linear_shape(module)
         rank = factors.rank
-        _check_header(path, factors.a, file, rank, (rank, in_features))
-        _check_header(path, factors.b, file, rank, (out_features, rank))
+        _check_header(path, factors.a, tensors, rank, (rank, in_features))
+        _check_header(path, factors.b, tensors, rank, (out_features, rank))
         if factors.magnitude:
-            _check_header(path, factors.magnitude, file, rank, (out_features,))
+            _check_header(path, factors.magnitude, tensors, rank, (out_features,))
     for key in (*base_copies, *trained.values()):
-        _check_vocabulary(path, key, file, model)
+        _check_vocabulary(path, key, tensors[key], model)
     return StoredWeights(found, base_copies, trained, selection.is_tied)
 
 
@@ -140,17 +143,6 @@ def weights_file(folder: Path) -> Path:
         else ""
     )
     raise BadInput(f"{folder}: lacks {WEIGHTS_FILE}.{hint}")
-
-
-def open_weights(folder: Path) -> Any:
-    """Reads the header, which must cover the whole file."""
-    path = weights_file(folder)
-    try:
-        return safe_open(path, "pt")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error}") from error
-    except SafetensorError as error:
-        raise BadInput(f"{path}: is damaged or not completely copied: {error}.") from error
 
 
 def _adapter_name(path: Path, keys: Collection[str]) -> str | None:
@@ -207,27 +199,31 @@ def _why_not(key: str, model: ModelConfig) -> str:
     return f"matches no module that an adapter can change here ({', '.join(model.target_modules)})."
 
 
-def _check_header(path: Path, key: str, file: Any, rank: int, shape: tuple[int, ...]) -> None:
-    header = file.get_slice(key)
-    if (found := tuple(header.get_shape())) != shape:
+def _check_header(
+    path: Path, key: str, tensors: Mapping[str, StoredTensor], rank: int, shape: tuple[int, ...]
+) -> None:
+    stored = tensors[key]
+    if stored.shape != shape:
         raise BadInput(
-            f"{path}: {key} has the shape {found}; rank {rank} of {CONFIG_FILE} and the model ask"
-            f" for {shape}. Is the adapter for another base model?"
+            f"{path}: {key} has the shape {stored.shape}; rank {rank} of {CONFIG_FILE} and the"
+            f" model ask for {shape}. Is the adapter for another base model?"
         )
-    _check_type(path, key, file)
+    _check_type(path, key, stored)
 
 
-def _check_vocabulary(path: Path, key: str, file: Any, model: ModelConfig) -> None:
+def _check_vocabulary(path: Path, key: str, stored: StoredTensor, model: ModelConfig) -> None:
     shape = (model.vocab_size, model.hidden_size)
-    if (found := tuple(file.get_slice(key).get_shape())) != shape:
+    if stored.shape != shape:
         raise BadInput(
-            f"{path}: {key} has the shape {found}, and the base model's is {shape}: an adapter"
-            " with a vocabulary of its own cannot be served. Resize and save the base model with"
-            " it, or train the adapter on the model as it is."
+            f"{path}: {key} has the shape {stored.shape}, and the base model's is {shape}: an"
+            " adapter with a vocabulary of its own cannot be served. Resize and save the base"
+            " model with it, or train the adapter on the model as it is."
         )
-    _check_type(path, key, file)
+    _check_type(path, key, stored)
 
 
-def _check_type(path: Path, key: str, file: Any) -> None:
-    if (stored := file.get_slice(key).get_dtype()) not in _WEIGHT_TYPES:
-        raise BadInput(f"{path}: {key} is stored as {stored}; save it as float32 or bfloat16.")
+def _check_type(path: Path, key: str, stored: StoredTensor) -> None:
+    if stored.dtype not in WEIGHT_TYPES:
+        raise BadInput(
+            f"{path}: {key} is stored as {stored.dtype}; save it as float32 or bfloat16."
+        )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import cycle
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ import torch
 
 from worker.adapters.last_reads import LastReads
 from worker.adapters.peft_format import Adapter
+from worker.adapters.peft_targets import Place
 from worker.model.config import END_MODULES, ModelConfig
 from worker.model.lora_linear import LoraPlace, LoraWeights
 from worker.model.weights import DecoderWeights
@@ -22,6 +23,9 @@ log = structlog.get_logger()
 #: An adapter takes at least so many ranks: rows of 8 numbers of 2 bytes stay aligned to 16 bytes,
 #: as the products need to be fast.
 _LEAST_RANKS = 8
+
+#: Numbers that are transposed at a time.
+_BLOCK = 1 << 16
 
 #: Page-locked memory is taken, and goes to the device, in pieces of about so many bytes: while the
 #: driver locks pages, whoever launches a batch waits for it. The size that torch rounds up to.
@@ -180,9 +184,13 @@ class AdapterSlots:
         ]
 
     def prepare(self, adapter: Adapter) -> None:
-        """Lay out an adapter in page-locked host memory, for a GPU to copy while it computes."""
+        """Lay out an adapter in page-locked host memory, for a GPU to copy while it computes.
+
+        Its factors are views of that from now on: they are in memory once.
+        """
         if self.stream and adapter not in self._on_host:
             self._on_host[adapter] = self._pack(adapter, page_locked=True)
+            self._share(adapter, self._on_host[adapter])
 
     def forget_all_but(self, adapters: Collection[Adapter]) -> None:
         """Let go of every other adapter."""
@@ -294,25 +302,36 @@ class AdapterSlots:
         pieces = []
         for factors in _cut(self._factors_of(adapter), adapter.rank):
             size = adapter.rank * sum(factor.per_rank for factor in factors)
-            memory = torch.zeros(size, dtype=self._dtype, pin_memory=page_locked)
+            memory = torch.empty(size, dtype=self._dtype, pin_memory=page_locked)
             piece = _Piece(memory, factors)
-            for factor, target in zip(factors, piece.split(memory, adapter.rank), strict=True):
-                self._fill(target, factor, adapter)
+            for place, is_b, part in self._parts(piece, adapter.rank):
+                given = adapter.factors.get(place)
+                rank = given.rank if given else 0
+                if given:
+                    _copy_in_blocks(part[:rank], given.b if is_b else given.a)
+                part[rank:] = 0
             pieces.append(piece)
         return pieces
 
-    def _fill(self, target: torch.Tensor, factor: _Factor, adapter: Adapter) -> None:
-        layer, group = factor.place
-        modules = self._model.parts_of(group)
-        if factor.is_b:
-            part_sizes = self.weights[factor.place].part_sizes
-            parts = torch.split(target.view(adapter.rank, -1), list(part_sizes), dim=1)
-        else:
-            parts = target.view(len(modules), adapter.rank, -1).unbind()
-        for part, module in zip(parts, modules, strict=True):
-            if given := adapter.factors.get((layer, module)):
-                source = given.b if factor.is_b else given.a
-                part[: len(source)] = source
+    def _share(self, adapter: Adapter, pieces: Iterable[_Piece]) -> None:
+        for piece in pieces:
+            for place, is_b, part in self._parts(piece, adapter.rank):
+                if given := adapter.factors.get(place):
+                    ours = {"b" if is_b else "a": part[: given.rank]}
+                    adapter.factors[place] = replace(given, **ours)
+
+    def _parts(self, piece: _Piece, rank: int) -> Iterator[tuple[Place, bool, torch.Tensor]]:
+        """What each module has in a piece: its place, whether it is B, and [rank, columns]."""
+        for factor, memory in zip(piece.factors, piece.split(piece.memory, rank), strict=True):
+            layer, group = factor.place
+            modules = self._model.parts_of(group)
+            if factor.is_b:
+                part_sizes = self.weights[factor.place].part_sizes
+                parts = torch.split(memory.view(rank, -1), list(part_sizes), dim=1)
+            else:
+                parts = memory.view(len(modules), rank, -1).unbind()
+            for module, part in zip(modules, parts, strict=True):
+                yield (layer, module), factor.is_b, part
 
     def _make_weights(self, group: str, stacked: torch.Tensor | None) -> LoraWeights:
         parts = self._model.parts_of(group)
@@ -326,6 +345,15 @@ class AdapterSlots:
         else:
             a = stacked[sum(part_sizes) :]
         return LoraWeights(a, zeros(self.capacity, sum(part_sizes)), part_sizes, stacked)
+
+
+def _copy_in_blocks(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Both [rank, columns]; B is stored transposed, and its cache lines are to be used while they
+    are in the cache: 0.8 ms against 1.4 for rank 64 and 14336 columns of bfloat16."""
+    columns = max(1, _BLOCK // len(source))
+    blocks = zip(torch.split(target, columns, 1), torch.split(source, columns, 1), strict=True)
+    for ours, theirs in blocks:
+        ours.copy_(theirs)
 
 
 def _rank_class(rank: int) -> int:

@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from broker.interrupts import INTERRUPTED, end_at_once, tidy_up_first
+
 DESCRIPTION = """\
 Fetches adapters from the Hugging Face hub for the workers of a queue that share its cache folder
 (HF_HOME): takes what `producer lora load NAME OWNER/NAME[@REVISION]` asks for, downloads and
@@ -68,7 +70,9 @@ def main() -> None:
     try:
         sys.exit(_run(flags))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    finally:
+        end_at_once()
 
 
 def _run(flags: argparse.Namespace) -> int:
@@ -86,6 +90,7 @@ def _run(flags: argparse.Namespace) -> int:
     from worker.logs import configure_logs, log
     from worker.model.config import ModelConfig
 
+    tidy_up_first()
     configure_logs()
     # What they would say is in the fetcher's own lines, one JSON object each.
     logging.getLogger("rq").addHandler(logging.NullHandler())

@@ -100,7 +100,7 @@ class HubRepository:
             raise not_cached(self.source)
         cache = self._cache.resolve()
         for path in (folder, *(folder / file for file in FILES)):
-            if not path.resolve().is_relative_to(cache):
+            if not Path(os.path.realpath(path)).is_relative_to(cache):
                 raise BadInput(f"{path} leads out of the hub cache {cache}, and is not read.")
         return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,13 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read a model folder; raises BadInput if it holds no model that the engine can run."""
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise BadInput(f"--model-path {folder}: there is no folder of that name.")
+        if not (folder / "config.json").is_file():
+            raise BadInput(
+                f"--model-path {folder}: it lacks config.json. Name the folder of a Hugging Face"
+                " model."
+            )
         config = _read(folder, "config.json", AutoConfig)
         eos_token_ids = _eos_token_ids(folder, config)
         try:
@@ -167,7 +173,7 @@ def _read(folder: Path, file: str, kind: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"--model-path {folder}: cannot read its {file}: {reason}") from error
 
 
