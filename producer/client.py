@@ -26,6 +26,7 @@ from broker.connection import BLOCK_SECONDS, connect, server_errors
 from broker.dead_letters import DeadLetter, DeadLetters
 from broker.fetches import Fetches, FetchStatus
 from broker.job_queue import JobQueue
+from broker.notices import Notices
 from broker.outcomes import Cancelled, Limits
 from broker.queue_reader import QueueReader
 from broker.server import use_server
@@ -86,6 +87,7 @@ class Client:
         self._job_queue = JobQueue(connection, queue)
         self._reader = QueueReader(connection, queue)
         self._fetches = Fetches(connection, queue)
+        self._notices = Notices(connection, queue)
         self._dead_letters = DeadLetters(connection, queue)
         self._next_tidying = 0.0
         self.queue = queue
@@ -162,7 +164,7 @@ class Client:
     ) -> Spool:
         """The first half of ``submit``: checks numbered lines, sends nothing. Close the spool."""
         with self._errors():
-            return prepare(self._reader, lines, terms, name=name)
+            return prepare(self._reader, self._notices, lines, terms, name=name)
 
     def send(
         self,
@@ -206,6 +208,11 @@ class Client:
                 *pausing.sentences(self.queue, paused),
                 *advice.warnings(self._reader, names),
             ]
+
+    def has_notifier(self) -> bool:
+        """Whether a notifier is alive, which delivers webhooks."""
+        with self._errors():
+            return self._notices.allowed_hosts() is not None
 
     def has_worker(self) -> bool:
         """Whether a worker is alive."""

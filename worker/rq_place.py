@@ -106,6 +106,14 @@ class RqPlace(Generic[AnyJob]):
         """Have the job's ``function`` run, and rq's records tell what became of it."""
         self.bookkeeping.execute_job(job, self.queue)
 
+    def forget(self, id_: str) -> None:
+        """Delete rq's record of a job that neither waits nor runs."""
+        with self.connection.pipeline() as pipeline:
+            pipeline.delete(f"rq:job:{id_}", f"rq:results:{id_}")
+            pipeline.zrem(self.queue.failed_job_registry.key, id_)
+            pipeline.zrem(self.queue.finished_job_registry.key, id_)
+            pipeline.execute()
+
     def is_listed(self, id_: str) -> bool:
         """Whether a job waits on the queue."""
         return self.connection.lpos(self.queue.key, id_) is not None
