@@ -1,5 +1,5 @@
-# One image for the worker, the fetcher and the producer. CUDA 13 comes with torch's wheels; the host brings an
-# NVIDIA driver of version 580 or newer and the NVIDIA Container Toolkit.
+# One image for the worker, the fetcher, the notifier and the producer. CUDA 13 comes with torch's
+# wheels; the host brings an NVIDIA driver of version 580 or newer and the NVIDIA Container Toolkit.
 FROM python:3.12-slim
 
 # Triton compiles each kernel's launcher with a C compiler when it first runs.

@@ -26,13 +26,13 @@ from schemas.result import STATES, TERMINAL_STATES, Result
 #: Any other key speaks of work that is not over, unless it is a hash of counters that are all 0.
 KEPT = frozenset(
     {
-        *("job", "submission", "submissions", "dead", "expiry"),
+        *("job", "submission", "submissions", "dead", "expiry", "notices"),
         *("adapters", "fetches", "settings", "limits", "paused", "workers"),
     }
 )
 
 #: What may be there as long as it expires by itself.
-EXPIRING = frozenset({"worker", "claim", "fetch-turn"})
+EXPIRING = frozenset({"worker", "claim", "fetch-turn", "webhook-hosts"})
 
 
 @dataclass
@@ -111,6 +111,7 @@ class _Check:
             yield from self._one_outcome(id_, fields)
         yield from self._results_that_changed()
         yield from self._submissions()
+        yield from self._notices()
         yield from self._dead()
         for name in self._types:
             yield from self._left_over(name)
@@ -182,6 +183,25 @@ class _Check:
             yield f"submission {id_} tells {number} times too seldom that job {job_id} has finished"
         for job_id, number in sorted((told - Counter(job_ids)).items()):
             yield f"submission {id_} tells {number} times too often that job {job_id} has finished"
+
+    def _notices(self) -> Iterator[str]:
+        """A webhook that was not told yet stands in the index, and nothing else does."""
+        due = set(self._client.zrange(self._keys.notices, 0, -1))
+        for name, kind in self._types.items():
+            id_ = name.removeprefix("submission:")
+            if not name.startswith("submission:") or kind != "hash":
+                continue
+            fields = self._client.hgetall(self._keys.submission(id_))
+            state = fields.get("webhook_state")
+            has_ended = sum(int(fields.get(s, 0)) for s in TERMINAL_STATES) >= int(fields["total"])
+            if has_ended and ("webhook" in fields) != (state in ("pending", "delivered", "dead")):
+                yield f"submission {id_} has ended, and its webhook is in state {state}"
+            if (state == "pending") != (id_ in due):
+                where = "in" if id_ in due else "not in"
+                yield f"the webhook of submission {id_} is in state {state} and {where} the index"
+            due.discard(id_)
+        for id_ in sorted(due):
+            yield f"the webhook of submission {id_}, which is not there, is to be told"
 
     def _dead(self) -> Iterator[str]:
         if self._types.get("dead", "stream") != "stream":

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from broker.connection import undecoded
-from broker.pools import is_in_cluster
 from broker.records import read_fetch
-from schemas.errors import LorryError, ServerUnavailable
+from broker.rq_queues import open_rq_queue, require_rq
+from schemas.errors import LorryError
 from schemas.hub import (
     FETCH_BACKOFF,
     FETCH_FUNCTION,
@@ -107,12 +106,9 @@ class Fetches:
 
     def require_rq(self) -> None:
         """Raises ServerUnavailable if rq cannot use this server."""
-        if is_in_cluster(self._client):
-            raise ServerUnavailable(
-                "Fetching from the hub needs rq, whose keys do not fit into one slot of a Redis"
-                " Cluster. Use a single server or Sentinels; or download the adapter, and load its"
-                " folder."
-            )
+        require_rq(
+            self._client, "Fetching from the hub", "download the adapter, and load its folder"
+        )
 
     def enqueue(self, name: str, id_: str) -> None:
         """Let a fetcher run a request. Safe to repeat: an id has one job."""
@@ -135,11 +131,8 @@ class Fetches:
             return
 
     def rq_queue(self) -> Queue:
-        """The rq queue, on a connection of its own: rq wants replies as bytes."""
-        from rq import Queue
-        from rq.serializers import JSONSerializer
-
-        return Queue(self._rq_queue, connection=undecoded(self._client), serializer=JSONSerializer)
+        """The rq queue."""
+        return open_rq_queue(self._client, self._rq_queue)
 
 
 def _status(name: str, record: FetchRecord, reply: Any) -> FetchStatus:

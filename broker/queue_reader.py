@@ -13,11 +13,12 @@ import redis
 
 from broker.connection import BLOCK_SECONDS
 from broker.outcomes import Limits, Size
-from broker.records import read_adapter, read_adapters, read_record
+from broker.records import read_adapter, read_adapters, read_record, read_webhook
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError, UnknownId
 from schemas.keys import Keys
 from schemas.result import RESULT_TTL, STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
+from schemas.webhook import Webhook
 from schemas.worker_state import WorkerState
 
 #: Jobs read in one round trip.
@@ -42,6 +43,8 @@ class SubmissionStatus:
     """Seconds for which results are kept after the last job has ended."""
     expired: float | None = None
     """When they were deleted."""
+    webhook: Webhook | None = None
+    """What is told of its end."""
 
     @property
     def sent(self) -> int:
@@ -134,6 +137,7 @@ class QueueReader:
             {state: int(fields.get(state, 0)) for state in STATES},
             int(fields.get("result_ttl", RESULT_TTL * 1000)) / 1000,
             _seconds(fields.get("expired_at")),
+            read_webhook(id_, fields),
         )
 
     def require_results(self, submission: str) -> None:

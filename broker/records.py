@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError
 from schemas.faults import first_fault
 from schemas.hub import FetchRecord
+from schemas.webhook import Webhook
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -19,7 +21,7 @@ def read_record(model: type[Record], text: str, what: str) -> Record:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise LorryError(f"{what} is damaged: {first_fault(error)}") from error
+        raise _damaged(what, error) from error
 
 
 def read_adapter(name: str, text: str) -> AdapterRecord:
@@ -46,3 +48,33 @@ def read_version(text: str | None) -> int:
 def read_fetch(name: str, text: str) -> FetchRecord:
     """One request of ``{queue}:fetches``; raises LorryError for a damaged record."""
     return read_record(FetchRecord, text, f"The record of the fetch of adapter '{name}'")
+
+
+def read_webhook(submission: str, fields: Mapping[str, str]) -> Webhook | None:
+    """What the fields of a submission's hash say of its webhook; raises LorryError if they are
+    damaged."""
+    if "webhook" not in fields:
+        return None
+    given = {
+        name.removeprefix("webhook_"): value
+        for name, value in fields.items()
+        if name.startswith("webhook_")
+    }
+    try:
+        for name in _MOMENTS & given.keys():
+            given[name] = str(int(given[name]) / 1000)
+        return _WEBHOOK.validate_strings({"url": fields["webhook"], **given})
+    except ValidationError as error:
+        raise _damaged(f"The webhook of submission '{submission}'", error) from error
+    except ValueError as error:
+        raise LorryError(f"The webhook of submission '{submission}' is damaged: {error}") from error
+
+
+_WEBHOOK = TypeAdapter(Webhook)
+
+#: Fields that Redis holds in milliseconds.
+_MOMENTS = {"ended", "first_try", "next_try", "settled"}
+
+
+def _damaged(what: str, error: ValidationError) -> LorryError:
+    return LorryError(f"{what} is damaged: {first_fault(error)}")

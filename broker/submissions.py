@@ -36,20 +36,22 @@ class Submissions(QueueScripts):
         *,
         result_ttl: float = RESULT_TTL,
         rest: Size = NOTHING,
+        webhook: str | None = None,
     ) -> None:
         """Store the jobs number ``offset`` and following of a submission of ``total`` jobs.
 
-        ``rest`` is what comes behind them and must find room too. Safe to repeat. Stores none of
-        them and raises ConflictError, with indices into ``jobs``, if the id of one already names a
-        job of other content; FullError if they find no room; SubmissionCancelled; or
-        ServerUnavailable if the server has lost jobs that were sent before.
+        ``webhook`` is the URL that is told once the last of them has ended. ``rest`` is what comes
+        behind them and must find room too. Safe to repeat. Stores none of them and raises
+        ConflictError, with indices into ``jobs``, if the id of one already names a job of other
+        content; FullError if they find no room; SubmissionCancelled; or ServerUnavailable if the
+        server has lost jobs that were sent before.
         """
         fields = chain.from_iterable(
             (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire()) for job in jobs
         )
         status, *details = self._run(
             *("submit", submission, name, total, offset, round(result_ttl * 1000)),
-            *(rest.jobs, rest.bytes, *fields),
+            *(rest.jobs, rest.bytes, webhook or "", *fields),
         )
         if status == "conflict":
             raise ConflictError(details)

@@ -82,6 +82,13 @@ def no_fetcher(queue: str) -> str:
     )
 
 
+def no_notifier(queue: str) -> str:
+    return (
+        f"Nobody delivers webhooks for queue '{queue}'. This one is kept until somebody starts"
+        " `notifier --webhook-hosts HOST`."
+    )
+
+
 def counted(number: int, noun: str = "job") -> str:
     """ "1 job", "12 jobs" """
     return f"1 {noun}" if number == 1 else f"{number} {noun}s"

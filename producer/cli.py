@@ -172,6 +172,15 @@ def submit(
             help="Where `producer limits` leaves no room: wait for it, or send nothing.",
         ),
     ] = WhenFullName.wait,
+    webhook: Annotated[
+        str | None,
+        typer.Option(
+            "--webhook",
+            metavar="URL",
+            help="Tell this http(s) address, by a signed POST, once all jobs have ended; a notifier"
+            " delivers it.",
+        ),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait, and write the results in input order.")
     ] = False,
@@ -212,6 +221,7 @@ def submit(
         deadline=None if deadline is None else parse_deadline(deadline),
         result_ttl=parse_duration(result_ttl, "--result-ttl"),
         when_full=when_full.value,
+        webhook=webhook,
     )
     if not wait:
         if output:

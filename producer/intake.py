@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from typing import Literal, get_args
 
+from broker.notices import Notices
 from broker.queue_reader import QueueReader
 from producer.checks import AdapterCheck, IdCheck
 from producer.lines import Defaults, make_job, parse_line
 from producer.problems import Problems
 from producer.spool import Spool
 from producer.terms import Terms, WhenFull
+from producer.webhooks import check_webhook
 from schemas.errors import BadInput, LorryError
 from schemas.job import Job
 from schemas.result import RESULT_TTL
@@ -28,7 +30,12 @@ _OF_A_LINE: tuple[Literal["lora", "priority", "deadline"], ...] = ("lora", "prio
 
 
 def prepare(
-    reader: QueueReader, lines: Iterable[tuple[int, Line]], terms: Terms, *, name: str
+    reader: QueueReader,
+    notices: Notices,
+    lines: Iterable[tuple[int, Line]],
+    terms: Terms,
+    *,
+    name: str,
 ) -> Spool:
     """Reads numbered lines once, in constant memory, and checks all that can be checked.
 
@@ -46,6 +53,8 @@ def prepare(
     when_full = terms.get("when_full", "wait")
     if when_full not in get_args(WhenFull):
         raise BadInput(f"--when-full is 'wait' or 'refuse', not '{when_full}'.")
+    if webhook := terms.get("webhook"):
+        check_webhook(notices, webhook)
     problems = Problems(name)
     spool = Spool(name)
     try:
@@ -71,6 +80,7 @@ def prepare(
     spool.num_jobs_by_adapter = adapters.num_jobs
     spool.result_ttl = result_ttl
     spool.when_full = when_full
+    spool.webhook = webhook
     return spool
 
 

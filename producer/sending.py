@@ -31,6 +31,7 @@ def send_run(queue: JobQueue, spool: Spool, run: Run, on_full: OnFull | None) ->
                 *(spool.submission, name, spool.num_jobs, offset, jobs),
                 result_ttl=spool.result_ttl,
                 rest=_rest(spool, run) if offset == 0 else NOTHING,
+                webhook=spool.webhook,
             )
             start, end = end, len(run.jobs)
         except ConflictError as error:

@@ -64,6 +64,8 @@ class Spool:
         #: Seconds for which results are kept after the last job has ended.
         self.result_ttl = RESULT_TTL
         self.when_full: WhenFull = "wait"
+        #: URL that is told when the last job has ended.
+        self.webhook: str | None = None
         #: Number of jobs by adapter; None is the base model.
         self.num_jobs_by_adapter: Counter[str | None] = Counter()
         with _disk_errors():

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import typer
 
-from producer.advice import counted
+from producer.advice import counted, no_notifier
 from producer.bars import Watcher, bar_for, shown
 from producer.client import Client
 from producer.lines import numbered_lines
@@ -72,6 +72,8 @@ def _sent(
             client.require_durability()
         for sentence in client.server_warnings():
             warn(sentence)
+        if terms.get("webhook") and not client.has_notifier():
+            warn(no_notifier(client.queue))
         with bar_for("checking") as bar:
             spool = client.prepare(shown(numbered_lines(stream), bar), name=name, **terms)
         with spool:

@@ -17,6 +17,7 @@ from producer import limiting, pausing
 from producer.advice import START_A_WORKER, counted, listed, unserved
 from producer.messages import printable
 from producer.status import Overview, listed_states
+from producer.webhooks import describe_webhook
 from schemas import WIRE_VERSION
 from schemas.keys import BASE
 from schemas.result import Result
@@ -122,6 +123,8 @@ def submission(status: SubmissionStatus) -> str:
         rows.append(("not sent", f"{status.total - status.sent} (still sending, or interrupted)"))
     if status.expired is not None:
         rows.append(("results", f"expired at {moment(status.expired)}"))
+    if status.webhook:
+        rows.append(("webhook", f"{status.webhook.url}: {describe_webhook(status.webhook)}"))
     return _fields(rows)
 
 

@@ -23,3 +23,5 @@ class Terms(TypedDict, total=False):
     """Seconds for which results are kept after the last job has ended; left out, seven days."""
     when_full: WhenFull
     """"wait" for room (if left out), or "refuse" with QueueFull."""
+    webhook: str | None
+    """URL that is told when the last job has ended; left out or None, none is."""

@@ -27,6 +27,8 @@ KEY_NAMES = {
     "PAUSED": "paused",  # hash: adapters that nothing is claimed of, "*" the queue, since when
     "LIMITS": "limits",  # hash: how many jobs and bytes may wait
     "EXPIRY": "expiry",  # sorted set: submissions whose jobs have all ended, by when they expire
+    "NOTICES": "notices",  # sorted set: submissions whose webhook is to be told, by when
+    "WEBHOOK_HOSTS": "webhook-hosts",  # string: hosts that webhooks may go to; expires
     "LEASES": "leases",  # sorted set: ids of the running jobs by the end of their lease
     "SUSPECTS": "suspects",  # sorted set: waiting jobs to be run alone, by since when they wait
     "DELAYED": "delayed",  # sorted set: waiting jobs to be tried again, by when
@@ -74,6 +76,8 @@ class Keys:
         self.paused = self._name("PAUSED")
         self.limits = self._name("LIMITS")
         self.expiry = self._name("EXPIRY")
+        self.notices = self._name("NOTICES")
+        self.webhook_hosts = self._name("WEBHOOK_HOSTS")
         self.leases = self._name("LEASES")
         self.suspects = self._name("SUSPECTS")
         self.delayed = self._name("DELAYED")

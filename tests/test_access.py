@@ -25,14 +25,19 @@ from tests.fake_hub import FakeHub
 from tests.servers import ValkeyServer
 from tests.test_producer_cli import Producer, prompts
 from tests.tiny_models import make_adapter, make_llama
+from tests.webhook_receiver import run_receiver
 from worker.adapters.loader import AdapterChecker
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
 from worker.hub.fetcher import Fetcher
 from worker.model.config import ModelConfig
+from worker.webhooks.notifier import Notifier
 from worker.worker import Worker
 
-ROLES = ("producer", "operator", "worker", "fetcher", "reader")
+ROLES = ("producer", "operator", "worker", "fetcher", "notifier", "reader")
+
+#: Those who may read the whole queue.
+READERS = tuple(role for role in ROLES if role != "notifier")
 
 RULES = Path(__file__).parent.parent / "examples" / "users.acl"
 
@@ -120,7 +125,7 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "sweep": (lambda q, _: q.sweep(), STAFF),
     "set_max_attempts": (lambda q, _: q.set_max_attempts(5), STAFF),
     "cancel": (lambda q, _: q.cancel(["job", "next"]), STAFF),
-    "close_submission": (lambda q, _: q.close_submission("sub"), SENDERS),
+    "close_submission": (lambda q, _: q.close_submission("sub"), {"notifier", *SENDERS}),
     "pause": (lambda q, _: q.pause("sql"), STAFF),
     "resume": (lambda q, _: (q.pause(), q.resume()), STAFF),
     "set_limits": (lambda q, _: q.set_limits(Limits(9, 9)), STAFF),
@@ -144,10 +149,10 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "fail_fetch": (lambda q, _: q.fail_fetch("fetched", "f", "x"), STAFF),
     "adopt_revision": (lambda q, _: q.adopt_revision("new", 2, "r"), STAFF),
     "retire_adapter": (lambda q, _: q.retire_adapter("old"), STAFF),
-    "desired_state": (lambda q, _: q.desired_state(), set(ROLES)),
+    "desired_state": (lambda q, _: q.desired_state(), set(READERS)),
 }
 
-#: Every way to read, which all roles have.
+#: Every way to read.
 READINGS: dict[str, Callable[[QueueReader], object]] = {
     "is_submission": lambda r: r.is_submission("sub") or r.is_submission("job"),
     "submissions": lambda r: r.submissions(9),
@@ -176,7 +181,7 @@ READINGS: dict[str, Callable[[QueueReader], object]] = {
 
 
 def methods(kind: type) -> set[str]:
-    return {name for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
+    return {name for name in dir(kind) if callable(getattr(kind, name)) and name[0] != "_"}
 
 
 def test_every_operation_is_in_these_tables() -> None:
@@ -214,14 +219,25 @@ def is_no_permission(error: redis.ResponseError) -> bool:
     return isinstance(error, NoPermissionError) or "ACL failure in script" in str(error)
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_every_role_may_read_the_queue(users: Users, role: str) -> None:
+@pytest.mark.parametrize("role", READERS)
+def test_every_role_but_the_notifier_may_read_the_queue(users: Users, role: str) -> None:
     with users.admin() as admin, users.connect(role) as client:
         queue = JobQueue(admin, QUEUE)
         queue.commit("w", [(in_use(queue), RESULT)])
         reader = QueueReader(client, QUEUE)
         for read in READINGS.values():
             read(reader)
+
+
+def test_a_notifier_sees_no_prompt_and_no_result(users: Users) -> None:
+    with users.admin() as admin, users.connect("notifier") as client:
+        queue = JobQueue(admin, QUEUE)
+        queue.commit("w", [(in_use(queue), RESULT)])
+        reader = QueueReader(client, QUEUE)
+        assert reader.submission("sub").finished == 1
+        for read in (reader.payloads, reader.results):
+            with pytest.raises(NoPermissionError):
+                list(read(["job"]))
 
 
 # --- What a role can be made to do by other means -----------------------------------------------
@@ -312,6 +328,46 @@ def test_a_fetcher_fetches_what_an_operator_asks_for_and_a_reader_sees_it(
     assert not [entry for entry in logs if entry["log_level"] != "info"]
     listed = Producer(users.url("reader"), QUEUE)("lora", "list", "--json")
     assert "hf:acme/sql@" in listed.stdout
+
+
+def test_a_notifier_delivers_what_a_producer_asks_for_and_a_reader_sees_it(
+    users: Users, tmp_path: Path
+) -> None:
+    with users.admin() as admin, run_receiver() as receiver:
+        notifier = Notifier(users.url("notifier"), QUEUE, [receiver.host], [b"x" * 24])
+        file = prompts(tmp_path, '"x"')
+        sent = Producer(users.url("producer"), QUEUE)("submit", file, "--webhook", receiver.url)
+        assert sent.exit_code == 0
+        receiver.answers = [500]
+        with Client(users.url("operator"), QUEUE) as client:
+            (submission,) = client.overview().submissions
+            client.cancel(submission.id)
+
+        def is_delivered() -> bool:
+            notices = f"{{{QUEUE}}}:notices"
+            for due in admin.zrange(notices, 0, -1):
+                admin.zadd(notices, {due: 1})
+            return len(receiver.received) == 2
+
+        with capture_logs() as logs:
+            notifier.run(is_delivered)
+    events = [entry["event"] for entry in logs]
+    assert events == [
+        *("notifier_ready", "notice_not_delivered", "notice_delivered", "notifier_ended")
+    ]
+    status = Producer(users.url("reader"), QUEUE)("status", submission.id)
+    assert "delivered at" in status.stdout
+
+
+def test_a_producer_ends_its_own_submission_by_what_has_ended_before(users: Users) -> None:
+    """The script of a producer then makes the notice due itself."""
+    with users.admin() as admin, users.connect("producer") as client:
+        queue = JobQueue(admin, QUEUE)
+        queue.commit("w", [(in_use(queue), RESULT)])
+        JobQueue(client, QUEUE).submit("2", "f", 1, 0, JOBS[:1], webhook="https://example.org/")
+        assert admin.zrange(f"{{{QUEUE}}}:notices", 0, -1) == ["2"]
+        with pytest.raises(NoPermissionError):
+            client.set(f"{{{QUEUE}}}:webhook-hosts", "[]")
 
 
 @pytest.mark.parametrize(("role", "exit_code"), [("operator", 6), ("producer", 4), ("reader", 4)])

@@ -131,7 +131,7 @@ def test_worker_has_time_to_finish_and_deliver_before_it_is_killed() -> None:
 
 
 @needs_compose
-@pytest.mark.parametrize("service", ["worker", "producer", "fetcher"])
+@pytest.mark.parametrize("service", ["worker", "producer", "fetcher", "notifier"])
 def test_service_uses_the_redis_beside_it(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from broker.address import resolve_url
 
@@ -176,6 +176,22 @@ def test_fetcher_and_workers_allow_the_same_owners() -> None:
         environment = resolved[service]["environment"]
         assert (environment["HF_TOKEN"], environment["HF_HUB_OFFLINE"]) == ("hf_x", "1")
     assert "--hub-owners" not in services()["worker"]["command"]
+
+
+@needs_compose
+def test_notifier_gets_its_hosts_and_its_secret_and_starts_only_when_asked_for() -> None:
+    from schemas.webhook import WEBHOOK_TIMEOUT
+    from worker.webhooks.cli import build_parser
+
+    notifier = services(WEBHOOK_HOSTS="a.org b.org:81", WEBHOOK_SECRET="whsec_x")["notifier"]
+    name, *flags = notifier["command"]
+    assert name == "notifier"
+    assert build_parser().parse_args(flags).webhook_hosts == ["a.org", "b.org:81"]
+    assert "whsec_x" not in flags  # Everybody could read it by `ps`.
+    assert notifier["environment"]["WEBHOOK_SECRET"] == "whsec_x"
+    assert notifier["profiles"] == ["webhooks"]
+    assert {"deploy", "volumes"}.isdisjoint(notifier)
+    assert seconds(notifier["stop_grace_period"]) > WEBHOOK_TIMEOUT
 
 
 @needs_compose
@@ -244,9 +260,10 @@ def test_commands_are_scripts_of_the_project() -> None:
         resolved["worker"]["command"][0],
         resolved["producer"]["entrypoint"][0],
         resolved["fetcher"]["command"][0],
+        resolved["notifier"]["command"][0],
         json.loads(default)[0],
     ]
-    assert named == ["worker", "producer", "fetcher", "worker"]
+    assert named == ["worker", "producer", "fetcher", "notifier", "worker"]
     assert set(named) <= set(project()["project"]["scripts"])
 
 

@@ -19,6 +19,7 @@ from schemas.result import Result, Timings
 from tests.servers import ValkeyServer, free_port, wait_until
 from worker.background import BackgroundLoop
 from worker.hub.fetch_queue import FetchQueue
+from worker.webhooks.notifier import Notifier
 
 pytestmark = pytest.mark.slow
 
@@ -184,10 +185,14 @@ def test_what_needs_rq_is_refused_in_a_cluster(cluster: list[ValkeyServer]) -> N
         with pytest.raises(ServerUnavailable, match="Fetching from the hub needs rq"):
             client.load_adapter("sql", "acme/sql")
         assert client.adapters() == []
+        with pytest.raises(ServerUnavailable, match="A webhook needs rq"):
+            client.submit(["x"], webhook="https://example.org/")
     with connect(url, QUEUE) as connection:
         assert not connection.exists(f"{{{QUEUE}}}:fetches")
         with pytest.raises(ServerUnavailable, match="Fetching from the hub needs rq"):
             FetchQueue(JobQueue(connection, QUEUE), lambda *_: None)
+    with pytest.raises(ServerUnavailable, match="A webhook needs rq"):
+        Notifier(url, QUEUE, ["example.org"], [b"x" * 24])
 
 
 def test_a_cluster_that_is_named_like_a_server_is_refused(cluster: list[ValkeyServer]) -> None:

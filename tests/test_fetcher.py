@@ -205,11 +205,11 @@ def test_the_hub_is_not_asked_before_it_is_the_turn_of_a_fetch(
 
 def test_a_fetcher_stays_known_though_redis_loses_all(fetching: Fetching, fetches: Fetches) -> None:
     assert not fetches.has_fetcher()
-    fetching.fetcher._jobs.beat()
+    fetching.fetcher._jobs.place.beat()
     assert fetches.has_fetcher()
     fetching.rq.connection.delete(f"rq:workers:{fetching.rq.name}")
     assert not fetches.has_fetcher()
-    fetching.fetcher._jobs.beat()
+    fetching.fetcher._jobs.place.beat()
     assert fetches.has_fetcher()
 
 
@@ -537,7 +537,7 @@ def push(fetching: Fetching, **fields: object) -> str:
         (json_job(FETCH_FUNCTION, None, ["x", 7], {}), "its arguments are not"),
         (json_job(FETCH_FUNCTION, None, {"x": 1}, {}), "its arguments are not"),
         (json_job(FETCH_FUNCTION, None, ["x", "y"], {"z": 1}), "its arguments are not"),
-        (json_job(FETCH_FUNCTION, None, ["x", "another"], {}), "is for request 'another'"),
+        (json_job(FETCH_FUNCTION, None, ["x", "another"], {}), "is for 'another'"),
         (json_job(1, 2, 3), "is not JSON of four parts"),
         (b"\xff\x00 no JSON", "is not JSON of four parts"),
         (b"", "is not JSON of four parts"),

@@ -14,6 +14,7 @@ from tests.tiny_models import make_llama
 PRODUCER = ("producer", "status")
 WORKER = ("worker", "--model-path", ".", "--redis-url", "redis://127.0.0.1:1")
 FETCHER = ("worker.hub", "--model-path", ".", "--hub-owners", "acme")
+NOTIFIER = ("worker.webhooks", "--webhook-hosts", "example.org")
 
 
 def interrupted_after(imported: str, command: tuple[str, ...]) -> tuple[int, list[str]]:
@@ -42,6 +43,7 @@ def interrupted_after(imported: str, command: tuple[str, ...]) -> tuple[int, lis
         (WORKER, "torch._C"),
         (FETCHER, "argparse"),
         (FETCHER, "rq.job"),
+        (NOTIFIER, "rq.job"),
     ],
 )
 def test_ctrl_c_during_an_import_shows_no_traceback(

@@ -184,6 +184,24 @@ BREAKS: dict[str, tuple[Break, str]] = {
         lambda r, k, s: r.hset(k.prefix + "running", "a", 1),
         "running (hash) is left over",
     ),
+    "an end is never told": (
+        lambda r, k, s: r.hset(k.submission(s), "webhook", "https://example.org/"),
+        "has ended, and its webhook is in state None",
+    ),
+    "a notice is lost": (
+        lambda r, k, s: r.hset(
+            k.submission(s), mapping={"webhook": "https://example.org/", "webhook_state": "pending"}
+        ),
+        "is in state pending and not in the index",
+    ),
+    "a notice stays due": (
+        lambda r, k, s: r.zadd(k.notices, {s: 1}),
+        "is in state None and in the index",
+    ),
+    "a notice of nothing is due": (
+        lambda r, k, s: r.zadd(k.notices, {"stranger": 1}),
+        "the webhook of submission stranger, which is not there, is to be told",
+    ),
     "a worker's record never expires": (
         lambda r, k, s: r.hset(k.worker("w"), "state", "{}"),
         "worker:w never expires",

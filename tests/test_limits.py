@@ -253,7 +253,7 @@ def test_a_record_that_no_script_could_use_is_refused_whole(
         *("second", "@base", given["priority"], given["deadline"], "{}"),
     ]
     with pytest.raises(ResponseError, match="soon"):
-        queue._run("submit", "sub", "file", 2, 0, given["result_ttl"], 0, 0, *jobs)
+        queue._run("submit", "sub", "file", 2, 0, given["result_ttl"], 0, 0, "", *jobs)
     assert list(queue.client.scan_iter(match=queue.keys.prefix + "*")) == []
 
 

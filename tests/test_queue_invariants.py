@@ -70,7 +70,9 @@ class Run:
             Job(id=f"{n}-{lora}-{p}-{d}", prompt="x" * n, lora=lora, priority=p, deadline=d)
             for n, lora, p, d in lines
         ]
-        self.queue.submit(f"sub-{next(self._submissions)}", "file", len(jobs), 0, jobs)
+        number = next(self._submissions)
+        webhook = "https://example.org/" if number % 2 else None
+        self.queue.submit(f"sub-{number}", "file", len(jobs), 0, jobs, webhook=webhook)
 
     def _claim(self, num_jobs: int) -> None:
         request = ClaimRequest(num_jobs, free_slots=2, in_use=())
@@ -215,6 +217,11 @@ def check(queue: JobQueue) -> None:
         assert Counter(fields["id"] for _, fields in finished) == ended
         has_ended = set(states) <= TERMINAL_STATES
         assert (client.zscore(keys.expiry, submission) is not None) == has_ended
+        has_notice = has_ended and "webhook" in fields
+        assert (client.zscore(keys.notices, submission) is not None) == has_notice
+        assert (fields.get("webhook_state"), "webhook_event" in fields) == (
+            ("pending", True) if has_notice else (None, False)
+        )
 
 
 # A failure is told as it was found: to make it smaller would take longer than a test may.

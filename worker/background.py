@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import redis
 import structlog
-import torch
 from redis.backoff import ExponentialWithJitterBackoff
 
 from broker.connection import is_refusal, may_pass, server_errors
@@ -77,6 +76,9 @@ class BackgroundLoop(threading.Thread):
         self.failure: Exception | None = None
 
     def run(self) -> None:
+        # Only now, since torch takes seconds, and processes that need none of it have no thread.
+        import torch
+
         torch.set_num_threads(1)  # Of this thread: the engine's need the cores.
         failures = 0
         while not self._stopping.is_set():

@@ -40,11 +40,29 @@ local function count(state, adapter, number, bytes)
   if redis.call('HINCRBY', BACKLOG, 'jobs', number) <= 0 then redis.call('DEL', BACKLOG) end
 end
 
--- Lets a submission expire once all jobs that it holds have ended, and its time to live is over.
-local function set_expiry(submission)
+-- Makes the notice of a submission's end due, under an id that no other has. A submission that a
+-- replay opens again has nothing to tell until it ends again.
+local function set_notice(submission, num_ended)
+  local key = SUBMISSION .. submission
+  local event, total = unpack(redis.call('HMGET', key, 'webhook_event', 'total'))
+  local has_ended = num_ended >= (tonumber(total) or 0)
+  if has_ended and not event then
+    redis.call('HSET', key, 'webhook_event', redis.sha1hex(key .. ' ' .. text(now_us())),
+      'webhook_ended', text(now_ms()), 'webhook_state', 'pending')
+    redis.call('ZADD', NOTICES, text(now_ms()), submission)
+  elseif event and not has_ended then
+    redis.call('HDEL', key, 'webhook_event', 'webhook_ended', 'webhook_state', 'webhook_attempts',
+      'webhook_first_try', 'webhook_next_try', 'webhook_error', 'webhook_settled')
+    redis.call('ZREM', NOTICES, submission)
+  end
+end
+
+-- Lets a submission expire once all jobs that it holds have ended, and its time to live is over; and
+-- has its webhook told, if it has one, once that are all that it will hold.
+local function note_whether_ended(submission)
   local key, num_ended = SUBMISSION .. submission, 0
-  local ttl, done, failed, dead, cancelled, expired = unpack(redis.call('HMGET', key,
-    'result_ttl', 'done', 'failed', 'dead', 'cancelled', 'expired'))
+  local ttl, webhook, done, failed, dead, cancelled, expired = unpack(redis.call('HMGET', key,
+    'result_ttl', 'webhook', 'done', 'failed', 'dead', 'cancelled', 'expired'))
   for _, number in ipairs({ done or 0, failed or 0, dead or 0, cancelled or 0, expired or 0 }) do
     num_ended = num_ended + number
   end
@@ -53,6 +71,7 @@ local function set_expiry(submission)
   else
     redis.call('ZREM', EXPIRY, submission)
   end
+  if webhook then set_notice(submission, num_ended) end
 end
 
 -- Tells those who follow a submission that a job of it has finished. Where a dead job was told is
@@ -70,7 +89,7 @@ local function count_moved(submission, from, to, number)
   local num_left = redis.call('HINCRBY', SUBMISSION .. submission, from, -number)
   redis.call('HINCRBY', SUBMISSION .. submission, to, number)
   -- While others are in the state that these left, none of them is the last one to end.
-  if TERMINAL[from] or TERMINAL[to] and num_left <= 0 then set_expiry(submission) end
+  if TERMINAL[from] or TERMINAL[to] and num_left <= 0 then note_whether_ended(submission) end
 end
 
 -- Counts the change of a job's state in every submission it belongs to. One that sent the job twice
@@ -181,7 +200,10 @@ end
 local function state_and_version(id)
   local found =
     redis.pcall('HMGET', JOB .. id, 'state', 'v', 'adapter', 'submissions', 'attempts')
-  if found.err then return 'damaged', 0 end -- The key is no hash.
+  if found.err then
+    if not string.find(found.err, 'WRONGTYPE', 1, true) then error(found) end
+    return 'damaged', 0 -- The key is no hash.
+  end
   return found[1] or nil, version_of(unpack(found, 2))
 end
 

@@ -22,6 +22,14 @@ local function forget(id, submission)
   redis.call('HSET', JOB .. id, 'submissions', table.concat(others, ' '))
 end
 
+-- Whoever were told by now could not fetch the results any more.
+local function drop_notice(submission)
+  local was_due = redis.call('ZREM', NOTICES, submission) == 1
+  if not was_due or redis.call('EXISTS', SUBMISSION .. submission) == 0 then return end
+  redis.call('HSET', SUBMISSION .. submission, 'webhook_state', 'dead', 'webhook_error',
+    'the results expired before it was delivered', 'webhook_settled', now)
+end
+
 local function expire_submission(submission)
   local key = SUBMISSION .. submission
   if redis.call('EXISTS', key) == 1 then redis.call('HSETNX', key, 'expired_at', now) end
@@ -32,6 +40,7 @@ local function expire_submission(submission)
   if redis.call('EXISTS', key .. ':jobs') == 0 then
     redis.call('UNLINK', key .. ':finished')
     redis.call('ZREM', EXPIRY, submission)
+    drop_notice(submission)
     redis.call('PEXPIRE', key, counts_stay)
   end
 end

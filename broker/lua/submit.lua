@@ -1,6 +1,7 @@
 -- Stores a run of a submission's jobs, all or none.
 --   ARGV: submission, its name, its number of jobs, offset of the run in it, ms for which results are
---         kept, jobs behind the run that must find room too, their bytes,
+--         kept, jobs behind the run that must find room too, their bytes, URL of
+--         the webhook that is told of the end ('' if none is),
 --         then (id, adapter, priority, deadline, payload) a job; a deadline is '', a moment in ms, or
 --         with a '+' before it ms from now
 --   Returns {'ok'} | {'conflict', index, ...}: indices (from 0) of jobs whose id is taken by a
@@ -10,9 +11,9 @@
 --   these are the limits ('' if there is none).
 -- Safe to repeat: a run that the submission already holds is not added again.
 local submission, name, total, offset, result_ttl = unpack(ARGV, 1, 5)
-local rest_jobs, rest_bytes, first = tonumber(ARGV[6]), tonumber(ARGV[7]), 8
+local rest_jobs, rest_bytes, first = tonumber(ARGV[6]), tonumber(ARGV[7]), 9
 offset = tonumber(offset)
-local num_jobs = (#ARGV - 7) / 5
+local webhook, num_jobs = ARGV[8], (#ARGV - 8) / 5
 local jobs = SUBMISSION .. submission .. ':jobs'
 
 local sent = redis.call('LLEN', jobs)
@@ -79,6 +80,7 @@ local now = now_ms()
 if offset == 0 then
   redis.call('HSET', SUBMISSION .. submission, 'name', name, 'total', total, 'created', text(now),
     'result_ttl', result_ttl)
+  if webhook ~= '' then redis.call('HSET', SUBMISSION .. submission, 'webhook', webhook) end
   redis.call('ZADD', SUBMISSIONS, text(now), submission)
 end
 
@@ -136,6 +138,6 @@ for _, lane in pairs(lanes) do
   open_lane(lane)
   count('waiting', lane.adapter, lane.num_jobs, lane.num_bytes)
 end
-set_expiry(submission)
+note_whether_ended(submission)
 redis.call('PUBLISH', WAKE, submission)
 return { 'ok' }

@@ -15,6 +15,7 @@ from broker.connection import BLOCK_SECONDS, connect, server_errors
 from broker.dead_letters import DeadLetters
 from broker.fetches import Fetches
 from broker.job_queue import JobQueue
+from broker.notices import Notices
 from broker.queue_reader import QueueReader
 from broker.server import use_server
 from producer import advice
@@ -59,6 +60,7 @@ class Session:
         self._job_queue = JobQueue(connection, queue)
         self._reader = QueueReader(connection, queue)
         self._fetches = Fetches(connection, queue)
+        self._notices = Notices(connection, queue)
         self._dead_letters = DeadLetters(connection, queue)
         self._next_tidying = 0.0
         self.queue = queue
@@ -84,6 +86,11 @@ class Session:
         """Whether a worker is alive."""
         with self._errors():
             return bool(self._reader.workers())
+
+    def has_notifier(self) -> bool:
+        """Whether a notifier is alive, which delivers webhooks."""
+        with self._errors():
+            return self._notices.allowed_hosts() is not None
 
     def knows_adapters(self) -> bool:
         """Whether a worker has ever joined the queue or an adapter was loaded, so that a name can

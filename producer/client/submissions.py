@@ -77,7 +77,7 @@ class Submissions(Session):
     ) -> Spool:
         """The first half of ``submit``: checks numbered lines, sends nothing. Close the spool."""
         with self._errors():
-            return prepare(self._reader, lines, terms, name=name)
+            return prepare(self._reader, self._notices, lines, terms, name=name)
 
     def send(
         self,

@@ -62,16 +62,16 @@ class Fetcher:
         self._owners = frozenset(owners)
         self._checker = checker
         self._heart = BackgroundLoop(
-            "heartbeat", self._jobs.beat, self.stop, interval=HEARTBEAT_SECONDS
+            "heartbeat", self._jobs.place.beat, self.stop, interval=HEARTBEAT_SECONDS
         )
         self._has_to_end = False
         self._is_fetching = False
 
     def run(self, should_end: Callable[[], bool] = lambda: False) -> int:
         """Work until ``stop``, or until ``should_end``; returns the exit status."""
-        self._jobs.join()
+        self._jobs.place.join()
         self._heart.start()
-        log.info("fetcher_ready", fetcher=self._jobs.fetcher, owners=sorted(self._owners))
+        log.info("fetcher_ready", fetcher=self._jobs.place.name, owners=sorted(self._owners))
         while not self._has_to_end and not should_end():
             try:
                 self._jobs.turn()
@@ -82,10 +82,10 @@ class Fetcher:
         self._heart.stop()
         self._heart.join()
         try:
-            self._jobs.leave()
+            self._jobs.place.leave()
         except redis.RedisError as error:
             log.warning("redis_away", at="leave", error=str(error))
-        log.info("fetcher_ended", fetcher=self._jobs.fetcher)
+        log.info("fetcher_ended", fetcher=self._jobs.place.name)
         return 1 if self._heart.failure else 0
 
     def stop(self) -> None:

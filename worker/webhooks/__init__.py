@@ -1,0 +1,1 @@
+"""Webhooks: the signed requests that tell of the ends of submissions, and the notifier."""

@@ -1,0 +1,124 @@
+"""The command ``notifier``. Its flags are called like the fetcher's."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import signal
+import sys
+from pathlib import Path
+
+from broker.interrupts import INTERRUPTED, end_at_once, tidy_up_first
+
+DESCRIPTION = """\
+Delivers the webhooks of a queue: posts to the URL of `producer submit --webhook URL`, once all
+jobs of the submission have ended, a JSON object with their counts, signed as Standard Webhooks has
+it. What is not answered by 2xx is tried again for a day, with growing pauses. The secret is whsec_
+and the base64 of 24 to 64 bytes; while it is changed, a file may hold the new and the old one, a
+line each. Needs neither GPU nor model. Ends with status 0 after SIGTERM or Ctrl-C, 2 for a wrong
+flag or secret, 4 if the Redis server cannot be used.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser(prog="notifier", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument(
+        "--webhook-hosts",
+        nargs="+",
+        required=True,
+        metavar="HOST",
+        help="hosts that webhooks may go to: HOST, at port 443 or for http:// 80, or HOST:PORT",
+    )
+    parser.add_argument(
+        "--webhook-secret-file",
+        type=Path,
+        metavar="FILE",
+        help="what webhooks are signed with (WEBHOOK_SECRET_FILE, WEBHOOK_SECRET)",
+    )
+    parser.add_argument(
+        "--queue", default="lorry", metavar="NAME", help="name of the queue (lorry)"
+    )
+    parser.add_argument(
+        "--redis-url",
+        metavar="URL",
+        help="Redis or Valkey server (REDIS_URL; with neither, an embedded server)",
+    )
+    parser.add_argument(
+        "--redis-password-file",
+        type=Path,
+        metavar="FILE",
+        help="its password (REDIS_PASSWORD_FILE, REDIS_PASSWORD, or in the URL)",
+    )
+    return parser
+
+
+def main() -> None:
+    """Run the command; ends the process with its exit status."""
+    flags = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        sys.exit(_run(flags))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        end_at_once()
+
+
+def _run(flags: argparse.Namespace) -> int:
+    # Only now, since --help should not wait for it.
+    from broker.address import has_password
+    from broker.connection import server_errors
+    from broker.server import find_server
+    from schemas.errors import LorryError
+    from worker.background import wait_for_server
+    from worker.logs import configure_logs, log
+    from worker.webhooks.notifier import Notifier
+    from worker.webhooks.signature import read_secrets
+
+    tidy_up_first()
+    configure_logs()
+    # What it would say is in the notifier's own lines, one JSON object each.
+    logging.getLogger("rq").addHandler(logging.NullHandler())
+    logging.getLogger("rq").propagate = False
+    try:
+        hosts = _hosts(flags.webhook_hosts)
+        queue = _queue(flags.queue)
+        secrets = read_secrets(flags.webhook_secret_file)
+        with find_server(flags.redis_url, flags.redis_password_file) as server:
+            if has_password(flags.redis_url):
+                log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
+            wait_for_server(server)
+            with server_errors(server.url):
+                notifier = Notifier(server.url, queue, hosts, secrets)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, lambda *_: notifier.stop())
+                notifier.run()
+                return 0
+    except LorryError as error:
+        print(f"notifier: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _hosts(given: list[str]) -> list[str]:
+    from schemas.errors import BadInput
+    from schemas.webhook import parse_webhook_host
+
+    try:
+        return [parse_webhook_host(text) for text in given]
+    except ValueError as error:
+        raise BadInput(f"--webhook-hosts {' '.join(given)}: {error}.") from None
+
+
+def _queue(name: str) -> str:
+    from schemas.errors import BadInput
+    from schemas.keys import QUEUE_NAME
+
+    if not re.fullmatch(QUEUE_NAME, name):
+        raise BadInput(f"--queue {name}: use up to 64 letters, digits and . _ -")
+    return name
+
+
+if __name__ == "__main__":
+    main()
