@@ -1000,7 +1000,7 @@ def test_a_module_that_lacks_its_weights_is_refused(folder: Path, model: ModelCo
 def test_an_adapter_for_a_model_of_fewer_layers_is_refused(
     folder: Path, model: ModelConfig
 ) -> None:
-    deeper = replace(model, num_layers=4)
+    deeper = replace(model, layers=4 * model.layers[:1])
     assert f"lacks {PREFIX}.3.mlp.down_proj.lora_A.weight" in refusal(folder, deeper)
 
 
