@@ -27,7 +27,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1000.0}
 
-#: What ``make_model`` is told: a type of transformers, and what is not as usual.
+#: What ``make_model`` is told: a type of transformers, and what is not as usual. Embeddings that
+#: are scaled and tied would have a random model say its last token again and again.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 6}),
     "llama-3": (
@@ -77,7 +78,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 20,
             "query_pre_attn_scalar": 30,
             "sliding_window": 17,
-            # Else a random model of this family says its last token again and again.
             "tie_word_embeddings": False,
             "attn_logit_softcapping": 3.0,
             "final_logit_softcapping": 5.0,
@@ -89,6 +89,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 20,
             "query_pre_attn_scalar": 30,
             "sliding_window": 17,
+            "tie_word_embeddings": False,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},

@@ -37,7 +37,10 @@ FLAGS = {
     ),
 }
 LIMITS = {"max_lora_rank": 8, "lora_target_modules": ["all"]}
-MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head"
+MODULES = (
+    "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, qkv_proj, gate_up_proj,"
+    " embed_tokens, lm_head"
+)
 
 
 # --- --lora-paths -------------------------------------------------------------------------------
@@ -158,8 +161,8 @@ def test_a_count_below_one_is_refused(flag: str) -> None:
             "--dtype \"float64\": should be 'auto', 'float32', 'float16' or 'bfloat16'",
         ),
         (
-            *("lora_target_modules", ["q_proj", "qkv_proj"]),
-            f"--lora-target-modules q_proj qkv_proj: qkv_proj: choose from {MODULES}, or 'all'",
+            *("lora_target_modules", ["q_proj", "query"]),
+            f"--lora-target-modules q_proj query: query: choose from {MODULES}, or 'all'",
         ),
         ("mem_fraction_static", 0.0, "--mem-fraction-static 0.0: should be greater than 0"),
         ("mem_fraction_static", 1.0, "--mem-fraction-static 1.0: should be less than 1"),
