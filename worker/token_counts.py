@@ -21,6 +21,11 @@ class TokenCounts:
         self._counted: dict[int, tuple[Sequence, int]] = {}
         """By line whose tokens are counted there, and how many of its answer."""
 
+    @property
+    def num_lines(self) -> int:
+        """Lines that there is room for."""
+        return len(self._in_answer)
+
     def penalize(
         self, logits: torch.Tensor, rows: list[tuple[int, Sequence, float, float, float]]
     ) -> None:
@@ -76,9 +81,9 @@ class TokenCounts:
 
     def _reserve(self, num_lines: int) -> None:
         """Lines are given out from the lowest on, so that few jobs take little memory."""
-        missing = num_lines - len(self._in_answer)
+        missing = num_lines - self.num_lines
         if missing > 0:
-            missing = max(missing, len(self._in_answer))
+            missing = max(missing, self.num_lines)
             self._in_prompt = _longer(self._in_prompt, missing)
             self._in_answer = _longer(self._in_answer, missing)
 
