@@ -77,11 +77,12 @@ class Oracle:
                 self._model.load_adapter(folder, adapter_name=name)
 
     def generate(
-        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int
+        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int, **more: object
     ) -> list[int]:
-        """The next ``num_tokens`` tokens; ends early only if the model's own settings say so."""
+        """The next ``num_tokens`` tokens; ends early only if the model's own settings say so.
+        ``more``: settings of transformers' generate."""
         ids = torch.tensor([prompt_ids])
-        settings = {
+        settings = more | {
             "max_new_tokens": num_tokens,
             "do_sample": False,
             "attention_mask": torch.ones_like(ids),
@@ -92,8 +93,12 @@ class Oracle:
 
     def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         """Those of the token after ``ids``: [vocabulary]."""
+        return self.all_logits(ids, adapter)[-1]
+
+    def all_logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """[tokens, vocabulary]."""
         with self._using(adapter):
-            return self._model(torch.tensor([ids])).logits[0, -1]
+            return self._model(torch.tensor([ids])).logits[0]
 
     @contextmanager
     def _using(self, adapter: str | None) -> Iterator[None]:
@@ -118,9 +123,9 @@ class OracleOfEach(Oracle):
         self._oracles[None] = Oracle(model_folder, {})
 
     def generate(
-        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int
+        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int, **more: object
     ) -> list[int]:
-        return self._oracles[adapter].generate(prompt_ids, adapter, num_tokens)
+        return self._oracles[adapter].generate(prompt_ids, adapter, num_tokens, **more)
 
     def logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         return self._oracles[adapter].logits(ids, adapter)
