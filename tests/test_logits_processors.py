@@ -92,7 +92,7 @@ def random_sequences(rng: random.Random) -> list[Sequence]:
 def processed(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     found = logits.clone()
     items = [(s, s.processors) for s in sequences if s.processors]
-    counts = TokenCounts(VOCABULARY, CPU)
+    counts = TokenCounts(max_lines=20, vocab_size=VOCABULARY, device=CPU)
     process_logits(found, items, torch.zeros(len(items), dtype=torch.int32), counts)
     return found
 
@@ -242,7 +242,7 @@ def test_logits_that_are_not_finite_give_no_token_and_spoil_no_neighbour() -> No
 
 
 def test_few_lines_take_little_memory_and_none_asked_for_none() -> None:
-    counts = TokenCounts(VOCABULARY, CPU)
+    counts = TokenCounts(max_lines=20, vocab_size=VOCABULARY, device=CPU)
     assert counts.num_lines == 0
     for line in (0, 2, 5):
         asking = sequence(line, presence_penalty=1.0)

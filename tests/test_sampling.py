@@ -15,6 +15,7 @@ from tests.tiny_models import Oracle, make_adapter, make_llama
 from worker import engine as engine_module
 from worker import scheduler
 from worker.engine import Engine
+from worker.sampler import Sampler
 from worker.sequence import Phase, Sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -153,6 +154,17 @@ def test_a_job_gives_the_same_tokens_alone_and_in_any_batch(
     alone = make_engine(model_folder, {}, disable_prefix_cache=True)
     for each in jobs:
         assert answers(run(alone, [each])[each.id]) == answers(together[each.id])
+
+
+def test_jobs_that_only_take_the_likeliest_token_never_come_to_the_sampler(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bool:
+        raise AssertionError("nothing is asked for")
+
+    monkeypatch.setattr(Sampler, "choose", refuse)
+    plain = {"stop_token_ids": [3], "ignore_eos": True, "top_p": 0.5, "top_k": 3, "min_p": 0.5}
+    run(engine, [job(f"{number}", **plain) for number in range(4)])
 
 
 # --- Several answers ----------------------------------------------------------------------------

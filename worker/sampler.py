@@ -25,7 +25,7 @@ class Sampler:
     """Chooses tokens other than those of the largest logits, for the sequences that want it."""
 
     def __init__(self, *, max_lines: int, vocab_size: int, device: torch.device) -> None:
-        self._counts = TokenCounts(vocab_size, device)
+        self._counts = TokenCounts(max_lines=max_lines, vocab_size=vocab_size, device=device)
         self._last_tokens = torch.zeros(max_lines, dtype=torch.int32, device=device)
         """By line of the page table, of sequences that have processors."""
 
