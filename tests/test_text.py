@@ -206,13 +206,26 @@ def run_until_stop(
 
 
 def run_until_whole_text_stops(
-    tokenizer: Tokenizer, token_ids: list[int], stops: list[str]
+    tokenizer: Tokenizer, token_ids: list[int], stops: list[str], min_tokens: int = 0
 ) -> tuple[int, str] | None:
     """The same by decoding the whole answer after every token."""
-    for number in range(1, len(token_ids) + 1):
+    ignored = next(
+        text
+        for end in range(min_tokens, -1, -1)
+        if not (text := tokenizer.decode(token_ids[:end]) or "").endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        )
+    )
+    for number in range(min_tokens + 1, len(token_ids) + 1):
         text = tokenizer.decode(token_ids[:number]) or ""
-        if positions := [text.index(stop) for stop in stops if stop in text]:
-            return number, text[: min(positions)]
+        ends = [
+            start
+            for stop in stops
+            for start in range(len(text))
+            if text.startswith(stop, start) and start + len(stop) > len(ignored)
+        ]
+        if ends:
+            return number, text[: min(ends)]
     return None
 
 
@@ -341,8 +354,9 @@ def test_a_stop_string_is_found_when_and_where_the_whole_text_holds_it(
     start = data.draw(st.integers(0, len(whole) - 1))
     stops = [whole[start : start + data.draw(st.integers(1, 9))], "never there"]
     assume("\N{REPLACEMENT CHARACTER}" not in stops[0])
-    found = run_until_stop(any_tokenizer, ids, stops)
-    assert found == run_until_whole_text_stops(any_tokenizer, ids, stops)
+    min_tokens = data.draw(st.just(0) | st.integers(0, len(ids)))
+    found = run_until_stop(any_tokenizer, ids, stops, min_tokens)
+    assert found == run_until_whole_text_stops(any_tokenizer, ids, stops, min_tokens)
 
 
 def test_bytes_that_are_no_text_end_no_search(any_tokenizer: Tokenizer) -> None:

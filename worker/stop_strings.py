@@ -46,11 +46,21 @@ class StopSearch:
         if not any(stop in text for text in self._last_texts() for stop in self._stops):
             return None
         text = self._decode(self._token_ids)
-        num_ignored = len(self._decode(self._token_ids[: self._num_ignored]))
+        num_ignored = self._num_ignored_characters()
         # The first one that ends behind what is ignored.
         places = [text.find(stop, max(0, num_ignored - len(stop) + 1)) for stop in self._stops]
         found = [place for place in places if place >= 0]
         return text[: min(found)] if found else None
+
+    def _num_ignored_characters(self) -> int:
+        """Those that the ignored tokens complete. A character that they begin leaves no trace in
+        it, nor does it take the run of bytes before it along."""
+        text = ""
+        for end in range(self._num_ignored, max(0, self._num_ignored - _CHARACTER_BYTES), -1):
+            text = self._decode(self._token_ids[:end])
+            if not text.endswith(NO_CHARACTER):
+                break
+        return len(text.rstrip(NO_CHARACTER))
 
     def _last_texts(self) -> Iterator[str]:
         """The end of the answer, in which a stop string stands that the last token completed.
