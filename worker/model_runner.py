@@ -154,24 +154,20 @@ class ModelRunner:
         if self._graphs and batch.has_graph:
             replayed = self._graphs.replay(step, num_ranks=batch.num_ranks)
         logits, tokens = replayed or self._run(batch, step)
-        # Of rows that are scored, which stand behind, only the logits are wanted.
+        # Behind the sampled rows stand the scored ones, of which only the logits are wanted.
         num_sampled = len(batch.sampled)
-        scored_logits, logits, tokens = (
-            logits[num_sampled:],
-            logits[:num_sampled],
-            tokens[:num_sampled],
-        )
+        of_prompts = prompt_logprobs(logits[num_sampled:], batch.scored) if batch.scored else None
+        logits, tokens = logits[:num_sampled], tokens[:num_sampled]
         special = [(row, s) for row, s in enumerate(batch.sampled) if not s.is_plain]
         if special and self._sampler.choose(tokens, logits, special):
             lines = [sequence.line for sequence in batch.sampled]
             self.newest_tokens[send(lines, torch.int64, self.device)] = tokens
-        return self._bring_back(
-            batch,
-            tokens,
-            began,
-            answer_logprobs(logits, tokens, special) if special else None,
-            prompt_logprobs(scored_logits, batch.scored) if batch.scored else None,
-        )
+        of_answers = answer_logprobs(logits, tokens, special) if special else None
+        if self.device.type != "cuda":
+            return Launched(batch, tokens, None, None, of_answers, of_prompts)
+        staged = self._token_staging.take(len(tokens))
+        staged.copy_(tokens, non_blocking=True)
+        return Launched(batch, staged, began, self._mark(), of_answers, of_prompts)
 
     def _run(self, batch: Batch, step: StepArrays[Int32s]) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = self._upload(step)
@@ -299,19 +295,6 @@ class ModelRunner:
         for target, part in zip(views(staged, sizes), step, strict=True):
             target.numpy()[:] = part
         return views(staged.to(self.device, non_blocking=True), sizes)
-
-    def _bring_back(
-        self,
-        batch: Batch,
-        tokens: torch.Tensor,
-        began: torch.cuda.Event | None,
-        *logprobs: Logprobs | None,
-    ) -> Launched:
-        if self.device.type != "cuda":
-            return Launched(batch, tokens, None, None, *logprobs)
-        staged = self._token_staging.take(len(tokens))
-        staged.copy_(tokens, non_blocking=True)
-        return Launched(batch, staged, began, self._mark(), *logprobs)
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":
