@@ -143,8 +143,9 @@ class SamplingParams(WireModel):
     min_tokens: int = Field(default=0, ge=0, le=1_000_000)
     """Tokens of the answer before one may end it."""
     ignore_eos: bool = False
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, allow_inf_nan=False)
-    """Above 1 makes tokens of prompt and answer less likely."""
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0, allow_inf_nan=False)
+    """Above 1 makes tokens of prompt and answer less likely. It divides logits: those of a penalty
+    next to 0 would not be finite."""
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, allow_inf_nan=False)
     """Above 0 makes tokens of the answer less likely."""
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, allow_inf_nan=False)

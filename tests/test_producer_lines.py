@@ -138,7 +138,7 @@ def test_an_unknown_field_of_a_message_is_refused_with_its_place() -> None:
         ('"prompt": "x", "top_k": -2', "top_k: should be greater than or equal to -1"),
         ('"prompt": "x", "min_p": 1.5', "min_p: should be less than or equal to 1"),
         ('"prompt": "x", "min_tokens": 200', "min_tokens: should be at most max_tokens, 128"),
-        ('"prompt": "x", "repetition_penalty": 0', "repetition_penalty: should be greater than 0"),
+        ('"prompt": "x", "repetition_penalty": 0', "repetition_penalty: should be greater than or"),
         ('"prompt": "x", "presence_penalty": 3', "presence_penalty: should be less than or equal"),
         ('"prompt": "x", "logit_bias": [1]', "logit_bias: should be an object of token ids and"),
         ('"prompt": "x", "logit_bias": {"a": 1}', "logit_bias: should have token ids as keys (fou"),
