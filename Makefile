@@ -30,7 +30,9 @@ test-slow: install ## Run the tests that take minutes: faults of a real engine, 
 	$(BIN)/pytest -n 2 -m slow
 
 test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
-	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_blas.py tests/test_engine.py tests/test_families.py tests/test_real_model.py
+	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_blas.py tests/test_engine.py \
+		tests/test_families.py tests/test_sampling.py tests/test_peft_variants.py \
+		tests/test_prefix_cache.py tests/test_real_model.py
 
 # Every allocation by itself, so that a kernel that leaves its tensor is seen.
 sanitize-gpu: ## Run the kernels under compute-sanitizer

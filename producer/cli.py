@@ -20,7 +20,20 @@ from producer.controls import app as controls_app
 from producer.dead import app as dead_app
 from producer.lora import app as lora_app
 from producer.messages import fail
-from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
+from producer.options import (
+    Json,
+    MaxTokens,
+    MinP,
+    NumAnswers,
+    Queue,
+    RedisPasswordFile,
+    RedisUrl,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 from schemas.errors import BadInput, LorryError
 from schemas.faults import plain
 
@@ -157,6 +170,14 @@ def submit(
             " moment (2026-12-24T18:00). One that has not begun by then is not run.",
         ),
     ] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    n: NumAnswers = None,
     result_ttl: Annotated[
         str,
         typer.Option(
@@ -205,7 +226,9 @@ def submit(
     """Send the prompts of FILE, once every line is found valid.
 
     A line holds exactly one of prompt, messages, prompt_token_ids, and may hold id, lora,
-    max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, priority, deadline, metadata.
+    priority, deadline, metadata, max_tokens, min_tokens, temperature, top_p, top_k, min_p, seed,
+    stop, stop_token_ids, ignore_eos, repetition_penalty, presence_penalty, frequency_penalty,
+    logit_bias, bad_words, logprobs, top_logprobs, prompt_logprobs, n.
     A job whose line gives no id is called SUBMISSION.LINE, with the number of its line.
     """
     from producer import submitting
@@ -215,10 +238,21 @@ def submit(
 
     place = Place(redis_url, queue, redis_password_file)
     output = None if output == Path("-") else output
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": stop,
+        "n": n,
+    }
     terms = Terms(
         lora=lora,
         priority=priority.value,
         deadline=None if deadline is None else parse_deadline(deadline),
+        sampling={field: value for field, value in sampling.items() if value is not None},
         result_ttl=parse_duration(result_ttl, "--result-ttl"),
         when_full=when_full.value,
         webhook=webhook,

@@ -43,7 +43,9 @@ def prepare(
     Raises BadInput with all bad lines. The caller closes the spool.
     """
     adapters = AdapterCheck(reader)
-    defaults: Defaults = {field: terms[field] for field in _OF_A_LINE if field in terms}
+    defaults: Defaults = dict(terms.get("sampling", {})) | {
+        field: terms[field] for field in _OF_A_LINE if field in terms
+    }
     _check_defaults(adapters, defaults)
     result_ttl = terms.get("result_ttl", RESULT_TTL)
     if not 0 < result_ttl <= MAX_RESULT_TTL:
@@ -109,4 +111,6 @@ def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:
     try:
         adapters.require(make_job("", made_id="default", defaults=defaults).lora)
     except BadInput as error:
-        raise BadInput(f"--{error}\n{adapters.remark}".rstrip()) from None
+        field, colon, what = str(error).partition(":")
+        flag = f"--{field.replace('_', '-')}{colon}{what}"
+        raise BadInput(f"{flag}\n{adapters.remark}".rstrip()) from None

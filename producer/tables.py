@@ -144,6 +144,7 @@ def job(result: Result, payload: str | None) -> str:
             ("prompt", prompt_of(payload)),
             ("answer", result.text),
             ("finish reason", result.finish_reason),
+            *((f"answer {choice.index}", choice.text) for choice in result.choices or ()),
             ("error", f"{error.code}: {error.message}" if error else None),
             ("tokens", f"{usage.prompt_tokens} read, {usage.completion_tokens} written"),
             ("worker", result.worker),
@@ -301,6 +302,9 @@ def _answer(result: Result) -> Text:
         return Text(f"{result.status}: ", style="red") + cell(result.error.message)
     if result.status != "done":
         return Text(result.status, style="red")
+    if result.choices:
+        first = Text(f"(1 of {len(result.choices)}) ", style="dim")
+        return first + cell((result.choices[0].text or "").strip())
     if result.text is None:
         return Text(f"({counted(len(result.token_ids or []), 'token id')})", style="dim")
     return cell(result.text.strip())

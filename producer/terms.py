@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, TypedDict
 
 from schemas.job import Deadline, Priority
@@ -19,6 +20,8 @@ class Terms(TypedDict, total=False):
     """"high", "normal" (if left out) or "low"."""
     deadline: Deadline
     """Until when they must have begun: seconds from when they are sent, or a moment in ISO 8601."""
+    sampling: Mapping[str, object]
+    """Any fields of ``schemas.job.SamplingParams``, for the jobs that do not have them."""
     result_ttl: float
     """Seconds for which results are kept after the last job has ended; left out, seven days."""
     when_full: WhenFull

@@ -61,9 +61,9 @@ class JobError(LorryError):
 
     Codes: ``unknown_adapter``, ``adapter_unavailable``, ``no_tokenizer``, ``no_chat_template``,
     ``bad_prompt``, ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``,
-    ``out_of_memory``; of a job that no worker ended ``attempts_exhausted`` (given up on),
-    ``adapter_unloaded`` (by force, while it waited), ``expired`` (its deadline came while it
-    waited) and ``cancelled``.
+    ``bad_sampling``, ``too_many_logprobs``, ``out_of_memory``; of a job that no worker ended
+    ``attempts_exhausted`` (given up on), ``adapter_unloaded`` (by force, while it waited),
+    ``expired`` (its deadline came while it waited) and ``cancelled``.
     """
 
     def __init__(self, code: str, message: str, *, may_heal: bool = False) -> None:

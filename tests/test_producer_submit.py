@@ -50,6 +50,38 @@ def test_the_jobs_of_a_file_are_sent_in_its_order(
     assert [job.prompt for job in sent_jobs(reader)] == ["a", "b", "c"]
 
 
+def test_sampling_flags_are_for_the_lines_that_say_nothing_else(
+    producer: Producer, reader: QueueReader, tmp_path: Path
+) -> None:
+    flags = ["--max-tokens", "7", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5"]
+    flags += ["--min-p", "0.1", "--seed", "3", "--stop", ".", "--stop", "!", "-n", "2"]
+    own = '{"prompt": "b", "temperature": 0, "stop": "?", "n": 1}'
+    assert producer("submit", prompts(tmp_path, '"a"', own), *flags).exit_code == 0
+    first, second = sent_jobs(reader)
+    sampling = {"max_tokens": 7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3}
+    for job in (first, second):
+        assert {name: getattr(job, name) for name in sampling} == sampling
+    assert (first.temperature, first.stop, first.n) == (0.5, [".", "!"], 2)
+    assert (second.temperature, second.stop, second.n) == (0, ["?"], 1)
+
+
+def test_a_wrong_sampling_flag_is_told_once(
+    producer: Producer, reader: QueueReader, tmp_path: Path
+) -> None:
+    outcome = producer("submit", prompts(tmp_path, *['"x"'] * 9), "--top-p", "1.5")
+    assert outcome.exit_code == 2
+    assert outcome.stderr.count("error: --top-p: should be less than or equal to 1") == 1
+    assert num_sent(reader) == 0
+
+
+def test_the_client_takes_sampling_fields_of_all_lines(client: Client, reader: QueueReader) -> None:
+    client.submit(["a"], sampling={"presence_penalty": 0.5, "logprobs": True})
+    (job,) = sent_jobs(reader)
+    assert (job.presence_penalty, job.num_logprobs) == (0.5, 0)
+    with pytest.raises(BadInput, match="did you mean 'temperature'"):
+        client.submit(["a"], sampling={"temprature": 1})
+
+
 def test_the_submission_and_the_number_of_jobs_are_told(producer: Producer, tmp_path: Path) -> None:
     outcome = producer("submit", prompts(tmp_path, '"a"', '"b"'))
     assert outcome.exit_code == 0

@@ -11,7 +11,7 @@ import torch
 
 from kernels.largest_token import NO_TOKEN, largest_token
 from schemas.job import Job
-from worker.sampler import draw, uniform
+from worker.sampler import Sampler, uniform
 from worker.sequence import Sequence
 
 LARGEST_SEED = 2**64 - 1
@@ -38,7 +38,8 @@ def seed(job: Job) -> int:
 
 def sample_batch(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     tokens = largest_token(logits)
-    draw(tokens, logits, sequences)
+    sampler = Sampler(max_lines=1, vocab_size=logits.shape[1], device=logits.device)
+    sampler.choose(tokens, logits, list(enumerate(sequences)))
     return tokens.tolist()
 
 

@@ -21,6 +21,7 @@ from worker.adapters.slots import rank_levels
 from worker.config import LoraPath, WorkerConfig
 from worker.engine import Engine
 from worker.model_runner import ModelRunner
+from worker.sequence import Sequence
 from worker.step_graphs import Output, StepGraphs
 
 if torch.cuda.is_available():
@@ -121,13 +122,17 @@ def make_jobs(count: int) -> list[Job]:
     ]
 
 
-def run(engine: Engine, jobs: list[Job]) -> dict[str, list[int]]:
+def finish(engine: Engine, jobs: list[Job]) -> list[Sequence]:
     sequences = [engine.sequence_of(job) for job in jobs]
     for sequence in sequences:
         engine.add(sequence)
     while engine.scheduler.running or engine.scheduler.waiting:
         engine.step()
-    return {sequence.job.id: sequence.output_ids for sequence in sequences}
+    return sequences
+
+
+def run(engine: Engine, jobs: list[Job]) -> dict[str, list[int]]:
+    return {sequence.job.id: sequence.output_ids for sequence in finish(engine, jobs)}
 
 
 def expected(oracle: Oracle, jobs: list[Job]) -> dict[str, list[int]]:
@@ -160,6 +165,42 @@ def test_replayed_steps_of_the_base_model_leave_each_others_keys_alone(
     jobs = [job.model_copy(update={"lora": None}) for job in make_jobs(9)]
     assert run(engine, jobs) == expected(Oracle(model_folder, adapters), jobs)
     assert replays.keys() == {(True, False, True), (False, False, True)}
+
+
+def test_replayed_steps_sample_and_score_as_those_without_graph_do(
+    engine: Engine,
+    model_folder: Path,
+    adapters: dict[str, Path],
+    replays: Counter[tuple[bool, bool, bool]],
+) -> None:
+    fields: list[dict[str, Any]] = [
+        {"temperature": 1.0, "n": 2},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "prompt_logprobs": 2},
+        {"logprobs": 3, "prompt_logprobs": 0},
+        {"temperature": 2.0, "min_p": 0.1, "presence_penalty": 1.0, "logprobs": 1},
+        {},
+    ]
+    jobs = [
+        job.model_copy(update={"max_tokens": 9} | fields[number % len(fields)])
+        for number, job in enumerate(make_jobs(10))
+    ]
+    loras = tuple(LoraPath(lora_name=name, lora_path=str(path)) for name, path in adapters.items())
+    plain = Engine(
+        WorkerConfig(model_path=model_folder, lora_paths=loras, device="cpu", max_total_tokens=1024)
+    )
+    found, wanted = ({s.job.id: s for s in finish(e, jobs)} for e in (engine, plain))
+    assert replays[True, True, True]
+    assert replays[False, True, True]
+    for job in jobs:
+        for one, other in zip(found[job.id].answers, wanted[job.id].answers, strict=True):
+            assert one.output_ids == other.output_ids
+            for told, expected_ in (
+                (one.logprobs, other.logprobs),
+                (one.prompt_logprobs, other.prompt_logprobs),
+            ):
+                numbers = [number.logprob for number in expected_]
+                assert [number.logprob for number in told] == pytest.approx(numbers, abs=1e-4)
+                assert [n.top_ids for n in told] == [n.top_ids for n in expected_]
 
 
 def test_steps_of_adapters_that_graphs_do_not_hold_run_without_one(

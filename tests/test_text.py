@@ -23,6 +23,21 @@ SENTENCES = [
     "Prompts go in, answers come out; the word is used for nothing else.",
 ]
 END = "<|end|>"
+
+#: Characters of one to four bytes, and such as are made of several characters.
+SCRIPTS = [
+    "🚚",
+    "你好",
+    "नमस्ते",
+    "مرحبا",
+    "שלום",
+    "👩‍👩‍👧‍👦",
+    "🇵🇹",
+    "e\u0301",
+    "한국어",
+    "ภาษาไทย",
+    "Ж",
+]
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
@@ -179,10 +194,10 @@ def test_special_tokens_are_no_part_of_an_answer(tokenizer: Tokenizer) -> None:
 
 
 def run_until_stop(
-    tokenizer: Tokenizer, token_ids: list[int], stops: list[str]
+    tokenizer: Tokenizer, token_ids: list[int], stops: list[str], min_tokens: int = 0
 ) -> tuple[int, str] | None:
     """After how many tokens a stop string is found, and the text before it."""
-    search = tokenizer.stop_search(stops)
+    search = tokenizer.stop_search(stops, min_tokens)
     for number, token_id in enumerate(token_ids, start=1):
         text = search.text_before_stop(token_id)
         if text is not None:
@@ -191,13 +206,26 @@ def run_until_stop(
 
 
 def run_until_whole_text_stops(
-    tokenizer: Tokenizer, token_ids: list[int], stops: list[str]
+    tokenizer: Tokenizer, token_ids: list[int], stops: list[str], min_tokens: int = 0
 ) -> tuple[int, str] | None:
     """The same by decoding the whole answer after every token."""
-    for number in range(1, len(token_ids) + 1):
+    ignored = next(
+        text
+        for end in range(min_tokens, -1, -1)
+        if not (text := tokenizer.decode(token_ids[:end]) or "").endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        )
+    )
+    for number in range(min_tokens + 1, len(token_ids) + 1):
         text = tokenizer.decode(token_ids[:number]) or ""
-        if positions := [text.index(stop) for stop in stops if stop in text]:
-            return number, text[: min(positions)]
+        ends = [
+            start
+            for stop in stops
+            for start in range(len(text))
+            if text.startswith(stop, start) and start + len(stop) > len(ignored)
+        ]
+        if ends:
+            return number, text[: min(ends)]
     return None
 
 
@@ -274,6 +302,26 @@ def test_a_special_token_between_does_not_hide_a_stop_string(tokenizer: Tokenize
     assert found[1] == "hel"
 
 
+def test_a_stop_string_within_min_tokens_is_passed_over(tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, "a, b, c")
+    first = len(ids_of(tokenizer, "a,"))
+    assert run_until_stop(tokenizer, ids, [","], first - 1) == (first, "a")
+    for min_tokens in range(first, len(ids_of(tokenizer, "a, b,"))):
+        assert run_until_stop(tokenizer, ids, [","], min_tokens) == (
+            len(ids_of(tokenizer, "a, b,")),
+            "a, b",
+        )
+    assert run_until_stop(tokenizer, ids, [","], len(ids)) is None
+
+
+def test_a_stop_string_that_begins_within_min_tokens_and_ends_behind_is_found(
+    tokenizer: Tokenizer,
+) -> None:
+    ids = ids_of(tokenizer, "a 0123456789 b")
+    whole = len(ids_of(tokenizer, "a 0123456789"))
+    assert run_until_stop(tokenizer, ids, ["0123456789"], whole - 1) == (whole, "a ")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -299,15 +347,16 @@ def test_a_stop_string_is_found_when_and_where_the_whole_text_holds_it(
     any_tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
     """Also among tokens that are no text, or no character yet."""
-    texts = st.sampled_from(["🚚", "你好", "é a", "lorry!", "\n", END])
+    texts = st.sampled_from([*SCRIPTS, "é a", "lorry!", "\n", END])
     pieces = texts.map(lambda text: ids_of(any_tokenizer, text)) | st.tuples(st.integers(0, 265))
     ids = [token for piece in data.draw(st.lists(pieces, min_size=1)) for token in piece]
     whole = any_tokenizer.decode(ids) or "!"
     start = data.draw(st.integers(0, len(whole) - 1))
     stops = [whole[start : start + data.draw(st.integers(1, 9))], "never there"]
     assume("\N{REPLACEMENT CHARACTER}" not in stops[0])
-    found = run_until_stop(any_tokenizer, ids, stops)
-    assert found == run_until_whole_text_stops(any_tokenizer, ids, stops)
+    min_tokens = data.draw(st.just(0) | st.integers(0, len(ids)))
+    found = run_until_stop(any_tokenizer, ids, stops, min_tokens)
+    assert found == run_until_whole_text_stops(any_tokenizer, ids, stops, min_tokens)
 
 
 def test_bytes_that_are_no_text_end_no_search(any_tokenizer: Tokenizer) -> None:
@@ -339,3 +388,56 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, 
         Tokenizer(tmp_path, 1)
     assert str(error.value).startswith(f"--model-path {tmp_path}: cannot read its tokenizer: ")
     assert "\n" not in str(error.value)
+
+
+# --- Tokens by themselves -----------------------------------------------------------------------
+
+
+def written(tokenizer: Tokenizer, token_ids: list[int]) -> bytes:
+    return b"".join(bytes(tokenizer.token(token_id)[1] or []) for token_id in token_ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(min_size=1) | st.lists(st.sampled_from(SCRIPTS), min_size=1).map(" ".join))
+def test_the_bytes_of_tokens_are_together_those_of_the_text(
+    any_tokenizer: Tokenizer, text: str
+) -> None:
+    ids = ids_of(any_tokenizer, text)
+    assume(ids_of(any_tokenizer, END)[0] not in ids)
+    # A decoder may strip the space that begins a text.
+    assert written(any_tokenizer, ids).removeprefix(b" ") == (
+        (any_tokenizer.decode(ids) or "").encode().removeprefix(b" ")
+    )
+
+
+def test_a_part_of_a_character_has_no_text_but_bytes(any_tokenizer: Tokenizer) -> None:
+    ids = ids_of(any_tokenizer, "🚚")[-4:]
+    told = [any_tokenizer.token(token_id) for token_id in ids]
+    assert [text for text, _ in told] == 4 * ["\N{REPLACEMENT CHARACTER}"]
+    assert [data for _, data in told] == [[byte] for byte in "🚚".encode()]
+
+
+def test_a_token_keeps_the_space_before_a_word(tokenizer: Tokenizer) -> None:
+    (token_id,) = ids_of(tokenizer, " world")
+    assert tokenizer.token(token_id) == (" world", list(b" world"))
+
+
+def test_a_special_token_is_told_as_it_is_written(any_tokenizer: Tokenizer) -> None:
+    (token_id,) = ids_of(any_tokenizer, END)[-1:]
+    assert any_tokenizer.token(token_id) == (END, list(END.encode()))
+
+
+def test_without_a_tokenizer_a_token_has_neither_text_nor_bytes(tmp_path: Path) -> None:
+    assert Tokenizer(tmp_path, 10).token(3) == ("", None)
+
+
+def test_a_bad_word_is_spelled_as_it_begins_a_text_and_as_it_follows_a_space(
+    tokenizer: Tokenizer,
+) -> None:
+    found = tokenizer.spellings(["world", " world", "hello lorry"])
+    texts = ("world", " world", "hello lorry", " hello lorry")
+    assert found == [ids_of(tokenizer, text) for text in texts]
+
+
+def test_a_spelling_that_the_model_has_no_tokens_for_is_left_out(tmp_path: Path) -> None:
+    assert make_tokenizer(tmp_path, vocab_size=60).spellings(["world"]) == []

@@ -106,11 +106,12 @@ class Oracle:
                 self._model.load_adapter(folder, adapter_name=name)
 
     def generate(
-        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int
+        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int, **more: object
     ) -> list[int]:
-        """The next ``num_tokens`` tokens; ends early only if the model's own settings say so."""
+        """The next ``num_tokens`` tokens; ends early only if the model's own settings say so.
+        ``more``: settings of transformers' generate."""
         ids = torch.tensor([prompt_ids])
-        settings = {
+        settings = more | {
             "max_new_tokens": num_tokens,
             "do_sample": False,
             "attention_mask": torch.ones_like(ids),
@@ -151,9 +152,9 @@ class OracleOfEach(Oracle):
         self._oracles[None] = Oracle(model_folder, {})
 
     def generate(
-        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int
+        self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int, **more: object
     ) -> list[int]:
-        return self._oracles[adapter].generate(prompt_ids, adapter, num_tokens)
+        return self._oracles[adapter].generate(prompt_ids, adapter, num_tokens, **more)
 
     def all_logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         return self._oracles[adapter].all_logits(ids, adapter)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,14 @@ NO_RANK = 0
 Int32s = NDArray[np.int32]
 
 
+class ScoredRows(NamedTuple):
+    """Rows of a prompt whose logits tell how likely its next tokens are."""
+
+    sequence: Sequence
+    first_position: int
+    rows: range
+
+
 @dataclass(frozen=True)
 class Batch:
     """One row a token. The rows of decoding sequences stand first, one each, then the chunks of
@@ -43,6 +52,8 @@ class Batch:
     """Those that get a token from this pass."""
     sampled_rows: list[int]
     """Their rows, in the same order."""
+    scored: list[ScoredRows]
+    """Rows of prompts whose logits are wanted too."""
     adapters: frozenset[Adapter]
     token_ids: Int32s
     lines: Int32s
@@ -54,7 +65,7 @@ class Batch:
     """All rows; those without adapter have rank ``NO_RANK``."""
     group_segments: dict[str, list[Segment]]
     """For each group of modules that an adapter of the batch changes, the segments of such
-    adapters. Those of the output head are of ``sampled_rows``."""
+    adapters. Those of the output head are of ``head_rows``."""
 
     group_gains: dict[str, list[GainRows]]
     """Likewise, for each group that an adapter changes with DoRA."""
@@ -68,6 +79,11 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def head_rows(self) -> list[int]:
+        """The rows whose logits are computed: the sampled ones, then the scored ones."""
+        return [*self.sampled_rows, *(row for scored in self.scored for row in scored.rows)]
 
     @property
     def has_graph(self) -> bool:
@@ -97,7 +113,7 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
     token_ids: list[int] = []
     positions: list[int] = []
     chunks = []
-    sampled, sampled_rows = [], []
+    sampled, sampled_rows, scored = [], [], []
     for sequence, num_rows, is_prefill in ordered:
         start, end = sequence.num_cached, sequence.num_cached + num_rows
         first_row = len(token_ids)
@@ -112,17 +128,21 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         if end == sequence.num_tokens:
             sampled.append(sequence)
             sampled_rows.append(len(token_ids) - 1)
+        if is_prefill and sequence.num_unscored:
+            scored.append(_scored_rows(sequence, first_row, end))
     segments = _segments(((item.sequence.adapter, item.num_rows) for item in ordered), slots)
-    sampled_segments: list[tuple[Segment, Adapter | None]] = []
+    head_segments: list[tuple[Segment, Adapter | None]] = []
     if any(adapter.changes_head for adapter in adapters):
-        sampled_segments = _segments(((sequence.adapter, 1) for sequence in sampled), slots)
+        num_head_rows = [(sequence.adapter, 1) for sequence in sampled]
+        num_head_rows += [(item.sequence.adapter, len(item.rows)) for item in scored]
+        head_segments = _segments(num_head_rows, slots)
     trained = {
         "embed_tokens": _trained("embed_tokens", segments),
-        "lm_head": _trained("lm_head", sampled_segments),
+        "lm_head": _trained("lm_head", head_segments),
     }
     group_segments, group_gains = {}, {}
     for group in TARGET_GROUPS:
-        rows = sampled_segments if group == "lm_head" else segments
+        rows = head_segments if group == "lm_head" else segments
         if changed := [(s, a) for s, a in rows if a and group in a.target_groups]:
             group_segments[group] = [segment for segment, _ in changed]
             if gains := _gains(group, changed):
@@ -131,6 +151,7 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         scheduled=ordered,
         sampled=sampled,
         sampled_rows=sampled_rows,
+        scored=scored,
         adapters=adapters,
         token_ids=np.array(token_ids, np.int32),
         lines=np.repeat(
@@ -147,6 +168,15 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         trained={module: rows for module, rows in trained.items() if rows},
         num_ranks=slots.num_ranks(adapters) if slots else 0,
     )
+
+
+def _scored_rows(sequence: Sequence, first_row: int, end: int) -> ScoredRows:
+    """Those of a chunk up to the position ``end``; they count as scored from now on. What a
+    preempted sequence computes anew is not scored again."""
+    start = sequence.num_cached
+    first = max(start, sequence.num_scored)
+    sequence.num_scored = last = max(first, min(end, len(sequence.prompt_ids) - 1))
+    return ScoredRows(sequence, first, range(first_row + first - start, first_row + last - start))
 
 
 def _page_updates(scheduled: list[ScheduledSequence]) -> Int32s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -22,14 +23,20 @@ from worker.batch import Batch, build_batch
 from worker.config import WorkerConfig
 from worker.device_memory import set_up_allocators
 from worker.kv_cache import PAGE_SIZE, pages_that_fit
+from worker.logits_processors import logits_processors
 from worker.model.config import ModelConfig
 from worker.model_runner import Launched
 from worker.page_pool import PagePool, prefix_keys
 from worker.scheduler import Scheduler
 from worker.sequence import Phase, Sequence
+from worker.stop_strings import StopSearch
 from worker.text import Tokenizer
 
 log = structlog.get_logger()
+
+#: Log probabilities in one result. With a token's text and bytes each takes some 90 bytes of JSON,
+#: so that this many take 45 MB on the server.
+MAX_LOGPROBS = 500_000
 
 
 @dataclass
@@ -46,6 +53,13 @@ class EngineCounters:
     """Time in which a GPU worked on batches."""
     max_adapters_in_batch: int = 0
     """Largest number of distinct adapters in one batch."""
+
+
+NOT_FINITE = JobError(
+    "not_finite",
+    "the model gave no finite logits: its weights or the adapter's, or their products in this"
+    " dtype, are too large",
+)
 
 
 class Engine:
@@ -79,7 +93,8 @@ class Engine:
         # While a GPU computes a batch the next one is scheduled and launched behind it.
         self._max_launched = 1 if self.device.type == "cuda" else 0
         self._shares_prefixes = not config.disable_prefix_cache
-        self._eos_token_ids = model.eos_token_ids
+        self._eos_token_ids = frozenset(model.eos_token_ids)
+        self._vocab_size = model.vocab_size
         self.scheduler = Scheduler(
             pool,
             max_running=config.running_limit,
@@ -105,7 +120,10 @@ class Engine:
         )
 
     def sequence_of(self, job: Job) -> Sequence:
-        """Prepare a job to run; raises JobError if it cannot. Safe to call from another thread."""
+        """Prepare a job to run; raises JobError if it cannot. Safe to call from another thread.
+
+        Returns the first of its sequences.
+        """
         adapter = self._adapter_of(job)
         prompt_ids = self.tokenizer.encode(job)
         room = self.context_length - len(prompt_ids)
@@ -115,28 +133,39 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; with one to answer, a context of"
                 f" {self.context_length} holds {self.context_length - 1}",
             )
-        sequence = Sequence(
+        max_new_tokens = min(job.max_tokens, room)
+        self._check_size(job, len(prompt_ids), max_new_tokens)
+        self._check_token_ids(job)
+        ends = frozenset(job.stop_token_ids)
+        if not job.ignore_eos:
+            ends |= self._eos_token_ids
+        bad_words = self.tokenizer.spellings(job.bad_words) if job.bad_words else []
+        answer = partial(
+            Sequence,
             job,
             prompt_ids,
-            min(job.max_tokens, room),
+            max_new_tokens,
             adapter,
-            self.tokenizer.stop_search(job.stop) if job.stop else None,
+            end_token_ids=ends,
+            processors=logits_processors(job, ends, bad_words),
         )
-        capacity = self.kv_capacity
-        if sequence.max_tokens > capacity:
-            raise JobError(
-                "kv_cache_too_small",
-                f"prompt and answer may come to {sequence.max_tokens} tokens; the worker's KV cache"
-                f" holds {capacity}. Lower max_tokens, or raise the worker's --max-total-tokens",
-            )
+        first = answer(stop_search=self._stop_search(job))
+        first.others = [
+            answer(stop_search=self._stop_search(job), index=index, first=first)
+            for index in range(1, job.n)
+        ]
         if self._shares_prefixes:
             revision = adapter.revision if adapter else None
-            sequence.prefix_keys = prefix_keys(revision, prompt_ids, PAGE_SIZE)
-        return sequence
+            keys = prefix_keys(revision, prompt_ids, PAGE_SIZE)
+            for sequence in first.answers:
+                # Logits of a prompt come from computing it: nothing of it may be skipped.
+                sequence.prefix_keys = [] if sequence.num_unscored else keys
+        return first
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
-        self.scheduler.add(sequence)
+        """Let a job's sequences wait for their turn; they are named by its first one here."""
+        for answer in sequence.answers:
+            self.scheduler.add(answer)
 
     def schedule(self) -> Batch | None:
         """The next batch, laid out; None if there is nothing to launch."""
@@ -168,7 +197,8 @@ class Engine:
             self._residency.prefetch()
 
     def collect(self, *, all_launched: bool = False) -> list[Sequence]:
-        """Enter the tokens of launched batches; returns the sequences that are finished by them.
+        """Enter the tokens of launched batches; returns the sequences that are finished by them,
+        of a job for several answers the first, once all are.
 
         On a GPU the newest batch is left to run, unless ``all_launched``.
         """
@@ -188,6 +218,16 @@ class Engine:
         token_ids = launched.token_ids()
         self.counters.device_seconds += launched.device_seconds()
         now = time.monotonic()
+        if launched.logprobs:
+            for sequence, numbers in launched.logprobs.numbers():
+                if sequence.phase is not Phase.FINISHED:
+                    sequence.logprobs.append(numbers)
+        if launched.prompt_logprobs:
+            for sequence, numbers in launched.prompt_logprobs.numbers():
+                sequence.prompt_logprobs.append(numbers)
+                # Its own token may be finite even so.
+                if math.isnan(numbers.logprob):
+                    sequence.error = NOT_FINITE
         finished = []
         for sequence, token_id in zip(launched.batch.sampled, token_ids, strict=True):
             sequence.num_in_flight -= 1
@@ -195,17 +235,29 @@ class Engine:
                 continue  # It was dropped, or its last token was in flight when this was launched.
             self.counters.output_tokens += 1
             if self._is_finished(sequence, token_id, now):
-                if sequence.adapter and not sequence.error:
-                    num_tokens = len(sequence.output_ids)
-                    self.adapters.count(sequence.adapter.name, output_tokens=num_tokens)
-                sequence.finished = now
-                self.scheduler.finish(sequence)
-                finished.append(sequence)
+                finished += self._finish(sequence, now)
         return finished
 
-    def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it stands."""
+    def _finish(self, sequence: Sequence, now: float) -> list[Sequence]:
+        """Take a sequence out; returns the job's first one if all others are finished too. An error
+        of one ends all."""
         self.scheduler.finish(sequence)
+        first = sequence.first or sequence
+        if sequence.error:
+            first.error = sequence.error
+            self.drop(first)
+        elif sequence.adapter:
+            num_tokens = len(sequence.output_ids)
+            self.adapters.count(sequence.adapter.name, output_tokens=num_tokens)
+        if any(answer.phase is not Phase.FINISHED for answer in first.answers):
+            return []
+        first.finished = now
+        return [first]
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a job's sequences, wherever they stand."""
+        for answer in sequence.answers:
+            self.scheduler.finish(answer)
 
     def forget_prefixes(self) -> None:
         """Share nothing of what stands in the cache: a batch failed, and did not fill its pages."""
@@ -233,17 +285,48 @@ class Engine:
             )
         return adapter
 
+    def _stop_search(self, job: Job) -> StopSearch | None:
+        return self.tokenizer.stop_search(job.stop, job.min_tokens) if job.stop else None
+
+    def _check_size(self, job: Job, num_prompt: int, max_new: int) -> None:
+        capacity = self.kv_capacity
+        if num_prompt + max_new > capacity:
+            raise JobError(
+                "kv_cache_too_small",
+                f"prompt and answer may come to {num_prompt + max_new} tokens; the worker's KV"
+                f" cache holds {capacity}. Lower max_tokens, or raise the worker's"
+                " --max-total-tokens",
+            )
+        num_logprobs = 0
+        if job.num_logprobs is not None:
+            num_logprobs += job.n * max_new * (1 + job.num_logprobs)
+        if job.prompt_logprobs is not None:
+            num_logprobs += num_prompt * (1 + job.prompt_logprobs)
+        if num_logprobs > MAX_LOGPROBS:
+            raise JobError(
+                "too_many_logprobs",
+                f"the result may come to {num_logprobs} log probabilities; {MAX_LOGPROBS} are"
+                " allowed. Lower top_logprobs, prompt_logprobs, max_tokens or n",
+            )
+
+    def _check_token_ids(self, job: Job) -> None:
+        for name, ids in (("logit_bias", job.logit_bias), ("stop_token_ids", job.stop_token_ids)):
+            if ids and max(ids) >= self._vocab_size:
+                raise JobError(
+                    "bad_sampling",
+                    f"{name} holds token {max(ids)}; the model's vocabulary has"
+                    f" {self._vocab_size} tokens",
+                )
+
     def _is_finished(self, sequence: Sequence, token_id: int, now: float) -> bool:
         if token_id == NO_TOKEN:
-            sequence.error = JobError(
-                "not_finite",
-                "the model gave no finite logits: its weights or the adapter's, or their products"
-                " in this dtype, are too large",
-            )
+            sequence.error = NOT_FINITE
+        if sequence.error:
             return True
         sequence.output_ids.append(token_id)
         sequence.first_token = sequence.first_token or now
-        if token_id in self._eos_token_ids and not sequence.job.ignore_eos:
+        if token_id in sequence.end_token_ids:
+            sequence.has_end_token = True
             sequence.finish_reason = "stop"
         elif sequence.stop_search:
             sequence.stop_text = sequence.stop_search.text_before_stop(token_id)

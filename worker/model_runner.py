@@ -19,9 +19,10 @@ from kernels.paged_attention_prefill import PrefillChunk, PrefillRows, prefill_t
 from kernels.sample import Draw, sample
 from worker.batch import IN_FLIGHT, Batch, Int32s
 from worker.kv_cache import PAGE_SIZE
+from worker.logprobs import Logprobs, answer_logprobs, prompt_logprobs
 from worker.model.config import TARGET_GROUPS
 from worker.model.decoder import Decoder, DecoderInput, TrainedRows
-from worker.sampler import draw
+from worker.sampler import Sampler
 from worker.staging import Staging, send
 from worker.step_arrays import StepArrays, step_arrays, total_size, views
 from worker.step_graphs import Record, StepGraphs, cuda_recorder
@@ -41,6 +42,10 @@ class Launched:
     """[sampled] int32 on the host, once ``done`` has come."""
     began: torch.cuda.Event | None
     done: torch.cuda.Event | None
+    logprobs: Logprobs | None
+    """Of the tokens that the batch chose."""
+    prompt_logprobs: Logprobs | None
+    """Of the prompts' tokens that it has read."""
 
     def token_ids(self) -> list[int]:
         """Waits for the device."""
@@ -79,6 +84,9 @@ class ModelRunner:
         self._unused_page = unused_page
         self.page_table[-1] = unused_page
         self.newest_tokens = torch.zeros(max_running + 1, dtype=torch.int32, device=device)
+        self._sampler = Sampler(
+            max_lines=max_running + 1, vocab_size=decoder.vocab_size, device=device
+        )
         self._staging = Staging(device)
         self._token_staging = Staging(device)
         self._graphs: StepGraphs | None = None
@@ -146,10 +154,20 @@ class ModelRunner:
         if self._graphs and batch.has_graph:
             replayed = self._graphs.replay(step, num_ranks=batch.num_ranks)
         logits, tokens = replayed or self._run(batch, step)
-        if draw(tokens, logits, batch.sampled):
+        # Behind the sampled rows stand the scored ones, of which only the logits are wanted.
+        num_sampled = len(batch.sampled)
+        of_prompts = prompt_logprobs(logits[num_sampled:], batch.scored) if batch.scored else None
+        logits, tokens = logits[:num_sampled], tokens[:num_sampled]
+        special = [(row, s) for row, s in enumerate(batch.sampled) if not s.is_plain]
+        if special and self._sampler.choose(tokens, logits, special):
             lines = [sequence.line for sequence in batch.sampled]
             self.newest_tokens[send(lines, torch.int64, self.device)] = tokens
-        return self._bring_back(batch, tokens, began)
+        of_answers = answer_logprobs(logits, tokens, special) if special else None
+        if self.device.type != "cuda":
+            return Launched(batch, tokens, None, None, of_answers, of_prompts)
+        staged = self._token_staging.take(len(tokens))
+        staged.copy_(tokens, non_blocking=True)
+        return Launched(batch, staged, began, self._mark(), of_answers, of_prompts)
 
     def _run(self, batch: Batch, step: StepArrays[Int32s]) -> tuple[torch.Tensor, torch.Tensor]:
         on_device = self._upload(step)
@@ -195,7 +213,7 @@ class ModelRunner:
         trained: Mapping[str, Sequence[TrainedRows]] = NO_ROWS,
         logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [sampled, vocabulary] and the largest one's tokens [sampled], which become the
+        """Logits [head rows, vocabulary] and the largest one's tokens [head rows], which become the
         newest ones of their sequences.
 
         ``logits``, if given, is where they are written. Nothing in here waits for the device, and
@@ -229,10 +247,10 @@ class ModelRunner:
         return logits, tokens
 
     def _draw_once(self) -> None:
-        vocabulary, dtype = self.decoder.vocab_size, self.decoder.dtype
-        tokens = torch.zeros(1, dtype=torch.int32, device=self.device)
-        logits = torch.zeros(1, vocabulary, dtype=dtype, device=self.device)
-        sample(tokens, logits, send([Draw(0, 1.0, 2, 0.5, 0.5)], torch.float64, self.device))
+        draws = send([Draw(0, 1.0, 2, 0.5, 0.5)], torch.float64, self.device)
+        for dtype in {self.decoder.dtype, torch.float32}:  # As the model gives them, and processed.
+            logits = torch.zeros(1, self.decoder.vocab_size, dtype=dtype, device=self.device)
+            sample(largest_token(logits), logits, draws)
 
     def _run_empty(self, num_rows: int, num_ranks: int, *, by_segments: bool) -> None:
         """Run so many rows of prompts of nobody, on adapters of no rank among so many."""
@@ -277,15 +295,6 @@ class ModelRunner:
         for target, part in zip(views(staged, sizes), step, strict=True):
             target.numpy()[:] = part
         return views(staged.to(self.device, non_blocking=True), sizes)
-
-    def _bring_back(
-        self, batch: Batch, tokens: torch.Tensor, began: torch.cuda.Event | None
-    ) -> Launched:
-        if self.device.type != "cuda":
-            return Launched(batch, tokens, None, None)
-        staged = self._token_staging.take(len(tokens))
-        staged.copy_(tokens, non_blocking=True)
-        return Launched(batch, staged, began, self._mark())
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":

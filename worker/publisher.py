@@ -14,6 +14,7 @@ from broker.job_queue import JobQueue
 from schemas.errors import JobError
 from schemas.job import Job
 from schemas.result import ErrorInfo, Result, Timings, Usage
+from worker.choice import choice_of, prompt_logprobs_of
 from worker.leases import Leases
 from worker.sequence import Sequence
 from worker.text import Tokenizer
@@ -173,21 +174,23 @@ class Publisher:
         )
 
     def _answer(self, claim: Claim, sequence: Sequence) -> Result:
-        text = sequence.stop_text
-        if text is None:
-            text = self._tokenizer.decode(sequence.output_ids)
+        choices = [choice_of(answer, self._tokenizer) for answer in sequence.answers]
+        only = choices[0] if len(choices) == 1 else None
         return Result(
             id=claim.lease.job_id,
             submission=claim.submission,
             lora=claim.adapter,
             revision=sequence.adapter.revision if sequence.adapter else None,
             status="done",
-            text=text,
-            token_ids=sequence.output_ids,
-            finish_reason=sequence.finish_reason,
+            text=only and only.text,
+            token_ids=only and only.token_ids,
+            finish_reason=only and only.finish_reason,
+            logprobs=only and only.logprobs,
+            prompt_logprobs=prompt_logprobs_of(sequence, self._tokenizer),
+            choices=None if only else choices,
             usage=Usage(
                 prompt_tokens=len(sequence.prompt_ids),
-                completion_tokens=len(sequence.output_ids),
+                completion_tokens=sum(len(choice.token_ids) for choice in choices),
                 cached_tokens=sequence.num_reused,
             ),
             timings=Timings(

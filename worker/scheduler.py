@@ -19,6 +19,11 @@ from worker.waiting import Group, Waiting
 FULLEST_IN_TURN = 4
 
 
+#: Rows of prompts in a batch whose logits are wanted. For a vocabulary of 128,256 their logits in
+#: float32 take 131 MB, and as log probabilities as much again.
+MAX_SCORED_ROWS = 256
+
+
 class ScheduledSequence(NamedTuple):
     """A sequence's part in a batch: its next ``num_rows`` uncached tokens."""
 
@@ -67,6 +72,8 @@ class Scheduler:
         """Gets no new sequences, so that its slot becomes free."""
         self._num_rounds = 0
         """In which waiting sequences could begin."""
+        self._num_scorable = 0
+        """Rows of prompts whose logits the batch that is laid out can still give."""
         self._free_lines = list(range(max_running - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
@@ -77,7 +84,7 @@ class Scheduler:
         """The next batch. Empty only if nothing is left to do, or all of it needs tokens that are
         in flight."""
         scheduled: list[ScheduledSequence] = []
-        budget = self._max_prefill_tokens
+        budget, self._num_scorable = self._max_prefill_tokens, MAX_SCORED_ROWS
         for sequence in list(self.running):
             # Else it was preempted for an older one, or gets its last token from a launched batch.
             if sequence.phase is Phase.RUNNING and sequence.num_generated < sequence.max_new_tokens:
@@ -108,6 +115,9 @@ class Scheduler:
         """Schedule a sequence's next token or chunk; returns what it takes of the budget."""
         is_prefill = sequence.num_uncached > 1
         num_rows = min(sequence.num_uncached, budget) if is_prefill else 1
+        if sequence.num_unscored and is_prefill:
+            num_rows = min(num_rows, self._num_scorable)
+            self._num_scorable -= num_rows
         if num_rows == 0 or not self._grow(sequence, sequence.num_cached + num_rows):
             return 0
         self._name_pages(sequence, num_rows)

@@ -6,12 +6,23 @@ import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from typing import NamedTuple
 
 from schemas.errors import JobError
 from schemas.job import Job
 from schemas.result import FinishReason
 from worker.adapters.peft_format import Adapter
+from worker.logits_processors import LogitsProcessors
 from worker.stop_strings import StopSearch
+
+
+class TokenNumbers(NamedTuple):
+    """How likely a token was, and the likeliest in its place; natural logarithms."""
+
+    logprob: float
+    top_ids: list[int]
+    """The likeliest first."""
+    top_logprobs: list[float]
 
 
 class Phase(Enum):
@@ -24,7 +35,9 @@ class Phase(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens, pages and progress of one job.
+    """Tokens, pages and progress of one job, or of one of several answers to it.
+
+    A job for ``n`` answers is known by its first sequence, whose ``others`` are the rest.
 
     The cache holds keys and values of the first ``num_cached`` tokens, those that a launched batch
     is about to write included. A sequence whose cache lacks only its newest token is decoding; one
@@ -36,6 +49,14 @@ class Sequence:
     max_new_tokens: int
     adapter: Adapter | None = None
     stop_search: StopSearch | None = None
+    end_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer."""
+    processors: LogitsProcessors | None = None
+    index: int = 0
+    """Among the answers to the job."""
+    first: Sequence | None = None
+    """The job's first sequence, unless it is this one."""
+    others: list[Sequence] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_pages_told: int = 0
@@ -55,6 +76,14 @@ class Sequence:
     """Why it could not go on."""
     stop_text: str | None = None
     """The text up to the stop string, once one was found."""
+    has_end_token: bool = False
+    """Whether the last token ended the answer, of which it then is no part."""
+    logprobs: list[TokenNumbers] = field(default_factory=list)
+    """One for each of ``output_ids``, if the job wants them."""
+    prompt_logprobs: list[TokenNumbers] = field(default_factory=list)
+    """One for each of ``prompt_ids`` but the first, likewise; as far as they are known."""
+    num_scored: int = 0
+    """Rows of the prompt whose logits launched batches make for that."""
     started: float | None = None
     """When its first batch began; this and the next two are moments of the monotonic clock."""
     first_token: float | None = None
@@ -62,10 +91,28 @@ class Sequence:
 
     @cached_property
     def seed(self) -> int:
-        """The job's, or one made from its id: a second attempt draws the same tokens."""
-        if self.job.seed is not None:
-            return self.job.seed
-        return int.from_bytes(hashlib.sha256(self.job.id.encode()).digest()[:8], "big")
+        """The job's, or one made from its id: a second attempt draws the same tokens. Of answers
+        after the first, one made from that seed and their number."""
+        seed = _hashed(self.job.id) if self.job.seed is None else self.job.seed
+        return _hashed(f"{seed} {self.index}") if self.index else seed
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the token of the largest logit is all it ever wants of a batch."""
+        job = self.job
+        return not (job.temperature or self.processors or job.num_logprobs is not None)
+
+    @property
+    def answers(self) -> list[Sequence]:
+        """All of the job, of which this is the first."""
+        return [self, *self.others]
+
+    @property
+    def num_unscored(self) -> int:
+        """Rows of the prompt whose logits are still wanted: each tells of the next token."""
+        if self.job.prompt_logprobs is None or self.first:
+            return 0
+        return len(self.prompt_ids) - 1 - self.num_scored
 
     @property
     def num_tokens(self) -> int:
@@ -95,3 +142,8 @@ class Sequence:
         if start >= n_prompt:
             return self.output_ids[start - n_prompt : end - n_prompt]
         return (self.prompt_ids[start:end] + self.output_ids)[: end - start]
+
+
+def _hashed(text: str) -> int:
+    """A number of 64 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 #: Batches whose numbers may be on their way at once: one runs, one waits behind it, one is built.
 _STAGES = 4
 
 
 def send(
-    numbers: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
+    numbers: Sequence[float] | Sequence[Sequence[float]] | NDArray[Any],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
     """The numbers on the device, without waiting for what it is at."""
     on_host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
+
+
+def bring(numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers on the host, once what the device is at is done; returns at once."""
+    if numbers.device.type == "cpu":
+        return numbers
+    on_host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    return on_host.copy_(numbers, non_blocking=True)
 
 
 class Staging:

@@ -28,7 +28,8 @@ class StepArrays(NamedTuple, Generic[Array]):
     token_ids, lines, positions: [rows]; a token that an earlier batch chooses is ``IN_FLIGHT``
     lengths: [decode rows], keys of each decoding sequence; 0 for a row of something else
     page_updates: [3 * updates], (line, place in the line, page) each
-    sampled_rows, sampled_lines: [sampled], the rows that get a token, and their sequences' lines
+    sampled_rows, sampled_lines: [sampled], the rows that get a token, and their sequences' lines;
+        the last line, -1, for rows of prompts whose logits alone are wanted
     prefill_tiles: [4 * tiles], the fields of ``PrefillTile``
     lora_tiles: [4 * tiles], the fields of ``LoraTile``; empty if the batch has no adapter
     shrink_tiles: likewise, for ``lora_shrink``; empty if it is not to work by segments
@@ -54,6 +55,7 @@ class StepArrays(NamedTuple, Generic[Array]):
 
 def step_arrays(batch: Batch) -> StepArrays[Int32s]:
     """The arrays of a batch, on the host."""
+    head_rows, lines = batch.head_rows, [sequence.line for sequence in batch.sampled]
     head_segments = batch.group_segments.get("lm_head", [])
     return StepArrays(
         token_ids=batch.token_ids,
@@ -61,8 +63,8 @@ def step_arrays(batch: Batch) -> StepArrays[Int32s]:
         positions=batch.positions,
         lengths=batch.positions[: batch.num_decode_rows] + 1,
         page_updates=batch.page_updates.ravel(),
-        sampled_rows=_flat(batch.sampled_rows),
-        sampled_lines=_flat([sequence.line for sequence in batch.sampled]),
+        sampled_rows=_flat(head_rows),
+        sampled_lines=_flat(lines + [-1] * (len(head_rows) - len(lines))),
         prefill_tiles=_flat(prefill_tiles(batch.chunks)),
         lora_tiles=_flat(lora_tiles(batch.segments) if batch.adapters else []),
         shrink_tiles=_flat(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
-from worker.stop_strings import StopSearch
+from worker.stop_strings import NO_CHARACTER, StopSearch
+from worker.token_bytes import token_bytes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -21,6 +22,7 @@ class Tokenizer:
     def __init__(self, folder: Path, vocab_size: int) -> None:
         """A folder without a tokenizer serves jobs that bring token ids."""
         self._vocab_size = vocab_size
+        self.token = lru_cache(maxsize=65536)(self._token)
         # The Rust tokenizer refuses to be used while another thread sets its truncation.
         self._lock = threading.Lock()
         self._tokenizer: PreTrainedTokenizerFast | None = None
@@ -49,9 +51,42 @@ class Tokenizer:
         """The text of an answer, without special tokens; None without a tokenizer."""
         return None if self._tokenizer is None else self._decode(self._tokenizer, token_ids)
 
-    def stop_search(self, stops: list[str]) -> StopSearch:
-        """A search for stop strings in one answer; raises JobError without a tokenizer."""
-        return StopSearch(stops, partial(self._decode, self._present("leave out stop")))
+    def stop_search(self, stops: list[str], min_tokens: int = 0) -> StopSearch:
+        """A search for stop strings in one answer, behind its first ``min_tokens``; raises JobError
+        without a tokenizer."""
+        decode = partial(self._decode, self._present("leave out stop"))
+        return StopSearch(stops, decode, min_tokens)
+
+    def spellings(self, words: list[str]) -> list[list[int]]:
+        """The tokens of words as they begin a text, and as they follow a space; raises JobError
+        without a tokenizer."""
+        tokenizer = self._present("leave out bad_words")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip() or word
+            for text in (bare, f" {bare}"):
+                with self._lock:
+                    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                if ids and max(ids) < self._vocab_size:  # Others the model cannot write.
+                    found[tuple(ids)] = None
+        return [list(ids) for ids in found]
+
+    def _token(self, token_id: int) -> tuple[str, list[int] | None]:
+        """A token's text and its bytes, special tokens as they are written; an empty text and None
+        without a tokenizer.
+
+        The bytes of an answer's tokens are together those of its text, special tokens and a space
+        that some tokenizers strip from the beginning left aside.
+        """
+        if self._tokenizer is None:
+            return "", None
+        # Twice, for a decoder strips the space that begins a text.
+        once, twice = (self._written(self._tokenizer, [token_id] * n) for n in (1, 2))
+        text = twice[len(once) :]
+        if NO_CHARACTER not in twice:
+            return text, list(text.encode())
+        data = token_bytes(self._tokenizer.convert_ids_to_tokens(token_id))
+        return data.decode(errors="replace"), list(data)
 
     def _present(self, remedy: str) -> PreTrainedTokenizerFast:
         if self._tokenizer is None:
@@ -75,6 +110,14 @@ class Tokenizer:
     def _decode(self, tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
         with self._lock:
             text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _written(self, tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
+        with self._lock:
+            text = tokenizer.decode(
+                token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         assert isinstance(text, str)
         return text
 
