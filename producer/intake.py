@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Literal
 
 from broker.queue_reader import QueueReader
+from broker.submissions import JobRecord
 from producer.checks import AdapterCheck, IdCheck
 from producer.lines import Defaults, make_job, parse_line
 from producer.problems import Problems
@@ -85,10 +86,10 @@ def _take(
     else:
         job = make_job(line, made_id=made_id, defaults=defaults)
     adapters.add(job.lora)
-    wire = job.to_wire()
-    spool.append(number, wire)
+    record = JobRecord.of(job)
+    spool.append(number, record)
     if job.id != made_id:
-        ids.add(number, job.id, wire)
+        ids.add(number, job.id, record.payload)
 
 
 def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:

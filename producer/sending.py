@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from broker.job_queue import JobQueue
 from broker.outcomes import NOTHING, ConflictError, FullError, Size, SubmissionCancelled
+from broker.submissions import JobRecord
 from producer import advice
 from producer.limiting import describe
 from producer.spool import Run, Spool
 from schemas.errors import BadInput, LorryError, QueueFull
-from schemas.job import Job
 
 #: Seconds between two tries while a queue is full.
 FULL_PAUSE = 0.25
@@ -69,9 +69,9 @@ def _rest(spool: Spool, run: Run) -> Size:
     return Size(spool.num_jobs - len(run.jobs), spool.num_bytes - run.num_bytes)
 
 
-def _require_smaller(full: FullError, spool: Spool, job: Job, num_sent: int) -> None:
+def _require_smaller(full: FullError, spool: Spool, job: JobRecord, num_sent: int) -> None:
     """Raises BadInput for a job that would never find room."""
-    size, limit = len(job.to_wire().encode()), full.limits.bytes
+    size, limit = len(job.payload.encode()), full.limits.bytes
     if limit is not None and size > limit:
         raise BadInput(
             f"Job '{job.id}' has {size} bytes, and at most {limit} may wait: shorten it, or raise"

@@ -87,7 +87,7 @@ class SamplingParams(WireModel):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0, lt=2**31, description="0 keeps every token")
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    stop: list[StopString] = Field(default=[], max_length=MAX_STOP_STRINGS)
+    stop: list[StopString] = Field(default_factory=list, max_length=MAX_STOP_STRINGS)
     ignore_eos: bool = False
 
 
