@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import secrets
 import socket
@@ -115,11 +114,6 @@ class Worker:
     def run(self) -> int:
         """Work until asked to stop, or, with --burst, until nothing is left; the exit status."""
         keep_trying(self._join, at="join")
-        # What there is by now stays. The garbage collector need not go through torch's 250,000
-        # objects (0.2 s) again and again: beside an engine that computes nothing that was a third
-        # of the time for which threads held the interpreter.
-        gc.collect()
-        gc.freeze()
         log.info("worker_ready", worker=self.id, queue=self._config.queue)
         for loop in (
             *(self._claim_loop, self._publish_loop, self._keep_loop),
