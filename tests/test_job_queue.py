@@ -393,11 +393,33 @@ def test_a_job_that_is_handed_back_after_failures_is_given_up_after_its_attempts
     assert keys_left(queue) == set()
 
 
-def test_a_deleted_job_does_not_stop_the_others(queue: JobQueue) -> None:
+def test_a_deleted_job_fails_so_that_its_submission_ends(
+    queue: JobQueue, reader: QueueReader
+) -> None:
     join(queue)
     submit(queue, jobs(3))
     queue.client.delete(queue.keys.job("job-None-1"))
-    assert [job.lease.job_id for job in claim(queue)] == ["job-None-0", "job-None-2"]
+    claimed = claim(queue)
+    assert [job.lease.job_id for job in claimed] == ["job-None-0", "job-None-2"]
+    (found,) = reader.results(["job-None-1"])
+    assert found.error
+    assert found.error.message == "the stored job is damaged: it was deleted"
+    assert queue.commit("w", [(job.lease, result(job)) for job in claimed]) == [True, True]
+    assert reader.submission("sub").is_complete
+    assert keys_left(queue) == set()
+
+
+def test_a_record_that_is_damaged_while_its_job_runs_keeps_no_other_from_being_recorded(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(4))
+    claimed = claim(queue)
+    queue.client.hdel(queue.keys.job("job-None-0"), "submissions")
+    queue.client.delete(queue.keys.job("job-None-1"))
+    queue.client.set(queue.keys.job("job-None-2"), "no hash")
+    recorded = queue.commit("w", [(job.lease, result(job)) for job in claimed])
+    assert recorded == [False, False, False, True]
 
 
 def test_a_worker_goes_on_after_flushall(queue: JobQueue) -> None:
