@@ -409,6 +409,22 @@ def test_a_deleted_job_fails_so_that_its_submission_ends(
     assert keys_left(queue) == set()
 
 
+def test_a_submission_that_was_deleted_while_its_jobs_ran_is_told_of_in_a_sentence(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(2))
+    submit(queue, jobs(1, prefix="other"), "other")
+    first, *_ = claim(queue)
+    queue.client.delete(queue.keys.submission("sub"))
+    queue.commit("w", [(first.lease, result(first))])
+    with pytest.raises(
+        LorryError, match="The record of submission 'sub' is damaged: .* send again"
+    ):
+        reader.submission("sub")
+    assert [status.id for status in reader.submissions(20)] == ["other"]
+
+
 def test_a_record_that_is_damaged_while_its_job_runs_keeps_no_other_from_being_recorded(
     queue: JobQueue,
 ) -> None:
