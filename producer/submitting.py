@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -47,16 +46,15 @@ def submit_and_wait(
     json_wanted: bool,
 ) -> None:
     """Send a file and write its results in input order, each as soon as those before it are, for
-    at most ``timeout`` seconds from now."""
-    deadline = None if timeout is None else time.monotonic() + timeout
+    at most ``timeout`` seconds after it was sent; for as long at most it waits for room before."""
     _refuse_overwriting(file, path)
     with (
         Output(path) as output,
-        _sent(place, file, terms, durable=durable, deadline=deadline) as (client, spool),
+        _sent(place, file, terms, durable=durable, timeout=timeout) as (client, spool),
     ):
         try:
             say(_submitted(spool, durable))
-            _write_in_order(client, spool, output, _left(deadline))
+            _write_in_order(client, spool, output, timeout)
         except (KeyboardInterrupt, NotFinished, NoWorker):
             say(f"The jobs go on: {place.command(f'results {spool.submission} --follow')}")
             raise
@@ -69,10 +67,10 @@ def submit_and_wait(
 
 @contextmanager
 def _sent(
-    place: Place, file: str, terms: Terms, *, durable: bool, deadline: float | None = None
+    place: Place, file: str, terms: Terms, *, durable: bool, timeout: float | None = None
 ) -> Iterator[tuple[Client, Spool]]:
-    """A client, and the spool of a file whose jobs it has sent; room for them is waited for until
-    the deadline (of ``time.monotonic``)."""
+    """A client, and the spool of a file whose jobs it has sent, once there was room for them within
+    ``timeout`` seconds."""
     with _open_input(file) as (stream, name), place.client() as client:
         if durable:
             client.require_durability()
@@ -81,7 +79,7 @@ def _sent(
         with bar_for("checking") as bar:
             spool = client.prepare(shown(numbered_lines(stream), bar), name=name, **terms)
         with spool:
-            _send(client, spool, deadline)
+            _send(client, spool, timeout)
             if durable:
                 client.sync(spool)
             yield client, spool
@@ -92,7 +90,7 @@ def _submitted(spool: Spool, durable: bool) -> str:
     return f"Submitted {counted(spool.num_jobs)} as {spool.submission}{on_disk}"
 
 
-def _send(client: Client, spool: Spool, deadline: float | None) -> None:
+def _send(client: Client, spool: Spool, timeout: float | None) -> None:
     num_sent = 0
 
     def on_sent(number: int) -> None:
@@ -113,18 +111,13 @@ def _send(client: Client, spool: Spool, deadline: float | None) -> None:
 
     with bar_for("sending", spool.num_jobs) as bar:
         try:
-            client.send(spool, on_sent, on_full, _left(deadline))
+            client.send(spool, on_sent, on_full, timeout)
         except KeyboardInterrupt:
             say(
                 f"At least {num_sent} of {counted(spool.num_jobs)} were sent, as"
                 f" {spool.submission}, and will run."
             )
             raise
-
-
-def _left(deadline: float | None) -> float | None:
-    """Seconds until a deadline."""
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 @contextmanager

@@ -418,9 +418,7 @@ def test_a_submission_that_was_deleted_while_its_jobs_ran_is_told_of_in_a_senten
     first, *_ = claim(queue)
     queue.client.delete(queue.keys.submission("sub"))
     queue.commit("w", [(first.lease, result(first))])
-    with pytest.raises(
-        LorryError, match="The record of submission 'sub' is damaged: .* send again"
-    ):
+    with pytest.raises(LorryError, match="The record of submission 'sub' is damaged: "):
         reader.submission("sub")
     assert [status.id for status in reader.submissions(20)] == ["other"]
 
