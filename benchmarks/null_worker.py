@@ -40,6 +40,7 @@ from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
 from worker.config import WorkerConfig
 from worker.engine import Engine, EngineCounters
+from worker.host_memory import leave_alone_what_stays
 from worker.logs import configure_logs
 from worker.page_pool import PagePool
 from worker.scheduler import Scheduler
@@ -249,6 +250,7 @@ def run(settings: NullSettings) -> int:
     )
     with use_server(settings.redis_url) as server:
         worker = Worker(config, NullEngine(settings), server.url)
+        leave_alone_what_stays()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop())
         return worker.run()

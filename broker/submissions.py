@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import redis
 
@@ -23,6 +24,26 @@ from schemas.keys import BASE
 from schemas.result import RESULT_TTL
 
 
+class JobRecord(NamedTuple):
+    """What ``submit.lua`` takes of a job."""
+
+    id: str
+    adapter: str
+    """``schemas.keys.BASE`` is the base model."""
+    priority: str
+    deadline: str
+    """A moment in ms, "+" and ms from then on, or nothing."""
+    payload: str
+    """The job in its wire form."""
+
+    @classmethod
+    def of(cls, job: Job | JobRecord) -> JobRecord:
+        """The record of a job; one that was made before stays as it is."""
+        if isinstance(job, JobRecord):
+            return job
+        return cls(job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire())
+
+
 class Submissions(QueueScripts):
     """Those of one queue, as their sender changes them."""
 
@@ -32,7 +53,7 @@ class Submissions(QueueScripts):
         name: str,
         total: int,
         offset: int,
-        jobs: Sequence[Job],
+        jobs: Sequence[Job | JobRecord],
         *,
         result_ttl: float = RESULT_TTL,
         rest: Size = NOTHING,
@@ -46,9 +67,7 @@ class Submissions(QueueScripts):
         content; FullError if they find no room; SubmissionCancelled; or ServerUnavailable if the
         server has lost jobs that were sent before.
         """
-        fields = chain.from_iterable(
-            (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire()) for job in jobs
-        )
+        fields = chain.from_iterable(JobRecord.of(job) for job in jobs)
         status, *details = self._run(
             *("submit", submission, name, total, offset, round(result_ttl * 1000)),
             *(rest.jobs, rest.bytes, webhook or "", *fields),
@@ -84,7 +103,6 @@ class Submissions(QueueScripts):
 
 
 def _deadline(job: Job) -> str:
-    """As ``submit.lua`` takes it: a moment in ms, "+" and ms from then on, or nothing."""
     if isinstance(job.deadline, float):
         return f"+{round(job.deadline * 1000)}"
     moment = job.deadline_moment

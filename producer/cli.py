@@ -208,7 +208,10 @@ def submit(
     timeout: Annotated[
         float | None,
         typer.Option(
-            "--timeout", metavar="SECONDS", min=0, help="With --wait: give up after this time."
+            "--timeout",
+            metavar="SECONDS",
+            min=0,
+            help="With --wait: give up after this time, and after as long without room.",
         ),
     ] = None,
     output: OutputFile = None,

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from broker.notices import Notices
 from broker.queue_reader import QueueReader
+from broker.submissions import JobRecord
 from producer.checks import AdapterCheck, IdCheck
 from producer.lines import Defaults, make_job, parse_line
 from producer.problems import Problems
@@ -100,10 +101,10 @@ def _take(
     else:
         job = make_job(line, made_id=made_id, defaults=defaults)
     adapters.add(job.lora)
-    wire = job.to_wire()
-    spool.append(number, wire)
+    record = JobRecord.of(job)
+    spool.append(number, record)
     if job.id != made_id:
-        ids.add(number, job.id, wire)
+        ids.add(number, job.id, record.payload)
 
 
 def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:

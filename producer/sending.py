@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from broker.job_queue import JobQueue
 from broker.outcomes import NOTHING, ConflictError, FullError, Size, SubmissionCancelled
+from broker.submissions import JobRecord
 from producer import advice
 from producer.limiting import describe
 from producer.spool import Run, Spool
 from schemas.errors import BadInput, LorryError, QueueFull
-from schemas.job import Job
 
 #: Seconds between two tries while a queue is full.
 FULL_PAUSE = 0.25
@@ -20,8 +20,11 @@ FULL_PAUSE = 0.25
 OnFull = Callable[[str], None]
 
 
-def send_run(queue: JobQueue, spool: Spool, run: Run, on_full: OnFull | None) -> None:
-    """Send a run, in pieces if there is not room for all of it. See ``Client.send``."""
+def send_run(
+    queue: JobQueue, spool: Spool, run: Run, on_full: OnFull | None, deadline: float | None
+) -> None:
+    """Send a run, in pieces if there is not room for all of it, which is waited for until the
+    deadline (of ``time.monotonic``). See ``Client.send``."""
     name = spool.name.encode(errors="replace").decode()  # A file name need not be UTF-8.
     start, end = 0, len(run.jobs)
     while start < len(run.jobs):
@@ -48,6 +51,8 @@ def send_run(queue: JobQueue, spool: Spool, run: Run, on_full: OnFull | None) ->
                 raise QueueFull(_refusal(full, spool, offset)) from full
             if full.num_fitting:
                 end = start + full.num_fitting
+            elif deadline is not None and time.monotonic() >= deadline:
+                raise QueueFull(_given_up(full, spool, offset)) from full
             else:
                 end = len(run.jobs)
                 if on_full:
@@ -70,9 +75,9 @@ def _rest(spool: Spool, run: Run) -> Size:
     return Size(spool.num_jobs - len(run.jobs), spool.num_bytes - run.num_bytes)
 
 
-def _require_smaller(full: FullError, spool: Spool, job: Job, num_sent: int) -> None:
+def _require_smaller(full: FullError, spool: Spool, job: JobRecord, num_sent: int) -> None:
     """Raises BadInput for a job that would never find room."""
-    size, limit = len(job.to_wire().encode()), full.limits.bytes
+    size, limit = len(job.payload.encode()), full.limits.bytes
     if limit is not None and size > limit:
         raise BadInput(
             f"Job '{job.id}' has {size} bytes, and at most {limit} may wait: shorten it, or raise"
@@ -87,6 +92,16 @@ def _refusal(full: FullError, spool: Spool, num_sent: int) -> str:
         return f"{reason}; nothing was sent. `--when-full wait` sends them as there is room."
     return (
         f"{reason}: others sent meanwhile. {sent(spool, num_sent)}"
+        f" `producer cancel {spool.submission}` takes them back."
+    )
+
+
+def _given_up(full: FullError, spool: Spool, num_sent: int) -> str:
+    reason = f"{describe(full.waiting, full.limits)}, and there was no room within the time given"
+    if not num_sent:
+        return f"{reason}; nothing was sent."
+    return (
+        f"{reason}. {sent(spool, num_sent)} Those run;"
         f" `producer cancel {spool.submission}` takes them back."
     )
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from broker.submissions import JobRecord
 from producer.terms import WhenFull
 from schemas.errors import LorryError
-from schemas.job import Job
 from schemas.result import RESULT_TTL
 
 #: Bounds of what is sent in one round trip.
@@ -32,7 +32,7 @@ class Run:
 
     offset: int
     """Number of the submission's jobs before them."""
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[JobRecord] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     """The line of each job in the input."""
     num_bytes: int = 0
@@ -41,11 +41,12 @@ class Run:
     def is_full(self) -> bool:
         return len(self.jobs) >= MAX_RUN_JOBS or self.num_bytes >= MAX_RUN_BYTES
 
-    def append(self, record: bytes) -> None:
-        line, wire = record.rstrip(b"\n").split(b"\t", 1)
-        self.jobs.append(Job.from_wire(wire.decode()))
+    def append(self, record: str) -> None:
+        line, *fields = record.rstrip("\n").split("\t", 5)
+        job = JobRecord(*fields)
+        self.jobs.append(job)
         self.lines.append(int(line))
-        self.num_bytes += len(wire)
+        self.num_bytes += len(job.payload.encode())
 
 
 class Spool:
@@ -85,13 +86,13 @@ class Spool:
     def close(self) -> None:
         self._file.close()
 
-    def append(self, line: int, wire: str) -> None:
-        """Add the job of a line in its wire form."""
-        record = wire.encode()
+    def append(self, line: int, job: JobRecord) -> None:
+        """Add the job of a line."""
+        # No field but the payload can hold a tab or the end of a line, and JSON escapes them.
         with _disk_errors():
-            self._file.write(b"%d\t%s\n" % (line, record))
+            self._file.write("\t".join((str(line), *job)).encode() + b"\n")
         self.num_jobs += 1
-        self.num_bytes += len(record)
+        self.num_bytes += len(job.payload.encode())
 
     def runs(self) -> Iterator[Run]:
         """The jobs in input order."""
@@ -99,7 +100,7 @@ class Spool:
             self._file.seek(0)
         run = Run(0)
         for record in self._file:
-            run.append(record)
+            run.append(record.decode())
             if run.is_full:
                 yield run
                 run = Run(run.offset + len(run.jobs))

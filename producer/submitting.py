@@ -46,9 +46,12 @@ def submit_and_wait(
     json_wanted: bool,
 ) -> None:
     """Send a file and write its results in input order, each as soon as those before it are, for
-    at most ``timeout`` seconds after it was sent."""
+    at most ``timeout`` seconds after it was sent; for as long at most it waits for room before."""
     _refuse_overwriting(file, path)
-    with Output(path) as output, _sent(place, file, terms, durable=durable) as (client, spool):
+    with (
+        Output(path) as output,
+        _sent(place, file, terms, durable=durable, timeout=timeout) as (client, spool),
+    ):
         try:
             say(_submitted(spool, durable))
             _write_in_order(client, spool, output, timeout)
@@ -64,9 +67,10 @@ def submit_and_wait(
 
 @contextmanager
 def _sent(
-    place: Place, file: str, terms: Terms, *, durable: bool
+    place: Place, file: str, terms: Terms, *, durable: bool, timeout: float | None = None
 ) -> Iterator[tuple[Client, Spool]]:
-    """A client, and the spool of a file whose jobs it has sent."""
+    """A client, and the spool of a file whose jobs it has sent, once there was room for them within
+    ``timeout`` seconds."""
     with _open_input(file) as (stream, name), place.client() as client:
         if durable:
             client.require_durability()
@@ -77,7 +81,7 @@ def _sent(
         with bar_for("checking") as bar:
             spool = client.prepare(shown(numbered_lines(stream), bar), name=name, **terms)
         with spool:
-            _send(client, spool)
+            _send(client, spool, timeout)
             if durable:
                 client.sync(spool)
             yield client, spool
@@ -88,7 +92,7 @@ def _submitted(spool: Spool, durable: bool) -> str:
     return f"Submitted {counted(spool.num_jobs)} as {spool.submission}{on_disk}"
 
 
-def _send(client: Client, spool: Spool) -> None:
+def _send(client: Client, spool: Spool, timeout: float | None) -> None:
     num_sent = 0
 
     def on_sent(number: int) -> None:
@@ -109,7 +113,7 @@ def _send(client: Client, spool: Spool) -> None:
 
     with bar_for("sending", spool.num_jobs) as bar:
         try:
-            client.send(spool, on_sent, on_full)
+            client.send(spool, on_sent, on_full, timeout)
         except KeyboardInterrupt:
             say(
                 f"At least {num_sent} of {counted(spool.num_jobs)} were sent, as"

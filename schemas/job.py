@@ -137,8 +137,8 @@ class SamplingParams(WireModel):
     min_p: float = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
     """Tokens are kept that are at least this times as likely as the likeliest."""
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    stop: StopStrings = Field(default=[], max_length=MAX_STOP_STRINGS)
-    stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKENS)
+    stop: StopStrings = Field(default_factory=list, max_length=MAX_STOP_STRINGS)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
     """Tokens that end the answer, as its last one."""
     min_tokens: int = Field(default=0, ge=0, le=1_000_000)
     """Tokens of the answer before one may end it."""
@@ -152,7 +152,7 @@ class SamplingParams(WireModel):
     """Likewise, by how often they occur in it."""
     logit_bias: LogitBias = {}
     """What is added to the logits of tokens."""
-    bad_words: list[BadWord] = Field(default=[], max_length=MAX_BAD_WORDS)
+    bad_words: list[BadWord] = Field(default_factory=list, max_length=MAX_BAD_WORDS)
     """Words whose tokens never stand in the answer in a row."""
     logprobs: Annotated[NumLogprobs | None, BeforeValidator(_as_number)] = None
     """Tell the log probability of each token of the answer, and of as many of the likeliest in its

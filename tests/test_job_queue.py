@@ -393,11 +393,47 @@ def test_a_job_that_is_handed_back_after_failures_is_given_up_after_its_attempts
     assert keys_left(queue) == set()
 
 
-def test_a_deleted_job_does_not_stop_the_others(queue: JobQueue) -> None:
+def test_a_deleted_job_fails_so_that_its_submission_ends(
+    queue: JobQueue, reader: QueueReader
+) -> None:
     join(queue)
     submit(queue, jobs(3))
     queue.client.delete(queue.keys.job("job-None-1"))
-    assert [job.lease.job_id for job in claim(queue)] == ["job-None-0", "job-None-2"]
+    claimed = claim(queue)
+    assert [job.lease.job_id for job in claimed] == ["job-None-0", "job-None-2"]
+    (found,) = reader.results(["job-None-1"])
+    assert found.error
+    assert found.error.message == "the stored job is damaged: it was deleted"
+    assert queue.commit("w", [(job.lease, result(job)) for job in claimed]) == [True, True]
+    assert reader.submission("sub").is_complete
+    assert keys_left(queue) == set()
+
+
+def test_a_submission_that_was_deleted_while_its_jobs_ran_is_told_of_in_a_sentence(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    join(queue)
+    submit(queue, jobs(2))
+    submit(queue, jobs(1, prefix="other"), "other")
+    first, *_ = claim(queue)
+    queue.client.delete(queue.keys.submission("sub"))
+    queue.commit("w", [(first.lease, result(first))])
+    with pytest.raises(LorryError, match="The record of submission 'sub' is damaged: "):
+        reader.submission("sub")
+    assert [status.id for status in reader.submissions(20)] == ["other"]
+
+
+def test_a_record_that_is_damaged_while_its_job_runs_keeps_no_other_from_being_recorded(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(4))
+    claimed = claim(queue)
+    queue.client.hdel(queue.keys.job("job-None-0"), "submissions")
+    queue.client.delete(queue.keys.job("job-None-1"))
+    queue.client.set(queue.keys.job("job-None-2"), "no hash")
+    recorded = queue.commit("w", [(job.lease, result(job)) for job in claimed])
+    assert recorded == [False, False, False, True]
 
 
 def test_a_worker_goes_on_after_flushall(queue: JobQueue) -> None:

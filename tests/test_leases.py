@@ -40,3 +40,16 @@ def test_who_knows_what_is_pinned_may_ask_for_what_is_held() -> None:
     leases = Leases(max_jobs=2, max_adapters=2, pinned=lambda: leases.adapters())
     assert leases.request(()).in_use == []
     assert leases.drain_for("starving") is None
+
+
+def test_a_job_that_goes_and_a_bound_that_grows_make_room_for_a_claim() -> None:
+    held = leases()
+    held.add([claim(1)])
+    held.remove([Lease("job", 2)])
+    held.limit(3)
+    assert not held.may_claim.is_set(), "there is no more room than before"
+    held.remove([Lease("job", 1)])
+    assert held.may_claim.is_set()
+    held.may_claim.clear()
+    held.limit(4)
+    assert held.may_claim.is_set()

@@ -153,6 +153,28 @@ def test_a_file_larger_than_the_bound_is_sent_as_there_is_room(
     assert "wait, and at most 70 jobs may." in reasons[0]
 
 
+def test_the_wait_for_room_ends_with_the_time_given(client: Client) -> None:
+    client.set_limits(Limits(jobs=70))
+    long = client.prepare(enumerate(["x"] * 100, 1), name="file")
+    with long, pytest.raises(QueueFull) as late:
+        client.send(long, timeout=0)
+    assert "there was no room within the time given. 70 of 100 jobs are known" in str(late.value)
+    assert f"`producer cancel {long.submission}`" in str(late.value)
+    short = client.prepare(enumerate(["x"], 1), name="file")
+    with short, pytest.raises(QueueFull, match="within the time given; nothing was sent"):
+        client.send(short, timeout=0)
+
+
+def test_a_timeout_of_submit_bounds_the_wait_for_room_too(
+    producer: Producer, client: Client, tmp_path: Path
+) -> None:
+    client.set_limits(Limits(jobs=1))
+    file = prompts(tmp_path, '"first"', '"second"')
+    outcome = producer("submit", file, "--wait", "--timeout", "0.1")
+    assert outcome.exit_code == QueueFull.exit_code
+    assert "within the time given. 1 of 2 jobs are known to have been sent" in outcome.stderr
+
+
 def test_several_who_submit_never_exceed_the_bound_together(
     redis_url: str, queue: JobQueue, reader: QueueReader
 ) -> None:

@@ -150,7 +150,7 @@ def damage(queue: JobQueue, job_id: str, field: str | None, value: str | None) -
 
 
 @pytest.mark.parametrize(("field", "value"), DAMAGED)
-def test_a_damaged_record_stops_no_worker_and_is_told(
+def test_a_damaged_record_stops_no_worker_and_fails_or_is_told(
     queue: JobQueue, reader: QueueReader, field: str | None, value: str | None
 ) -> None:
     send(queue, "waiting", "suspect", "delayed", "running", "last")
@@ -166,7 +166,13 @@ def test_a_damaged_record_stops_no_worker_and_is_told(
     assert ids_of(claim(queue).jobs) == ["last"]
     assert queue.claim_suspect("other", lease_seconds=60) is None
     queue.sweep()
-    assert reader.num_set_aside() == {0: 4}
+    assert reader.num_set_aside() == {0: 3}, "whose lane is not known any more"
+    (result,) = reader.results(["waiting"])
+    assert result.error
+    assert (result.status, result.error.code) == ("failed", "bad_record")
+    assert reader.submission("sub-waiting").counts["failed"] == 1
+    (finished,) = reader.finished({"sub-waiting": "0"})
+    assert finished.job_ids == ["waiting"]
 
 
 @pytest.mark.parametrize("field", ["job", "queued"])

@@ -127,6 +127,15 @@ def test_a_burst_worker_stays_for_jobs_that_wait_for_a_slot(
     assert client.status(submission).counts["done"] == 2
 
 
+def test_a_worker_that_has_no_room_claims_again_when_a_job_has_ended(
+    client: Client, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.claimer._PAUSE", 3600.0)  # So that no look of its own helps.
+    submission = client.submit([job(f"{name}-{i}", name) for i in range(3) for name in ADAPTERS])
+    assert make_worker(max_loras_per_batch=1, max_running_requests=1).run() == 0
+    assert client.status(submission).counts["done"] == 9
+
+
 @pytest.mark.parametrize("others", [["a"], ["a", "a2"]], ids=["one slot", "two slots"])
 def test_a_starving_adapter_is_served_though_others_have_a_backlog(
     client: Client,

@@ -21,9 +21,8 @@ from worker.sequence import Sequence
 
 log = structlog.get_logger()
 
-#: Seconds until an empty queue is asked again: while sequences run, a slot may become free at any
-#: moment; an idle worker is woken by the queue, and asks only in case that message was lost.
-_PAUSE_BUSY, _PAUSE_IDLE = 0.05, 1.0
+#: Seconds until a queue that had nothing is asked again, in case that a message was lost.
+_PAUSE = 1.0
 
 #: Versions of job records that a worker can run.
 _READS = [WIRE_VERSION - 1, WIRE_VERSION]
@@ -59,7 +58,6 @@ class Claimer:
         self._lease_seconds = lease_seconds
         self._patience = patience
         self._ready: SimpleQueue[tuple[Claim, Sequence]] = SimpleQueue()
-        self._wake = queue.client.pubsub(ignore_subscribe_messages=True)
         self._is_trial = False
         """Whether no jobs are claimed but suspects, one at a time, once nothing else is held."""
         self._trial_end: float | None = None
@@ -70,9 +68,10 @@ class Claimer:
         none that kept others waiting for their slot."""
 
     def turn(self) -> None:
-        """Claim once; wait a little if there was nothing to claim or no room for it."""
+        """Claim once; if there was nothing to claim or no room for it, wait until there may be."""
+        self._leases.may_claim.clear()
         if not self._claim():
-            self._wait()
+            self._leases.may_claim.wait(_PAUSE)
 
     def take(self, *, wait: float = 0.0) -> list[tuple[Claim, Sequence]]:
         """Sequences that are ready to run; if there are none, waits up to so many seconds."""
@@ -143,14 +142,6 @@ class Claimer:
                 return
             log.warning("job_failed", job=claim.lease.job_id, code=error.code)
             self._publisher.publish(Failed(claim, job, error))
-
-    def _wait(self) -> None:
-        if not self._wake.subscribed:
-            self._wake.subscribe(self._queue.keys.wake)
-        deadline = time.monotonic() + (_PAUSE_BUSY if len(self._leases) else _PAUSE_IDLE)
-        while (left := deadline - time.monotonic()) > 0:
-            if self._wake.get_message(timeout=left):
-                return
 
 
 def _job_of(claim: Claim) -> Job:

@@ -192,7 +192,7 @@ def _run(flags: dict[str, object]) -> int:
     from worker.background import wait_for_server
     from worker.config import WorkerConfig
     from worker.engine import Engine
-    from worker.host_memory import keep_freed_memory
+    from worker.host_memory import keep_freed_memory, leave_alone_what_stays
     from worker.hub.fetcher_process import FetcherProcess
     from worker.logs import configure_logs, log
     from worker.worker import Worker
@@ -208,6 +208,7 @@ def _run(flags: dict[str, object]) -> int:
             wait_for_server(server)
             engine = Engine(config)
             worker = Worker(config, engine, server.url)
+            leave_alone_what_stays()
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: worker.stop())
             fetcher = FetcherProcess(config, engine.adapters.loader.limits, server.url)

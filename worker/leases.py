@@ -30,10 +30,15 @@ class Leases:
         self._in_use_since: dict[str, float] = {}
         self._draining: str | None = None
         self._lost: set[Lease] = set()
+        #: Set when a claim may bring what the last one did not: jobs have gone from here, so that
+        #: there is room or a slot, or have come to the queue.
+        self.may_claim = threading.Event()
 
     def limit(self, max_jobs: int) -> None:
         """Hold no more jobs than that from now on."""
-        self._max_jobs = max_jobs
+        has_grown, self._max_jobs = max_jobs > self._max_jobs, max_jobs
+        if has_grown:
+            self.may_claim.set()
 
     def add(self, claims: Iterable[Claim]) -> None:
         with self._lock:
@@ -54,7 +59,9 @@ class Leases:
             held = {lease for lease in leases if self._is_held(lease)}
             for lease in held:
                 self._forget(lease.job_id)
-            return held
+        if held:
+            self.may_claim.set()
+        return held
 
     def lose(self, leases: Iterable[Lease]) -> set[Lease]:
         """``remove`` leases that the queue has taken back; ``take_lost`` tells the engine."""

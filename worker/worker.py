@@ -17,13 +17,13 @@ from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
 from worker.background import BackgroundLoop, keep_trying
-from worker.cancellations import Cancellations
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
 from worker.device_memory import free_memory, is_out_of_memory
 from worker.engine import Engine
 from worker.keeper import ALIVE_SECONDS, Keeper
 from worker.leases import Leases
+from worker.messages import Messages
 from worker.publisher import Finished, Publisher, Retry, Unbegun
 from worker.sequence import Sequence
 from worker.summary import StepSummary
@@ -58,7 +58,7 @@ class Worker:
         # Each thread has a connection of its own: a slow reply to one does not delay another.
         queues = [JobQueue(connect(redis_url, config.queue), config.queue) for _ in range(6)]
         self._queue, self._claim_queue, publish_queue, *others = queues
-        keep_queue, follow_queue, cancel_queue = others
+        keep_queue, follow_queue, listen_queue = others
         # A few more than can run, so that the next ones are ready when others finish.
         self._num_ahead = max(4, config.running_limit // 8)
         self._max_jobs = config.running_limit + self._num_ahead
@@ -102,8 +102,8 @@ class Worker:
             "keep", self._keeper.turn, self._thread_failed, interval=self._keeper.interval
         )
         self._follow_loop = BackgroundLoop("follow", self._follower.turn, self._thread_failed)
-        self._cancel_loop = BackgroundLoop(
-            "cancel", Cancellations(cancel_queue, self._leases).turn, self._thread_failed
+        self._listen_loop = BackgroundLoop(
+            "listen", Messages(listen_queue, self._leases).turn, self._thread_failed
         )
         self._sequences: dict[str, tuple[Claim, Sequence]] = {}
         """By job id, from the engine's taking it in to its end."""
@@ -117,7 +117,7 @@ class Worker:
         log.info("worker_ready", worker=self.id, queue=self._config.queue)
         for loop in (
             *(self._claim_loop, self._publish_loop, self._keep_loop),
-            *(self._follow_loop, self._cancel_loop),
+            *(self._follow_loop, self._listen_loop),
         ):
             loop.start()
         try:
@@ -190,7 +190,7 @@ class Worker:
     def _end(self) -> int:
         _stop(self._follow_loop)
         _stop(self._keep_loop)
-        _stop(self._cancel_loop)
+        _stop(self._listen_loop)
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -231,6 +231,8 @@ class Worker:
 
     def _stop_claiming(self) -> None:
         """Claim no more, and hand back what has not begun."""
+        self._claim_loop.stop()
+        self._leases.may_claim.set()  # It may be waiting for that.
         _stop(self._claim_loop)
         self._take_in()
         waiting = [claim for claim, s in self._sequences.values() if not s.has_begun]

@@ -131,12 +131,17 @@ local num_passed_over, num_set_aside = 0, 0
 local function deliver(lane, entry, id)
   local found = redis.pcall('HMGET', JOB .. id, 'state', 'v', 'adapter', 'submissions', 'attempts',
     'job', 'queued', 'deadline', 'alone')
-  if found.err then found = { 'damaged' } end -- The key is no hash.
+  if found.err then return fail_damaged(id, lane, entry, 'its key holds no hash') end
   local state, v, adapter, submissions, attempts, payload, queued, deadline, alone = unpack(found)
   local version = version_of(v, adapter, submissions, attempts)
-  if not state then
-    count('waiting', lane.adapter, -1, 0) -- Its record was deleted.
+  if not state and not v then
+    if redis.call('EXISTS', SUBMISSION .. lane.submission) == 1 then
+      return fail_damaged(id, lane, entry, 'it was deleted')
+    end
+    count('waiting', lane.adapter, -1, 0) -- All of its submission was.
     return drop_entry(lane, entry)
+  elseif reads_version(tonumber(v)) and (version == 0 or not state) then
+    return fail_damaged(id, lane, entry, 'fields are missing, or not of their kind')
   elseif not reads_version(version) then
     num_set_aside = num_set_aside + 1
     return set_aside(id, version)

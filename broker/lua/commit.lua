@@ -20,13 +20,17 @@ local function note_end(id, to, entry, lane, submissions)
   end
 end
 
--- Whether the result is on record then.
+-- Whether the result is on record then. A record that was damaged meanwhile counts as lost, so that
+-- it keeps no other from being recorded.
 local function record(id, claim, to, result)
-  local state, holder, current, entry, adapter, priority, submissions = unpack(redis.call('HMGET',
-    JOB .. id, 'state', 'worker', 'claim', 'entry', 'adapter', 'priority', 'submissions'))
+  local found = redis.pcall('HMGET', JOB .. id, 'state', 'worker', 'claim', 'entry', 'adapter',
+    'priority', 'submissions')
+  if found.err then return false end -- The key is no hash.
+  local state, holder, current, entry, adapter, priority, submissions = unpack(found)
   if not (state == 'running' and holder == worker and current == claim) then
     return redis.call('HGET', JOB .. id, 'result') == result
   end
+  if not (entry and adapter and submissions) then return false end
   redis.call('HSET', JOB .. id, 'state', to, 'result', result)
   redis.call('HDEL', JOB .. id, 'entry', 'claim', 'alone')
   local first = string.match(submissions, '%S+')

@@ -343,6 +343,31 @@ local function expire(id)
     string.format('not run: its deadline, %.1f', math.abs(seconds)) .. when)
 end
 
+-- Ends a waiting job whose record is gone, or damaged so that nothing can be done with it. Its lane says
+-- what the record does not, so that its submissions end and who follows them is told.
+local function fail_damaged(id, lane, entry, message)
+  local key = JOB .. id
+  local found = redis.pcall('HMGET', key, 'submissions', 'attempts', 'queued')
+  if found.err then -- The key is no hash.
+    redis.call('DEL', key)
+    found = {}
+  end
+  local submissions, attempts, queued = found[1] or lane.submission, found[2], found[3]
+  local bytes = redis.call('HSTRLEN', key, 'job')
+  redis.call('HSET', key, 'v', WIRE_VERSION, 'adapter', lane.adapter, 'priority', lane.priority,
+    'submissions', submissions, 'state', 'failed', 'finished', text(now_ms()),
+    'attempts', string.match(attempts or '', '^%d+$') or 0,
+    'queued', string.match(queued or '', '^%d+$') or string.match(entry, '^%d+'),
+    'error_code', 'bad_record', 'error_message', 'the stored job is damaged: ' .. message)
+  redis.call('HDEL', key, 'entry', 'claim', 'alone')
+  for _, set in ipairs({ LEASES, DEADLINES, SUSPECTS, DELAYED, SET_ASIDE }) do
+    redis.call('ZREM', set, id)
+  end
+  count('waiting', lane.adapter, -1, bytes)
+  tell_submissions(id, submissions, 'waiting', 'failed')
+  drop_entry(lane, entry)
+end
+
 -- What workers that ended cannot have said themselves stands on a dead job as this code.
 local UNTOLD = { lease_expired = true, engine_failed = true }
 

@@ -7,12 +7,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from producer import following
-from producer.client.session import Session
+from producer.client.session import Session, deadline_after
 from producer.following import OnWake
 from producer.status import Status, describe, is_finished
-from schemas.errors import (
-    BadInput,
-)
 from schemas.result import Result
 
 
@@ -69,7 +66,7 @@ class Results(Session):
 
         ``timeout`` is in seconds, and ends it as it does ``watch``.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_after(timeout)
         with self._errors():
             yield from following.in_input_order(
                 self._reader, submission, self._tidy_and(on_wake), deadline
@@ -84,7 +81,7 @@ class Results(Session):
         ``timeout`` is in seconds. Raises NotFinished when they are over, or NoWorker if then no
         worker is alive.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_after(timeout)
         with self._errors():
             positions = following.positions(self._reader, id_, self._is_submission(id_))
             runs = following.finished_runs(self._reader, positions, deadline)
@@ -114,12 +111,3 @@ class Results(Session):
                 on_wake()
 
         return tidy_and_wake
-
-
-def _deadline(timeout: float | None) -> float | None:
-    """The moment of ``time.monotonic`` at which so many seconds are over."""
-    if timeout is None:
-        return None
-    if not timeout >= 0:  # Written so that it refuses NaN too.
-        raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
-    return time.monotonic() + timeout

@@ -123,3 +123,12 @@ class Session:
 
     def _errors(self) -> AbstractContextManager[None]:
         return server_errors(self._url)
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """The moment of ``time.monotonic`` at which so many seconds are over."""
+    if timeout is None:
+        return None
+    if not timeout >= 0:  # Written so that it refuses NaN too.
+        raise BadInput(f"A timeout is a number of seconds, not {timeout}.")
+    return time.monotonic() + timeout

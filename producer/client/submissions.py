@@ -8,7 +8,7 @@ from typing import Unpack
 
 from broker import durability
 from producer import sending
-from producer.client.session import Session
+from producer.client.session import Session, deadline_after
 from producer.intake import Line, prepare
 from producer.lines import numbered_lines
 from producer.sending import OnFull
@@ -84,19 +84,22 @@ class Submissions(Session):
         spool: Spool,
         on_sent: Callable[[int], None] | None = None,
         on_full: OnFull | None = None,
+        timeout: float | None = None,
     ) -> None:
         """The second half of ``submit``; ``on_sent`` is called with the number of jobs sent, and
-        ``on_full`` with the reason, again and again, while the queue has no room.
+        ``on_full`` with the reason, again and again, while the queue has no room, for at most
+        ``timeout`` seconds from now.
 
         Raises BadInput if somebody else has meanwhile sent another job under the id of one, or if
         one is larger than all that may wait; QueueFull if there is no room and nobody is to wait
-        for it; and LorryError if the submission is cancelled meanwhile. Each says how many jobs
-        were sent; those will run.
+        for it, or to wait any longer; and LorryError if the submission is cancelled meanwhile. Each
+        says how many jobs were sent; those will run.
         """
+        deadline = deadline_after(timeout)
         for run in spool.runs():
             try:
                 with self._errors():
-                    sending.send_run(self._job_queue, spool, run, on_full)
+                    sending.send_run(self._job_queue, spool, run, on_full, deadline)
             except ServerUnavailable as error:
                 raise ServerUnavailable(f"{error} {sending.sent(spool, run.offset)}") from error
             if on_sent:
