@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import redis
+
 from benchmarks.ledger import Ledger
 from benchmarks.null_worker import NullSettings, NullWorkers
 from benchmarks.tcp_proxy import TcpProxy
@@ -73,6 +75,9 @@ class FaultBench:
 
     def client_through(self, proxy: TcpProxy) -> Client:
         return self._stack.enter_context(Client(proxy.url, self.queue))
+
+    def redis_through(self, proxy: TcpProxy) -> redis.Redis:
+        return self._stack.enter_context(connect(proxy.url))
 
     def start(self, **changes: Any) -> ForkServerProcess:
         """Start a worker and return once it is ready for work."""

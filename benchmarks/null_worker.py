@@ -47,6 +47,17 @@ from worker.sequence import Sequence
 from worker.text import Tokenizer
 from worker.worker import Worker
 
+#: Adapters of the command line stand below it; so may those that commands load. There is no such
+#: folder: the revision of what is in it is its name.
+FOLDERS = Path("/null")
+
+#: What lets commands load adapters from there.
+LORA_FLAGS: dict[str, Any] = {
+    "lora_root": ["/"],
+    "max_lora_rank": 1,
+    "lora_target_modules": ["all"],
+}
+
 #: Why a job fails that asks for it.
 BAD_PROMPT = "the prompt asks to fail"
 
@@ -130,7 +141,7 @@ class NullLoader(AdapterLoader):
         return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
 
     def revision(self, folder: Path) -> str:
-        return f"null-{folder.name}"
+        return folder.name
 
 
 class NullEngine(Engine):
@@ -142,7 +153,7 @@ class NullEngine(Engine):
         self._loader = NullLoader(self._faults)
         self.adapters = AdapterRegistry(self._loader, max_loaded=settings.max_loaded)
         for name in settings.adapters:
-            self.adapters.serve(name, self.adapters.read(name, Path("/null"), version=0))
+            self.adapters.serve(name, self.adapters.read(name, FOLDERS / name, version=0))
         self.slots = None
         self.tokenizer = Tokenizer(Path("no-such-folder"), vocab_size=1)
         self.counters = EngineCounters()
@@ -155,10 +166,11 @@ class NullEngine(Engine):
     def sequence_of(self, job: Job) -> Sequence:
         self._faults.meet(job, "read")
         self._loader.wanted_by.job = job
-        if job.lora is not None and self.adapters.get(job.lora) is None:
-            raise JobError("unknown_adapter", f"no adapter is called '{job.lora}'")
+        adapter = None if job.lora is None else self.adapters.get(job.lora)
         self._loader.wanted_by.job = None
-        return Sequence(job, prompt_ids=[0], max_new_tokens=1)
+        if job.lora is not None and adapter is None:
+            raise JobError("unknown_adapter", f"no adapter is called '{job.lora}'")
+        return Sequence(job, prompt_ids=[0], max_new_tokens=1, adapter=adapter)
 
     def schedule(self) -> NullBatch | None:  # type: ignore[override]
         sequences = list(self.scheduler.waiting)
@@ -245,7 +257,7 @@ def run(settings: NullSettings) -> int:
         lease_seconds=settings.lease_seconds,
         burst=settings.burst,
         device="cpu",
-        **settings.flags,
+        **{**LORA_FLAGS, **settings.flags},
     )
     with use_server(settings.redis_url) as server:
         worker = Worker(config, NullEngine(settings), server.url)

@@ -67,6 +67,13 @@ class OwnServer:
             self._process.wait()
             self._process = None
 
+    def stop(self) -> None:
+        """End it in order, as an operator would; ``start`` brings it back with its data."""
+        if self._process:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
     def _answers(self) -> bool:
         try:
             with connect(self.url, timeout=1.0) as client:

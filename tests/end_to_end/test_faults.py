@@ -278,9 +278,7 @@ def test_a_queue_works_again_after_flushall(frail: FaultBench) -> None:
     frail.start(max_running=4)
     frail.submit(*jobs(20, "lost", "a", at="generate", do="sleep", seconds=0.02))
     wait_until(lambda: len(frail.runs()) > 3, "the jobs did not begin")
-    frail.redis.flushall()
-    frail.redis.script_flush()
-    frail.ledger.forget()
+    frail.ledger.flush(frail.redis)
     wait_until(lambda: len(frail.client.adapters()) == 3, "the adapters were not announced again")
     frail.submit(*jobs(10, "new"), *jobs(10, "new-a", "a"))
     assert frail.finish() == {"done": 20}
@@ -293,8 +291,7 @@ def test_an_id_that_was_lost_by_flushall_can_be_sent_again_while_it_still_runs(
     frail.start()
     frail.submit(*jobs(1, at="generate", do="sleep", seconds=1.0))
     wait_until(lambda: len(frail.runs()) == 1, "the job did not begin")
-    frail.redis.flushall()
-    frail.ledger.forget()
+    frail.ledger.flush(frail.redis)
     frail.submit(*jobs(1, at="generate", do="sleep", seconds=1.0))
     assert frail.finish() == {"done": 1}
     assert frail.runs() == {"job-0": 2}

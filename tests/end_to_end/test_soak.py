@@ -1,17 +1,30 @@
-"""The soak: its plan follows from its seed, and it fails if the checker finds anything."""
+"""The soak: its plan follows from its seed, and it fails if it finds that a promise was broken."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import fault_bench, soak
+from benchmarks import fault_bench
 from benchmarks.ledger import Ledger
-from benchmarks.soak import OTHER_FAULTS, WORKER_FAULTS, Fault, make_plan
-
-pytestmark = pytest.mark.slow
+from benchmarks.soak import __main__ as command
+from benchmarks.soak import report
+from benchmarks.soak.outcomes import wrong_outcomes
+from benchmarks.soak.plan import (
+    COMMANDS,
+    FLUSH,
+    OTHER_FAULTS,
+    WORKER_FAULTS,
+    Command,
+    Fault,
+    Submission,
+    make_plan,
+)
+from benchmarks.soak.player import run
+from schemas.result import ErrorInfo, Result, Timings
 
 
 def test_a_plan_follows_from_its_seed() -> None:
@@ -19,20 +32,84 @@ def test_a_plan_follows_from_its_seed() -> None:
     assert make_plan(5, 60) != make_plan(6, 60)
 
 
-def test_ten_minutes_hold_every_fault() -> None:
-    kinds = {event.kind for event in make_plan(1, 600) if isinstance(event, Fault)}
-    assert kinds == {*WORKER_FAULTS, *OTHER_FAULTS}
+def test_ten_minutes_hold_every_fault_and_every_command() -> None:
+    plan = make_plan(1, 600)
+    faults = [event.kind for event in plan if isinstance(event, Fault)]
+    assert set(faults) == {*WORKER_FAULTS, *OTHER_FAULTS, FLUSH}
+    assert faults.count(FLUSH) == 2
+    assert {event.kind for event in plan if isinstance(event, Command)} == {*COMMANDS}
 
 
+def job(**fields: Any) -> dict[str, Any]:
+    return {"id": "job-0", "prompt": "x", "lora": "a", "metadata": {"fault": None}} | fields
+
+
+def result(**fields: Any) -> Result:
+    known: dict[str, Any] = {"id": "job-0", "submission": "s", "lora": "a", "status": "done"}
+    known |= {"revision": "a", "timings": Timings(queued=1.0), "metadata": {"fault": None}}
+    return Result(**known | fields)
+
+
+def failed(code: str, status: str = "failed") -> Result:
+    return result(status=status, error=ErrorInfo(code=code, message="m"), revision=None)
+
+
+BAD = {"fault": {"at": "read", "do": "fail"}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [
+        (job(), result()),
+        (job(lora=None), result(revision=None)),
+        (job(lora="c"), result(revision="c-7")),
+        (job(metadata=BAD), failed("bad_prompt")),
+        (job(lora="c"), failed("adapter_unloaded")),
+        (job(), failed("attempts_exhausted", "dead")),
+        (job(), failed("cancelled", "cancelled")),
+    ],
+)
+def test_an_outcome_that_may_be_is_not_complained_about(
+    sent: dict[str, Any], found: Result
+) -> None:
+    assert list(wrong_outcomes([Submission(0.0, (sent,))], [found])) == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "found", "wrong"),
+    [
+        (job(), result(revision="b"), "was answered by revision b"),
+        (job(), result(revision=None), "was answered by revision None"),
+        (job(lora=None), result(revision="a"), "was answered by revision a"),
+        (job(lora="c"), result(revision="d-7"), "was answered by revision d-7"),
+        (job(metadata=BAD), result(), "was answered with the metadata"),
+        (job(), failed("bad_prompt"), "failed with bad_prompt"),
+        (job(), failed("adapter_unloaded"), "failed with adapter_unloaded"),
+        (job(lora="c"), failed("bad_record"), "failed with bad_record"),
+        (job(), failed("out_of_memory", "dead"), "was given up with out_of_memory"),
+    ],
+)
+def test_an_outcome_that_cannot_be_is_a_violation(
+    sent: dict[str, Any], found: Result, wrong: str
+) -> None:
+    (violation,) = wrong_outcomes([Submission(0.0, (sent,))], [found])
+    assert wrong in violation
+
+
+@pytest.mark.slow
 def test_a_short_soak_finds_no_violation(tmp_path: Path) -> None:
-    bench, figures = soak.run(4, 6, tmp_path)
-    assert figures.violations == []
-    assert figures.faults.total() > 0
-    assert bench.ledger.results
-    assert soak.fault_table(figures).row_count > 1
-    assert soak.outcome_table(bench, figures).row_count > 10
+    soak = run(4, 8, tmp_path)
+    assert soak.violations == []
+    assert soak.faults.total() > 0
+    assert soak.faults[FLUSH] == 1
+    assert soak.operator.given.total() > 0
+    assert soak.bench.ledger.results
+    assert report.fault_table(soak).row_count > 1
+    assert report.command_table(soak).row_count > 1
+    assert report.outcome_table(soak).row_count > 10
 
 
+@pytest.mark.slow
 def test_a_soak_with_a_violation_ends_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,6 +117,6 @@ def test_a_soak_with_a_violation_ends_with_status_1(
     monkeypatch.setattr(fault_bench, "REST_SECONDS", 0)
     monkeypatch.setattr(sys, "argv", ["soak", "--minutes", "0.02", "--seed", "2"])
     with pytest.raises(SystemExit) as ended:
-        soak.main()
+        command.main()
     assert ended.value.code == 1
     assert "job x was acknowledged and is not there" in capsys.readouterr().out
