@@ -32,12 +32,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from broker.server import use_server
+from broker.server import find_server
 from schemas.errors import JobError, LorryError
 from schemas.job import Job
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
+from worker.background import wait_for_server
 from worker.config import WorkerConfig
 from worker.engine import Engine, EngineCounters
 from worker.kv_cache import PagePool
@@ -259,7 +260,8 @@ def run(settings: NullSettings) -> int:
         device="cpu",
         **{**LORA_FLAGS, **settings.flags},
     )
-    with use_server(settings.redis_url) as server:
+    with find_server(settings.redis_url) as server:
+        wait_for_server(server)
         worker = Worker(config, NullEngine(settings), server.url)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop())
