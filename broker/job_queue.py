@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from redis.commands.core import Script
@@ -98,6 +98,16 @@ class ClaimRequest:
     """Those among them that get no new jobs, so that their slot becomes free."""
     resident: Collection[str] = ()
     """Adapters whose weights stand in a slot that is not in use."""
+
+
+class Swept(NamedTuple):
+    """Jobs of expired leases that one sweep found."""
+
+    num_again: int
+    """To be tried again alone."""
+    num_given_up: int
+    num_spared: int
+    """Left to their workers."""
 
 
 class ConflictError(Exception):
@@ -257,11 +267,10 @@ class JobQueue:
         )
         return again, given_up
 
-    def sweep(self) -> tuple[int, int]:
-        """Take jobs of expired leases from their workers, to be tried again alone or given up;
-        returns the two numbers. Delayed jobs whose time has come have their turn."""
-        again, given_up = self._run("sweep", SWEEP_LIMIT)
-        return again, given_up
+    def sweep(self, *, spare_leases: bool = False) -> Swept:
+        """Take jobs of expired leases from their workers, to be tried again alone or given up,
+        unless these are to be spared. Delayed jobs whose time has come have their turn."""
+        return Swept(*self._run("sweep", SWEEP_LIMIT, int(spare_leases)))
 
     def set_max_attempts(self, number: int) -> int:
         """Let every worker of the queue give a job up after so many attempts; returns after how

@@ -299,7 +299,7 @@ def test_a_worker_that_lost_its_lease_cannot_commit(queue: JobQueue, reader: Que
     submit(queue, jobs(1))
     (stalled,) = claim(queue, worker="stalled", lease_seconds=0.01)
     time.sleep(0.02)
-    assert queue.sweep() == (1, 0)
+    assert queue.sweep() == (1, 0, 0)
     assert queue.commit("stalled", [(stalled.lease, result(stalled, "late"))]) == [False]
     again = suspect(queue)
     assert again.attempts == 2
@@ -326,7 +326,7 @@ def test_a_renewed_lease_is_not_swept(queue: JobQueue) -> None:
     (job,) = claim(queue, lease_seconds=0.05)
     assert queue.renew("w", [job.lease], lease_seconds=60) == set()
     time.sleep(0.06)
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
 
 
 def test_renewal_names_the_leases_that_are_no_longer_held(queue: JobQueue) -> None:
@@ -359,7 +359,7 @@ def test_a_job_whose_workers_die_is_given_up_after_its_attempts(
     join(queue)
     submit(queue, jobs(1, "a"))
     claim(queue, lease_seconds=0.01)
-    for outcome in ((1, 0), (1, 0), (0, 1)):
+    for outcome in ((1, 0, 0), (1, 0, 0), (0, 1, 0)):
         time.sleep(0.02)
         assert queue.sweep() == outcome
         queue.claim_suspect("w", lease_seconds=0.01)
@@ -377,7 +377,7 @@ def test_a_job_that_is_handed_back_after_failures_is_given_up_after_its_attempts
 ) -> None:
     join(queue)
     submit(queue, jobs(1, "a"))
-    for outcome in ((1, 0), (1, 0), (0, 1)):
+    for outcome in ((1, 0, 0), (1, 0, 0), (0, 1, 0)):
         (job,) = claim(queue)
         assert (
             queue.retry("w", [job.lease], outcome="engine_failed", message="x", alone=False)
@@ -638,7 +638,7 @@ def test_a_delayed_job_waits_until_its_time_and_the_next_sweep(
     request = ClaimRequest(10, 8, in_use=[])
     claims = queue.claim("w", request, lease_seconds=60, patience=60)
     assert (claims.jobs, claims.num_delayed) == ([], 1)
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
     assert queue.claim_suspect("w", lease_seconds=60) is None
     assert reader.submission("sub").counts["waiting"] == 1
     queue.client.zadd(queue.keys.delayed, {job.lease.job_id: 1})
@@ -661,7 +661,7 @@ def test_all_workers_follow_the_queues_number_of_attempts(
         "w", [first.lease], outcome="out_of_memory", message="too big", alone=True
     ) == (0, 1)
     time.sleep(0.02)
-    assert queue.sweep() == (0, 1)
+    assert queue.sweep() == (0, 1, 0)
     codes = [r.error.code for r in reader.results(reader.job_ids("sub")) if r.error]
     assert codes == ["out_of_memory", "attempts_exhausted"]
 
@@ -689,7 +689,7 @@ def test_suspects_and_delayed_jobs_whose_records_were_deleted_stop_nobody(queue:
     queue.retry("w", [job.lease], outcome="x", message="x", alone=False, delay=0.01)
     queue.client.delete(queue.keys.job(job.lease.job_id), queue.keys.job("job-None-1"))
     time.sleep(0.02)
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
     assert suspect(queue).lease.job_id == "job-None-2"
     assert queue.client.zcard(queue.keys.suspects) + queue.client.zcard(queue.keys.delayed) == 0
 

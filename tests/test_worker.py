@@ -154,7 +154,7 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
         if next(num_calls) == 20:
             for job_id in ("first", "second"):
                 queue.client.zadd(queue.keys.leases, {job_id: 1}, xx=True)
-            assert queue.sweep() == (2, 0)
+            assert queue.sweep() == (2, 0, 0)
         launch(engine, batch)
 
     monkeypatch.setattr(Engine, "launch", launch_after_a_stall)
@@ -281,7 +281,7 @@ def make_suspects(client: Client, queue: JobQueue, ids: list[str]) -> str:
     request = ClaimRequest(len(ids), 0, in_use=[])
     queue.claim("dead", request, lease_seconds=60, patience=60)
     queue.client.zadd(queue.keys.leases, dict.fromkeys(ids, 1), xx=True)
-    assert queue.sweep() == (len(ids), 0)
+    assert queue.sweep() == (len(ids), 0, 0)
     return submission
 
 
