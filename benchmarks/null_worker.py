@@ -32,7 +32,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from broker import job_queue
 from broker.server import find_server
+from schemas import WIRE_VERSION
 from schemas.errors import JobError, LorryError
 from schemas.job import Job
 from worker.adapters.loader import AdapterLoader
@@ -82,6 +84,8 @@ class NullSettings:
     """File that gets the id of each job whenever it is run."""
     clock_offset: float = 0.0
     """Seconds by which the clock of the process (``time.time``) is ahead."""
+    wire_version: int = WIRE_VERSION
+    """Of the records that the worker reads, and the one before."""
     flags: dict[str, Any] = field(default_factory=dict)
     """Further fields of the worker's configuration."""
 
@@ -251,6 +255,7 @@ def run(settings: NullSettings) -> int:
     if settings.clock_offset:
         true_time = time.time
         time.time = lambda: true_time() + settings.clock_offset
+    job_queue.WIRE_VERSION = settings.wire_version
     config = WorkerConfig(
         model_path=Path("null"),
         max_running_requests=settings.max_running,

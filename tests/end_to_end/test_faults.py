@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,26 +22,6 @@ from producer.client import Client
 from schemas.errors import ServerUnavailable
 from schemas.keys import Keys
 from schemas.result import Result
-
-
-@pytest.fixture
-def bench(redis_url: str, queue_name: str, tmp_path: Path) -> Iterator[FaultBench]:
-    with FaultBench(redis_url, queue_name, tmp_path) as bench:
-        yield bench
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[OwnServer]:
-    """A server that the test may kill, fill and empty."""
-    with OwnServer(tmp_path / "server") as server:
-        yield server
-
-
-@pytest.fixture
-def frail(server: OwnServer, queue_name: str, tmp_path: Path) -> Iterator[FaultBench]:
-    """A bench on that server."""
-    with FaultBench(server.url, queue_name, tmp_path) as bench:
-        yield bench
 
 
 def result(bench: FaultBench, job_id: str) -> Result:
