@@ -150,7 +150,9 @@ class Ledger:
             if result.status in TERMINAL_STATES:
                 first = self.results.setdefault(result.id, result)
                 if first != result:
-                    self.found.append(f"job {result.id} was read as {first} and then as {result}")
+                    self.found.append(
+                        f"job {result.id} was read as {_outcome(first)}, then as {_outcome(result)}"
+                    )
 
     def _end_pauses(self, now: float, adapter: str | None = None) -> None:
         """The pauses of an adapter, or all of them, last no longer."""
@@ -163,6 +165,10 @@ def server_time(server: redis.Redis) -> float:
     """Seconds since 1970 by the server's clock."""
     seconds, microseconds = server.time()  # type: ignore[misc]
     return float(seconds) + float(microseconds) / 1e6
+
+
+def _outcome(result: Result) -> str:
+    return f"{result.status} by {result.worker} at {result.timings.finished}"
 
 
 def _id_of(job: Line) -> str:
