@@ -20,7 +20,7 @@ from benchmarks.ledger import Ledger
 from benchmarks.null_worker import NullSettings, NullWorkers
 from benchmarks.tcp_proxy import TcpProxy
 from broker.connection import connect
-from producer.client import Client
+from producer.client import RETRIES, Client
 
 #: Seconds until an expected thing must have happened.
 PATIENCE = 60.0
@@ -56,7 +56,7 @@ class FaultBench:
         )
         self.workers = self._stack.enter_context(NullWorkers(self.settings, folder))
         self.client = self._stack.enter_context(Client(url, queue))
-        self.redis = self._stack.enter_context(connect(url))
+        self.redis = self._stack.enter_context(connect(url, retries=RETRIES))
 
     def __enter__(self) -> FaultBench:
         return self

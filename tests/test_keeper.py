@@ -94,9 +94,12 @@ class Clock:
         return self.now
 
 
+@pytest.mark.parametrize("seconds", [15, 60])
 def test_after_an_outage_other_workers_may_renew_before_their_leases_are_swept(
-    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
+    """After 15 s they had 5 s left of leases of 30 s, and may have tried 5 s ago for the last
+    time."""
     clock = Clock()
     monkeypatch.setattr("worker.keeper.time", clock)
     theirs = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=30)
@@ -107,7 +110,7 @@ def test_after_an_outage_other_workers_may_renew_before_their_leases_are_swept(
     queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
     leases.add(claim(queue, lease_seconds=30))
     queue.client.zadd(queue.keys.leases, {"job": 1})  # It expired while Redis was away.
-    clock.now += 60
+    clock.now += seconds
     ours.turn()
     theirs.turn()
     ours.turn()

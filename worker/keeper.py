@@ -70,9 +70,10 @@ class Keeper:
         of them."""
         now = time.monotonic()
         away = now - self._last_turn
-        # A lease has at least two thirds of its time left when it was renewed as it should be.
-        if away > self._lease_seconds * 2 / 3:
-            grace = min(OUTAGE_GRACE_SECONDS, self._lease_seconds)
+        grace = min(OUTAGE_GRACE_SECONDS, self._lease_seconds)
+        # A lease has at least two thirds of its time left when it was renewed as it should be, and
+        # its worker may need all of the grace to come back.
+        if away > max(2 * self.interval, self._lease_seconds * 2 / 3 - grace):
             self._spares_leases_until = now + grace
             if away < math.inf:
                 log.info("outage_over", seconds=round(away), sweeps_in=grace)

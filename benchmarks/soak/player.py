@@ -110,7 +110,7 @@ class Soak:
             time.sleep(0.05)
         for person in people:
             if person.failure or person.is_alive():
-                self.violations.append(f"the {person.name} did not come to its end")
+                self.violations.append(f"the {person.name} hangs, or failed: {person.failure!r}")
         self._sample()
         for submission in list(self.bench.ledger.acknowledged):
             self.bench.ledger.note(self.bench.client.results(submission))

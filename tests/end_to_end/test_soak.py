@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from benchmarks import fault_bench
 from benchmarks.ledger import Ledger
 from benchmarks.soak import __main__ as command
-from benchmarks.soak import report
+from benchmarks.soak import recoveries, report
 from benchmarks.soak.outcomes import wrong_outcomes
 from benchmarks.soak.plan import (
     COMMANDS,
@@ -24,6 +26,8 @@ from benchmarks.soak.plan import (
     make_plan,
 )
 from benchmarks.soak.player import run
+from broker.job_queue import ClaimRequest, JobQueue
+from schemas.job import Job
 from schemas.result import ErrorInfo, Result, Timings
 
 
@@ -94,6 +98,39 @@ def test_an_outcome_that_cannot_be_is_a_violation(
 ) -> None:
     (violation,) = wrong_outcomes([Submission(0.0, (sent,))], [found])
     assert wrong in violation
+
+
+def test_a_slow_recovery_is_told_with_what_became_of_the_last_job(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recoveries, "SLOW_SECONDS", 0.0)
+    found = recoveries.Recoveries(queue.client, queue.name)
+    found.begin("reset", 3)
+    assert found.going_on == [], "no job runs"
+    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
+    queue.claim("w", ClaimRequest(1, 0, in_use=[]), lease_seconds=0.01, patience=60)
+    found.begin("kill worker", 3)
+    time.sleep(0.02)
+    queue.sweep()
+    found.look()
+    assert len(found.going_on) == 1
+    suspect = queue.claim_suspect("w", lease_seconds=60)
+    assert suspect is not None
+    done = Result(
+        id="job", submission="sub", lora=None, status="done",
+        timings=Timings(queued=suspect.queued, finished=suspect.claimed),
+    )  # fmt: skip
+    queue.commit("w", [(suspect.lease, done)])
+    found.look()
+    assert found.going_on == []
+    assert len(found.seconds["kill worker"]) == 1
+    (text,) = found.slow
+    assert re.search(
+        r"s from 'kill worker' at .* 3 workers; job and 0 more were the last\..* job was"
+        r" sent [-+]\d+\.\d, lease_expired after 0\.\d s \+0\.\d, claimed last \+0\.\d,"
+        r" done \+0\.\d",
+        text,
+    ), text
 
 
 @pytest.mark.slow
