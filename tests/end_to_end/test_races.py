@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 
 from benchmarks.fault_bench import FaultBench, jobs, wait_until
+from benchmarks.ledger import server_time
 from benchmarks.own_server import OwnServer
 from producer.client import Client
 from schemas import WIRE_VERSION
@@ -230,3 +231,23 @@ def test_a_worker_stopped_in_its_claim_finds_its_jobs_gone_when_it_wakes(
     assert results(bench, *(f"job-{i}" for i in range(5))) == first
     assert all(f"-{other.pid}-" in str(result.worker) for result in first)
     assert sleeper.is_alive()
+
+
+def test_a_burst_worker_does_not_end_before_it_has_run_what_a_dead_one_left(
+    bench: FaultBench,
+) -> None:
+    victim = bench.start()
+    bench.submit(*jobs(1, "deadly", at="generate", do="SIGKILL", times=1), *jobs(2))
+    victim.join(30)
+    wait_until(
+        lambda: bench.redis.zcount(Keys(bench.queue).leases, "-inf", _now_ms(bench)) == 3,
+        "the leases did not expire",
+    )
+    burst = bench.workers.start(burst=True)
+    burst.join(60)
+    assert burst.exitcode == 0
+    assert bench.finish() == {"done": 3}
+
+
+def _now_ms(bench: FaultBench) -> int:
+    return int(1000 * server_time(bench.redis))
