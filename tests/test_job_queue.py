@@ -591,9 +591,24 @@ def test_no_more_busy_workers_make_themselves_free_than_there_are_suspects(
     queue.client.zadd(queue.keys.suspects, long_ago)
     reserved = [queue.reserve_suspect(worker, patience=60) for worker in ("w", "x", "y")]
     assert reserved == [True, True, False]
-    queue.client.zadd(queue.keys.suspects, long_ago)  # Those two have not come.
+    for job_id in long_ago:  # Those two have not come.
+        queue.client.hset(queue.keys.job(job_id), "reserved", 1)
     assert queue.reserve_suspect("y", patience=60)
     assert len({suspect(queue).lease.job_id for _ in range(2)}) == 2
+
+
+def test_a_suspect_is_not_overtaken_again_and_again_by_those_that_come_later(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(3))
+    make_suspects(queue)
+    first, *later = (f"job-None-{i}" for i in range(3))
+    queue.client.zadd(queue.keys.suspects, {first: 1} | dict.fromkeys(later, 2))
+    assert queue.reserve_suspect("w", patience=60)
+    claimed = suspect(queue)
+    assert claimed.lease.job_id == first
+    assert not queue.client.hexists(queue.keys.job(first), "reserved")
 
 
 def test_a_suspect_of_a_lost_reply_does_not_come_among_other_jobs(queue: JobQueue) -> None:
