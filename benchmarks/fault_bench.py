@@ -14,11 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import redis
+
 from benchmarks.ledger import Ledger
 from benchmarks.null_worker import NullSettings, NullWorkers
 from benchmarks.tcp_proxy import TcpProxy
 from broker.connection import connect
-from producer.client import Client
+from producer.client import RETRIES, Client
 
 #: Seconds until an expected thing must have happened.
 PATIENCE = 60.0
@@ -54,7 +56,7 @@ class FaultBench:
         )
         self.workers = self._stack.enter_context(NullWorkers(self.settings, folder))
         self.client = self._stack.enter_context(Client(url, queue))
-        self.redis = self._stack.enter_context(connect(url))
+        self.redis = self._stack.enter_context(connect(url, retries=RETRIES))
 
     def __enter__(self) -> FaultBench:
         return self
@@ -73,6 +75,9 @@ class FaultBench:
 
     def client_through(self, proxy: TcpProxy) -> Client:
         return self._stack.enter_context(Client(proxy.url, self.queue))
+
+    def redis_through(self, proxy: TcpProxy) -> redis.Redis:
+        return self._stack.enter_context(connect(proxy.url))
 
     def start(self, **changes: Any) -> ForkServerProcess:
         """Start a worker and return once it is ready for work."""

@@ -1,4 +1,4 @@
-"""The sender's own record of what it sent, and the check of a whole queue against it.
+"""The sender's own record of what was sent, cancelled and paused, and what came of it.
 
 The fault tests and the soak share it. ``Ledger.check`` reads every key of a queue at rest and says,
 in sentences, whatever breaks a promise: an acknowledged job without exactly one outcome, counts
@@ -7,71 +7,135 @@ that do not add up, a result that has changed, work left over.
 
 from __future__ import annotations
 
-import json
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import redis
 
+from benchmarks.queue_check import QueueCheck
 from producer.client import Client
 from producer.intake import Line
-from schemas.errors import ServerUnavailable
-from schemas.keys import Keys
-from schemas.result import STATES, TERMINAL_STATES, Result
+from schemas.errors import BadInput, ServerUnavailable
+from schemas.keys import WHOLE_QUEUE
+from schemas.result import TERMINAL_STATES, Result
 
-#: What a queue at rest may hold: records of jobs and submissions, adapters, settings, dead jobs.
-#: Any other key speaks of work that is not over, unless it is a hash of counters that are all 0.
-KEPT = frozenset(
-    {
-        *("job", "submission", "submissions", "dead", "expiry", "notices"),
-        *("adapters", "fetches", "settings", "limits", "paused", "workers"),
-    }
-)
 
-#: What may be there as long as it expires by itself.
-EXPIRING = frozenset({"worker", "claim", "fetch-turn", "webhook-hosts"})
+@dataclass
+class Pause:
+    """A time in which nothing of an adapter, or of the whole queue ("*"), may be claimed."""
+
+    adapter: str
+    since: float
+    """From when the pause was acknowledged, in seconds by the server's clock."""
+    until: float | None = None
+    """Until it was to end; None while it lasts."""
 
 
 @dataclass
 class Ledger:
-    """What was sent to one queue, and what came back."""
+    """What was sent to one queue, and what came back. Threads may share it."""
 
     acknowledged: dict[str, list[str]] = field(default_factory=dict)
     """Job ids of each submission whose sender was told that all is stored."""
     unsure: list[str] = field(default_factory=list)
     """Job ids of the submissions that ended with an error: any number may be stored."""
+    refused: set[str] = field(default_factory=set)
+    """Job ids of the submissions of which the sender was told that nothing is stored."""
+    cancelled: set[str] = field(default_factory=set)
+    """Job ids that somebody asked to cancel."""
     results: dict[str, Result] = field(default_factory=dict)
     """The first final result that was read of each job."""
+    pauses: list[Pause] = field(default_factory=list)
+    num_flushed: int = 0
+    """Jobs that were acknowledged before the server's data were deleted."""
+    found: list[str] = field(default_factory=list)
+    """Violations that showed while work went on."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        #: Rises when the server's data are deleted; what began before that proves nothing.
+        self._generation = 0
 
     def submit(self, client: Client, jobs: Sequence[Line]) -> str | None:
         """Send jobs that carry ids; None if that ended with an error."""
-        ids = [_id_of(job) for job in jobs]
+        ids, generation = [_id_of(job) for job in jobs], self._generation
         try:
             submission = client.submit(jobs)
         except ServerUnavailable:
             self.unsure += ids
             return None
-        self.acknowledged[submission] = ids
+        except BadInput:
+            self.refused.update(ids)
+            return None
+        with self._lock:
+            if generation == self._generation:
+                self.acknowledged[submission] = ids
+            else:
+                self.unsure += ids
         return submission
 
-    def note(self, results: Iterator[Result]) -> None:
-        """Keep the final ones among results, to see later that they did not change."""
-        for result in results:
-            if result.status in TERMINAL_STATES:
-                self.results.setdefault(result.id, result)
+    def cancel(self, client: Client, *ids: str) -> None:
+        """Cancel jobs, or submissions that were acknowledged; on return all of them have ended, so
+        that no outcome may change from then on."""
+        generation = self._generation
+        for id_ in ids:
+            self.cancelled.update(self.acknowledged.get(id_, [id_]))
+        client.cancel(*ids)
+        results = list(client.results(*ids))
+        with self._lock:
+            if generation == self._generation:
+                self.found += [
+                    f"job {result.id} was cancelled, and was {result.status} after that"
+                    for result in results
+                    if result.status not in TERMINAL_STATES
+                ]
+                self._note(results)
 
-    def forget(self) -> None:
-        """Expect nothing of what was sent so far: the server's data were deleted."""
-        self.acknowledged.clear()
-        self.unsure.clear()
-        self.results.clear()
+    def pause(self, client: Client, server: redis.Redis, adapter: str | None) -> None:
+        """Pause an adapter, or with None the queue: nothing of it is claimed until ``resume``."""
+        generation = self._generation
+        client.pause(adapter)
+        since = server_time(server)
+        with self._lock:
+            if generation == self._generation:
+                self.pauses.append(Pause(adapter or WHOLE_QUEUE, since))
+
+    def resume(self, client: Client, server: redis.Redis, adapter: str | None) -> None:
+        """End a pause, if it lasts."""
+        with self._lock:
+            self._end_pauses(server_time(server), adapter or WHOLE_QUEUE)
+        client.resume(adapter)
+
+    def note(self, results: Iterable[Result]) -> None:
+        """Keep the final ones among results, to see later that they did not change."""
+        generation = self._generation
+        read = list(results)
+        with self._lock:
+            if generation == self._generation:
+                self._note(read)
+
+    def flush(self, server: redis.Redis) -> None:
+        """Delete all data of the server, and its scripts. Of what was sent so far nothing is
+        expected any more; what is sent from now on is held to every promise."""
+        now = server_time(server)
+        server.flushall()
+        server.script_flush()
+        with self._lock:
+            self._generation += 1
+            # Any of them may still be stored, by a command that was under way.
+            for ids in self.acknowledged.values():
+                self.num_flushed += len(ids)
+                self.unsure += ids
+            self.acknowledged.clear()
+            self.results.clear()
+            self.found.clear()
+            self._end_pauses(now)
 
     def check(self, client: redis.Redis, queue: str) -> list[str]:
         """Every violation in a queue at rest, as a sentence each; none is the promise kept."""
-        return list(_Check(self, client, queue).violations())
+        return [*self.found, *QueueCheck(self, client, queue).violations()]
 
     def check_at_rest(self, client: redis.Redis, queue: str, *, timeout: float) -> list[str]:
         """``check`` until there is none, or what is left of them after so many seconds: the last
@@ -81,177 +145,33 @@ class Ledger:
             time.sleep(0.1)
         return violations
 
+    def _note(self, results: Iterable[Result]) -> None:
+        for result in results:
+            if result.status in TERMINAL_STATES:
+                first = self.results.setdefault(result.id, result)
+                if first != result:
+                    self.found.append(
+                        f"job {result.id} was read as {_outcome(first)}, then as {_outcome(result)}"
+                    )
+
+    def _end_pauses(self, now: float, adapter: str | None = None) -> None:
+        """The pauses of an adapter, or all of them, last no longer."""
+        for pause in self.pauses:
+            if pause.until is None and adapter in (None, pause.adapter):
+                pause.until = now
+
+
+def server_time(server: redis.Redis) -> float:
+    """Seconds since 1970 by the server's clock."""
+    seconds, microseconds = server.time()  # type: ignore[misc]
+    return float(seconds) + float(microseconds) / 1e6
+
+
+def _outcome(result: Result) -> str:
+    return f"{result.status} by {result.worker} at {result.timings.finished}"
+
 
 def _id_of(job: Line) -> str:
     if not isinstance(job, dict):
         raise TypeError("the ledger wants jobs that carry their id")
     return str(job["id"])
-
-
-class _Check:
-    """One scan of a queue."""
-
-    def __init__(self, ledger: Ledger, client: redis.Redis, queue: str) -> None:
-        self._ledger = ledger
-        # As QueueReader: redis-py types a reply as everything it can be.
-        self._client: Any = client
-        self._keys = Keys(queue)
-        prefix = self._keys.prefix
-        names = sorted(set(client.scan_iter(match=_escaped(prefix) + "*", count=1000)))
-        self._types = {name.removeprefix(prefix): client.type(name) for name in names}
-        self._jobs = {
-            name.removeprefix("job:"): self._client.hgetall(prefix + name)
-            for name, kind in self._types.items()
-            if name.startswith("job:") and kind == "hash"
-        }
-
-    def violations(self) -> Iterator[str]:
-        yield from self._jobs_that_were_sent()
-        for id_, fields in self._jobs.items():
-            yield from self._one_outcome(id_, fields)
-        yield from self._results_that_changed()
-        yield from self._submissions()
-        yield from self._notices()
-        yield from self._dead()
-        for name in self._types:
-            yield from self._left_over(name)
-
-    def _jobs_that_were_sent(self) -> Iterator[str]:
-        acknowledged = {id_ for ids in self._ledger.acknowledged.values() for id_ in ids}
-        for id_ in sorted(acknowledged - self._jobs.keys()):
-            yield f"job {id_} was acknowledged and is not there"
-        for id_ in sorted(self._jobs.keys() - acknowledged - set(self._ledger.unsure)):
-            yield f"job {id_} is there and nobody sent it"
-
-    def _one_outcome(self, id_: str, fields: dict[str, str]) -> Iterator[str]:
-        state, result, code = fields.get("state"), fields.get("result"), fields.get("error_code")
-        if state not in TERMINAL_STATES:
-            yield f"job {id_} is in state {state}"
-            return
-        if result is not None and code is not None:
-            yield f"job {id_} has a result and was also ended with {code}"
-        elif result is not None:
-            yield from self._result_fits(id_, state, result)
-        elif code is None or not fields.get("error_message"):
-            yield f"job {id_} is {state} without a result and without a reason"
-        if fields.get("entry") and state != "dead":
-            yield f"job {id_} is {state} and still has a delivery"
-
-    def _result_fits(self, id_: str, state: str, text: str) -> Iterator[str]:
-        result = json.loads(text)
-        if (result["id"], result["status"]) != (id_, state):
-            yield f"job {id_} is {state}; its result says {result['id']} is {result['status']}"
-        if state != "done" and not (result.get("error") or {}).get("message"):
-            yield f"job {id_} is {state} without a reason"
-
-    def _results_that_changed(self) -> Iterator[str]:
-        for id_, seen in self._ledger.results.items():
-            fields = self._jobs.get(id_, {})
-            stored = fields.get("result")
-            now = Result.model_validate_json(stored) if stored else None
-            if fields.get("state") != seen.status or (now and now != seen):
-                yield f"job {id_} was seen as {seen.status}, and its outcome has changed since"
-
-    def _submissions(self) -> Iterator[str]:
-        listed = set(self._client.zrange(self._keys.submissions, 0, -1))
-        stored = {
-            name.removeprefix("submission:")
-            for name, kind in self._types.items()
-            if name.startswith("submission:") and kind == "hash"
-        }
-        for id_ in sorted(listed ^ stored):
-            yield f"submission {id_} is {'not stored' if id_ in listed else 'not listed'}"
-        for id_ in sorted(self._ledger.acknowledged.keys() - stored):
-            yield f"submission {id_} was acknowledged and is not there"
-        for id_ in sorted(stored):
-            yield from self._counts_add_up(id_)
-
-    def _counts_add_up(self, id_: str) -> Iterator[str]:
-        fields = self._client.hgetall(self._keys.submission(id_))
-        job_ids = self._client.lrange(self._keys.submission_jobs(id_), 0, -1)
-        sent = self._ledger.acknowledged.get(id_)
-        if sent is not None and (job_ids != sent or int(fields["total"]) != len(sent)):
-            yield f"submission {id_} holds other jobs than were sent"
-        counts = {state: int(fields.get(state, 0)) for state in STATES}
-        states = Counter(self._jobs.get(job_id, {}).get("state") for job_id in job_ids)
-        counted = {state: states[state] for state in STATES}
-        if counts != counted:
-            yield f"submission {id_} counts {_non_zero(counts)}; its jobs are {_non_zero(counted)}"
-        finished = self._client.xrange(self._keys.submission_finished(id_))
-        told = Counter(entry["id"] for _, entry in finished)
-        for job_id, number in sorted((Counter(job_ids) - told).items()):
-            yield f"submission {id_} tells {number} times too seldom that job {job_id} has finished"
-        for job_id, number in sorted((told - Counter(job_ids)).items()):
-            yield f"submission {id_} tells {number} times too often that job {job_id} has finished"
-
-    def _notices(self) -> Iterator[str]:
-        """A webhook that was not told yet stands in the index, and nothing else does."""
-        due = set(self._client.zrange(self._keys.notices, 0, -1))
-        for name, kind in self._types.items():
-            id_ = name.removeprefix("submission:")
-            if not name.startswith("submission:") or kind != "hash":
-                continue
-            fields = self._client.hgetall(self._keys.submission(id_))
-            state = fields.get("webhook_state")
-            has_ended = sum(int(fields.get(s, 0)) for s in TERMINAL_STATES) >= int(fields["total"])
-            if has_ended and ("webhook" in fields) != (state in ("pending", "delivered", "dead")):
-                yield f"submission {id_} has ended, and its webhook is in state {state}"
-            if (state == "pending") != (id_ in due):
-                where = "in" if id_ in due else "not in"
-                yield f"the webhook of submission {id_} is in state {state} and {where} the index"
-            due.discard(id_)
-        for id_ in sorted(due):
-            yield f"the webhook of submission {id_}, which is not there, is to be told"
-
-    def _dead(self) -> Iterator[str]:
-        if self._types.get("dead", "stream") != "stream":
-            yield "the dead letters are no stream"
-            return
-        entries = Counter(entry["id"] for _, entry in self._client.xrange(self._keys.dead))
-        dead = {id_ for id_, fields in self._jobs.items() if fields.get("state") == "dead"}
-        for id_ in sorted(dead | entries.keys()):
-            if entries[id_] != (id_ in dead):
-                state = self._jobs.get(id_, {}).get("state")
-                yield f"job {id_} is {state} and stands {entries[id_]} times among the dead letters"
-
-    def _left_over(self, name: str) -> Iterator[str]:
-        family, kind, key = name.partition(":")[0], self._types[name], self._keys.prefix + name
-        if family in KEPT:
-            return
-        if family in EXPIRING:
-            if self._client.pttl(key) == -1:
-                yield f"{name} never expires"
-        elif kind == "stream":
-            yield f"{name} is left with {self._client.xlen(key)} entries{self._pending(key)}"
-        elif kind == "hash" and all(_is_zero(v) for v in self._client.hvals(key)):
-            return
-        else:
-            yield f"{name} ({kind}) is left over"
-
-    def _pending(self, key: str) -> str:
-        try:
-            consumers = [
-                f"{consumer['name']} has {consumer['pending']} pending"
-                for group in self._client.xinfo_groups(key)
-                for consumer in self._client.xinfo_consumers(key, group["name"])
-                if consumer["pending"]
-            ]
-        except redis.ResponseError:  # It has gone since it was found: the queue is not at rest.
-            return ""
-        return "".join(f"; consumer {text}" for text in consumers)
-
-
-def _is_zero(text: str) -> bool:
-    try:
-        return float(text) == 0
-    except ValueError:
-        return False
-
-
-def _non_zero(counts: dict[Any, int]) -> dict[str, int]:
-    return {state: number for state, number in counts.items() if number}
-
-
-def _escaped(prefix: str) -> str:
-    """As a pattern of SCAN that matches only itself."""
-    return "".join(f"\\{letter}" if letter in "*?[]^\\" else letter for letter in prefix)

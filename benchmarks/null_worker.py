@@ -32,12 +32,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from broker.server import use_server
+from broker import job_queue
+from broker.server import find_server
+from schemas import WIRE_VERSION
 from schemas.errors import JobError, LorryError
 from schemas.job import Job
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
+from worker.background import wait_for_server
 from worker.config import WorkerConfig
 from worker.engine import Engine, EngineCounters
 from worker.host_memory import leave_alone_what_stays
@@ -47,6 +50,17 @@ from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 from worker.text import Tokenizer
 from worker.worker import Worker
+
+#: Adapters of the command line stand below it; so may those that commands load. There is no such
+#: folder: the revision of what is in it is its name.
+FOLDERS = Path("/null")
+
+#: What lets commands load adapters from there.
+LORA_FLAGS: dict[str, Any] = {
+    "lora_root": ["/"],
+    "max_lora_rank": 1,
+    "lora_target_modules": ["all"],
+}
 
 #: Why a job fails that asks for it.
 BAD_PROMPT = "the prompt asks to fail"
@@ -71,6 +85,8 @@ class NullSettings:
     """File that gets the id of each job whenever it is run."""
     clock_offset: float = 0.0
     """Seconds by which the clock of the process (``time.time``) is ahead."""
+    wire_version: int = WIRE_VERSION
+    """Of the records that the worker reads, and the one before."""
     flags: dict[str, Any] = field(default_factory=dict)
     """Further fields of the worker's configuration."""
 
@@ -131,7 +147,7 @@ class NullLoader(AdapterLoader):
         return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
 
     def revision(self, folder: Path) -> str:
-        return f"null-{folder.name}"
+        return folder.name
 
 
 class NullEngine(Engine):
@@ -143,7 +159,7 @@ class NullEngine(Engine):
         self._loader = NullLoader(self._faults)
         self.adapters = AdapterRegistry(self._loader, max_loaded=settings.max_loaded)
         for name in settings.adapters:
-            self.adapters.serve(name, self.adapters.read(name, Path("/null"), version=0))
+            self.adapters.serve(name, self.adapters.read(name, FOLDERS / name, version=0))
         self.slots = None
         self.tokenizer = Tokenizer(Path("no-such-folder"), vocab_size=1)
         self.counters = EngineCounters()
@@ -156,10 +172,11 @@ class NullEngine(Engine):
     def sequence_of(self, job: Job) -> Sequence:
         self._faults.meet(job, "read")
         self._loader.wanted_by.job = job
-        if job.lora is not None and self.adapters.get(job.lora) is None:
-            raise JobError("unknown_adapter", f"no adapter is called '{job.lora}'")
+        adapter = None if job.lora is None else self.adapters.get(job.lora)
         self._loader.wanted_by.job = None
-        return Sequence(job, prompt_ids=[0], max_new_tokens=1)
+        if job.lora is not None and adapter is None:
+            raise JobError("unknown_adapter", f"no adapter is called '{job.lora}'")
+        return Sequence(job, prompt_ids=[0], max_new_tokens=1, adapter=adapter)
 
     def schedule(self) -> NullBatch | None:  # type: ignore[override]
         sequences = list(self.scheduler.waiting)
@@ -239,6 +256,7 @@ def run(settings: NullSettings) -> int:
     if settings.clock_offset:
         true_time = time.time
         time.time = lambda: true_time() + settings.clock_offset
+    job_queue.WIRE_VERSION = settings.wire_version
     config = WorkerConfig(
         model_path=Path("null"),
         max_running_requests=settings.max_running,
@@ -246,9 +264,10 @@ def run(settings: NullSettings) -> int:
         lease_seconds=settings.lease_seconds,
         burst=settings.burst,
         device="cpu",
-        **settings.flags,
+        **{**LORA_FLAGS, **settings.flags},
     )
-    with use_server(settings.redis_url) as server:
+    with find_server(settings.redis_url) as server:
+        wait_for_server(server)
         worker = Worker(config, NullEngine(settings), server.url)
         leave_alone_what_stays()
         for number in (signal.SIGTERM, signal.SIGINT):

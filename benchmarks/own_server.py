@@ -55,3 +55,10 @@ class OwnServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def stop(self) -> None:
+        """End it in order, as an operator would; ``start`` brings it back with its data."""
+        if self._process:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None

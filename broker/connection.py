@@ -136,7 +136,10 @@ def server_errors(url: str) -> Iterator[None]:
 def is_refusal(error: redis.RedisError) -> bool:
     """Whether the server is there, and asking it again is in vain: login, rights, certificate."""
     is_login = isinstance(error, redis.AuthenticationError)
-    return is_login or _tls_error(error) is not None or not may_pass(error)
+    tls_error = _tls_error(error)
+    # A server that goes away while it shakes hands refuses nothing by that.
+    is_tls = tls_error is not None and not isinstance(tls_error, ssl.SSLEOFError)
+    return is_login or is_tls or not may_pass(error)
 
 
 def _explanation(server: str, error: redis.RedisError) -> str:

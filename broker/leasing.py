@@ -57,7 +57,7 @@ class Leasing(QueueScripts):
     def reserve_suspect(self, worker: str, *, patience: float) -> bool:
         """Whether a suspect has waited for longer than the patience (in seconds), so that a busy
         worker shall make itself free for it. Others are then told so only for further ones, or
-        once it has waited for as long again."""
+        once that is as long ago."""
         return bool(self._run("reserve_suspect", worker, round(patience * 1000)))
 
     def commit(self, worker: str, results: Sequence[tuple[Lease, Result]]) -> list[bool]:

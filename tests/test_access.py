@@ -116,7 +116,8 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "commit": (lambda q, lease: q.commit("w", [(lease, RESULT)]), STAFF),
     "renew": (lambda q, lease: q.renew("w", [lease], lease_seconds=9), STAFF),
     "claim_suspect": (lambda q, _: q.claim_suspect("w", lease_seconds=9), STAFF),
-    "reserve_suspect": (lambda q, _: q.reserve_suspect("w", patience=9), STAFF),
+    # It writes into a job, as who submits may anyway.
+    "reserve_suspect": (lambda q, _: q.reserve_suspect("w", patience=9), SENDERS),
     "release": (lambda q, lease: q.release("w", [lease]), STAFF),
     "retry": (
         lambda q, lease: q.retry("w", [lease], outcome="x", message="x", alone=True),

@@ -58,7 +58,7 @@ def test_the_worker_of_a_running_job_has_lost_it(queue: JobQueue, reader: QueueR
     assert queue.commit("w", [(running.lease, result(running))]) == [False]
     assert queue.renew("w", [running.lease], lease_seconds=60) == {running.lease}
     assert queue.release("w", [running.lease]) == 0
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
     (cancelled,) = reader.results(["sub.0"])
     assert (cancelled.status, cancelled.text) == ("cancelled", None)
     assert cancelled.error is not None

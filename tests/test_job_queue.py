@@ -301,7 +301,7 @@ def test_a_worker_that_lost_its_lease_cannot_commit(queue: JobQueue, reader: Que
     submit(queue, jobs(1))
     (stalled,) = claim(queue, worker="stalled", lease_seconds=0.01)
     time.sleep(0.02)
-    assert queue.sweep() == (1, 0)
+    assert queue.sweep() == (1, 0, 0)
     assert queue.commit("stalled", [(stalled.lease, result(stalled, "late"))]) == [False]
     again = suspect(queue)
     assert again.attempts == 2
@@ -328,7 +328,7 @@ def test_a_renewed_lease_is_not_swept(queue: JobQueue) -> None:
     (job,) = claim(queue, lease_seconds=0.05)
     assert queue.renew("w", [job.lease], lease_seconds=60) == set()
     time.sleep(0.06)
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
 
 
 def test_renewal_names_the_leases_that_are_no_longer_held(queue: JobQueue) -> None:
@@ -361,7 +361,7 @@ def test_a_job_whose_workers_die_is_given_up_after_its_attempts(
     join(queue)
     submit(queue, jobs(1, "a"))
     claim(queue, lease_seconds=0.01)
-    for outcome in ((1, 0), (1, 0), (0, 1)):
+    for outcome in ((1, 0, 0), (1, 0, 0), (0, 1, 0)):
         time.sleep(0.02)
         assert queue.sweep() == outcome
         queue.claim_suspect("w", lease_seconds=0.01)
@@ -629,9 +629,24 @@ def test_no_more_busy_workers_make_themselves_free_than_there_are_suspects(
     queue.client.zadd(queue.keys.suspects, long_ago)
     reserved = [queue.reserve_suspect(worker, patience=60) for worker in ("w", "x", "y")]
     assert reserved == [True, True, False]
-    queue.client.zadd(queue.keys.suspects, long_ago)  # Those two have not come.
+    for job_id in long_ago:  # Those two have not come.
+        queue.client.hset(queue.keys.job(job_id), "reserved", 1)
     assert queue.reserve_suspect("y", patience=60)
     assert len({suspect(queue).lease.job_id for _ in range(2)}) == 2
+
+
+def test_a_suspect_is_not_overtaken_again_and_again_by_those_that_come_later(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    submit(queue, jobs(3))
+    make_suspects(queue)
+    first, *later = (f"job-None-{i}" for i in range(3))
+    queue.client.zadd(queue.keys.suspects, {first: 1} | dict.fromkeys(later, 2))
+    assert queue.reserve_suspect("w", patience=60)
+    claimed = suspect(queue)
+    assert claimed.lease.job_id == first
+    assert not queue.client.hexists(queue.keys.job(first), "reserved")
 
 
 def test_a_suspect_of_a_lost_reply_does_not_come_among_other_jobs(queue: JobQueue) -> None:
@@ -676,7 +691,7 @@ def test_a_delayed_job_waits_until_its_time_and_the_next_sweep(
     request = ClaimRequest(10, 8, in_use=[])
     claims = queue.claim("w", request, lease_seconds=60, patience=60)
     assert (claims.jobs, claims.num_delayed) == ([], 1)
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
     assert queue.claim_suspect("w", lease_seconds=60) is None
     assert reader.submission("sub").counts["waiting"] == 1
     queue.client.zadd(queue.keys.delayed, {job.lease.job_id: 1})
@@ -699,7 +714,7 @@ def test_all_workers_follow_the_queues_number_of_attempts(
         "w", [first.lease], outcome="out_of_memory", message="too big", alone=True
     ) == (0, 1)
     time.sleep(0.02)
-    assert queue.sweep() == (0, 1)
+    assert queue.sweep() == (0, 1, 0)
     codes = [r.error.code for r in reader.results(reader.job_ids("sub")) if r.error]
     assert codes == ["out_of_memory", "attempts_exhausted"]
 
@@ -727,7 +742,7 @@ def test_suspects_and_delayed_jobs_whose_records_were_deleted_stop_nobody(queue:
     queue.retry("w", [job.lease], outcome="x", message="x", alone=False, delay=0.01)
     queue.client.delete(queue.keys.job(job.lease.job_id), queue.keys.job("job-None-1"))
     time.sleep(0.02)
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
     assert suspect(queue).lease.job_id == "job-None-2"
     assert queue.client.zcard(queue.keys.suspects) + queue.client.zcard(queue.keys.delayed) == 0
 

@@ -95,9 +95,12 @@ class Clock:
         return self.now
 
 
+@pytest.mark.parametrize("seconds", [15, 60])
 def test_after_an_outage_other_workers_may_renew_before_their_leases_are_swept(
-    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
+    """After 15 s they had 5 s left of leases of 30 s, and may have tried 5 s ago for the last
+    time."""
     clock = Clock()
     monkeypatch.setattr("worker.keeper.time", clock)
     theirs = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=30)
@@ -108,13 +111,53 @@ def test_after_an_outage_other_workers_may_renew_before_their_leases_are_swept(
     queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
     leases.add(claim(queue, lease_seconds=30))
     queue.client.zadd(queue.keys.leases, {"job": 1})  # It expired while Redis was away.
-    clock.now += 60
+    clock.now += seconds
     ours.turn()
     theirs.turn()
     ours.turn()
     assert leases.take_lost() == set()
     assert queue.client.zscore(queue.keys.leases, "job") > 1
     assert queue.client.hget(queue.keys.job("job"), "state") == "running"
+
+
+def test_a_worker_that_starts_as_an_outage_ends_leaves_others_time_to_renew(
+    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("worker.keeper.time", clock)
+    theirs = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=30)
+    theirs.turn()
+    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
+    leases.add(claim(queue, lease_seconds=30))
+    queue.client.zadd(queue.keys.leases, {"job": 1})  # It expired while Redis was away.
+    clock.now += 60
+    none = Leases(max_jobs=10, max_adapters=1)
+    starting = Keeper(queue, "v", none, lambda: STATE, lease_seconds=30)
+    starting.turn()
+    assert not starting.found_nothing
+    theirs.turn()
+    starting.turn()
+    assert starting.found_nothing
+    assert leases.take_lost() == set()
+    assert queue.client.hget(queue.keys.job("job"), "state") == "running"
+
+
+def test_a_worker_that_starts_sweeps_what_nobody_renews_once_others_had_the_time(
+    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("worker.keeper.time", clock)
+    keeper = Keeper(queue, "v", leases, lambda: STATE, lease_seconds=30)
+    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
+    claim(queue, lease_seconds=30)
+    queue.client.zadd(queue.keys.leases, {"job": 1})
+    keeper.turn()
+    clock.now += OUTAGE_GRACE_SECONDS
+    keeper.turn()
+    assert not keeper.found_nothing, "the job that it swept is to be claimed first"
+    assert queue.client.hget(queue.keys.job("job"), "state") == "waiting"
+    keeper.turn()
+    assert keeper.found_nothing
 
 
 def test_after_an_outage_leases_that_nobody_renews_are_swept_in_the_end(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +69,9 @@ def sent(template: Sent, queue: JobQueue) -> Sent:
     former = Keys(template.queue).prefix
     for name in queue.client.scan_iter(match=former + "*"):
         queue.client.copy(name, queue.keys.prefix + name.removeprefix(former))
-    return Sent(queue.name, deepcopy(template.ledger), template.submission)
+    sent = template.ledger
+    ledger = Ledger(acknowledged=dict(sent.acknowledged), results=dict(sent.results))
+    return Sent(queue.name, ledger, template.submission)
 
 
 def test_a_queue_that_kept_its_promises_has_no_violation(queue: JobQueue, sent: Sent) -> None:
@@ -202,6 +203,18 @@ BREAKS: dict[str, tuple[Break, str]] = {
         lambda r, k, s: r.zadd(k.notices, {"stranger": 1}),
         "the webhook of submission stranger, which is not there, is to be told",
     ),
+    "a job is cancelled that nobody cancelled": (
+        lambda r, k, s: r.hset(k.job("poison"), "state", "cancelled"),
+        "job poison is cancelled and nobody asked for that",
+    ),
+    "a job has no deadline and expires": (
+        lambda r, k, s: r.hset(k.job("poison"), "state", "expired"),
+        "job poison is expired and its deadline had not come",
+    ),
+    "a job is claimed after its deadline": (
+        lambda r, k, s: r.hset(k.job("first"), "deadline", r.hget(k.job("first"), "claimed")),
+        "job first was claimed when its deadline had come",
+    ),
     "a worker's record never expires": (
         lambda r, k, s: r.hset(k.worker("w"), "state", "{}"),
         "worker:w never expires",
@@ -238,6 +251,85 @@ def test_what_was_not_acknowledged_may_be_stored_or_not(queue: JobQueue, sent: S
     sent.ledger.acknowledged.clear()
     sent.ledger.unsure = ["first", "second", "bad", "poison", "never stored"]
     assert sent.ledger.check(queue.client, queue.name) == []
+
+
+def test_what_a_refused_sender_sent_is_not_there(queue: JobQueue, sent: Sent) -> None:
+    sent.ledger.acknowledged.clear()
+    sent.ledger.unsure = ["first", "second", "bad"]
+    sent.ledger.refused = {"poison"}
+    assert sent.ledger.check(queue.client, queue.name) == [
+        "job poison is there and its sender was told that it was not sent"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "claims"),
+    [("a", ["second"]), ("b", []), (None, ["bad", "first", "poison", "second"])],
+)
+def test_the_checker_finds_claims_in_a_pause(
+    queue: JobQueue, sent: Sent, redis_url: str, adapter: str | None, claims: list[str]
+) -> None:
+    queue.client.delete(queue.keys.adapters_version)  # So that any adapter may be paused.
+    with Client(redis_url, queue.name) as client:
+        sent.ledger.pause(client, queue.client, adapter)
+        sent.ledger.resume(client, queue.client, adapter)
+    assert sent.ledger.check(queue.client, queue.name) == []
+    sent.ledger.pauses[0].since = 0.0
+    assert sent.ledger.check(queue.client, queue.name) == [
+        f"job {id_} was claimed while {adapter or '*'} was paused" for id_ in claims
+    ]
+
+
+def test_a_job_that_runs_after_it_was_cancelled_is_found(
+    queue: JobQueue, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger()
+    with Client(redis_url, queue.name) as client:
+        submission = ledger.submit(client, [job("kept"), job("gone")])
+        ledger.cancel(client, "gone")
+        assert ledger.found == []
+        monkeypatch.setattr(Client, "cancel", lambda *_: None)
+        ledger.cancel(client, submission)
+    assert ledger.found == ["job kept was cancelled, and was waiting after that"]
+    assert ledger.cancelled == {"kept", "gone"}
+
+
+def test_of_what_a_flush_took_nothing_is_expected_and_of_what_came_later_all(
+    redis_url: str, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger()
+    flushed = [queue.keys.prefix + "*"]
+    # The server is shared with other tests: only this queue's keys go.
+    monkeypatch.setattr(redis.Redis, "flushall", lambda r: r.delete(*r.scan_iter(match=flushed[0])))
+    with Client(redis_url, queue.name) as client:
+        ledger.submit(client, [job("before")])
+        ledger.pause(client, queue.client, None)
+        ledger.flush(queue.client)
+        assert ledger.check(queue.client, queue.name) == []
+        assert ledger.num_flushed == 1
+        assert ledger.pauses[0].until is not None
+        ledger.submit(client, [job("after")])
+        assert "job after is in state waiting" in ledger.check(queue.client, queue.name)
+        queue.client.delete(queue.keys.job("after"))
+    assert "job after was acknowledged and is not there" in ledger.check(queue.client, queue.name)
+
+
+def test_a_submission_that_a_flush_may_have_taken_is_not_counted_as_acknowledged(
+    redis_url: str, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, submit = Ledger(), Client.submit
+    monkeypatch.setattr(redis.Redis, "flushall", lambda r: r.delete(queue.keys.submissions))
+
+    def submit_and_flush(*args: object) -> str:
+        submission = submit(*args)
+        ledger.flush(queue.client)
+        return submission
+
+    monkeypatch.setattr(Client, "submit", submit_and_flush)
+    with Client(redis_url, queue.name) as client:
+        ledger.submit(client, [job("at-the-same-time")])
+    assert ledger.acknowledged == {}
+    assert ledger.unsure == ["at-the-same-time"]
 
 
 def test_a_queue_whose_name_is_a_pattern_of_another_is_looked_at_alone(

@@ -131,7 +131,7 @@ def test_a_job_that_killed_its_workers_is_replayed_alone(client: Client, queue: 
     queue.set_max_attempts(1)
     worker.claim()
     queue.client.zadd(queue.keys.leases, {"poison": 1})
-    assert queue.sweep() == (0, 1)
+    assert queue.sweep() == (0, 1, 0)
     client.replay_dead("poison")
     send(client, "other")
     assert worker.claim() == ["other"]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 import trustme
+from structlog.testing import capture_logs
 
+from broker.connection import connect
 from broker.server import find_server
 from producer.client import Client
 from schemas.errors import ServerUnavailable
@@ -100,6 +104,30 @@ def test_a_worker_does_not_wait_for_a_certificate_to_become_right(tls: TlsServer
         pytest.raises(redis.ConnectionError, match="CERTIFICATE_VERIFY_FAILED"),
     ):
         keep_trying(server.settings, at="start")
+
+
+def test_a_worker_waits_for_a_server_that_goes_away_in_the_handshake(tls: TlsServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"rediss://127.0.0.1:{listener.getsockname()[1]}"
+        goes_away = threading.Thread(target=_go_away_in_the_handshake, args=[listener])
+        goes_away.start()
+        urls = iter((url, tls.url))
+
+        def ask() -> object:
+            with connect(next(urls)) as client:
+                return client.ping()
+
+        with capture_logs() as logs:
+            assert keep_trying(ask, at="start") is True
+        goes_away.join()
+    assert [entry["event"] for entry in logs] == ["redis_away"]
+    assert "EOF" in logs[0]["error"]
+
+
+def _go_away_in_the_handshake(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)  # What is unread would reset the connection.
 
 
 def test_sentinels_and_the_server_that_they_name_are_spoken_to_over_tls(

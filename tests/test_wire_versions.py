@@ -101,9 +101,9 @@ def test_a_lost_job_of_a_newer_worker_is_left_to_newer_workers(
     send(queue, "newer", version=NEWER)
     claim(newer_queue, lease_seconds=0.01)
     time.sleep(0.02)
-    assert queue.sweep() == (0, 0)
+    assert queue.sweep() == (0, 0, 0)
     assert reader.submission("sub-newer").counts["running"] == 1
-    assert newer_queue.sweep() == (1, 0)
+    assert newer_queue.sweep() == (1, 0, 0)
     assert newer_queue.claim_suspect("w", lease_seconds=60) is not None
 
 
@@ -113,7 +113,7 @@ def test_a_lost_job_that_a_worker_of_version_1_has_claimed_runs_again(queue: Job
     (job,) = claim(queue, lease_seconds=0.01).jobs
     queue.client.hdel(queue.keys.job("older"), "claim")
     time.sleep(0.02)
-    assert queue.sweep() == (1, 0)
+    assert queue.sweep() == (1, 0, 0)
     suspect = queue.claim_suspect("w", lease_seconds=60)
     assert suspect is not None
     assert not finish(queue, job)

@@ -164,7 +164,7 @@ def test_a_job_that_is_lost_and_claimed_again_while_it_runs_is_answered_once(
         if next(num_calls) == 20:
             for job_id in ("first", "second"):
                 queue.client.zadd(queue.keys.leases, {job_id: 1}, xx=True)
-            assert queue.sweep() == (2, 0)
+            assert queue.sweep() == (2, 0, 0)
         launch(engine, batch)
 
     monkeypatch.setattr(Engine, "launch", launch_after_a_stall)
@@ -266,7 +266,6 @@ def test_jobs_that_ran_beside_one_that_crashes_the_engine_end_done(
 def test_a_job_that_crashes_the_thread_that_prepares_it_ends_dead(
     client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.worker._FLUSH_SECONDS", 0.1)
     prepare = Engine.sequence_of
 
     def prepare_unless_poisoned(engine: Engine, job: Job) -> Sequence:
@@ -279,10 +278,13 @@ def test_a_job_that_crashes_the_thread_that_prepares_it_ends_dead(
     for _ in range(3):
         assert make_worker().run() == 1
         held = queue.client.zrange(queue.keys.leases, 0, -1)
+        assert held == ["poison"]
         queue.client.zadd(queue.keys.leases, dict.fromkeys(held, 1))
         queue.sweep()
     assert make_worker().run() == 0
     assert [status(client, id_) for id_ in ("first", "poison", "last")] == ["done", "dead", "done"]
+    for id_ in ("first", "last"):
+        assert queue.client.hget(queue.keys.job(id_), "attempts") == "1", "it had not begun"
 
 
 def make_suspects(client: Client, queue: JobQueue, ids: list[str]) -> str:
@@ -291,7 +293,7 @@ def make_suspects(client: Client, queue: JobQueue, ids: list[str]) -> str:
     request = ClaimRequest(len(ids), 0, in_use=[])
     queue.claim("dead", request, lease_seconds=60, patience=60)
     queue.client.zadd(queue.keys.leases, dict.fromkeys(ids, 1), xx=True)
-    assert queue.sweep() == (len(ids), 0)
+    assert queue.sweep() == (len(ids), 0, 0)
     return submission
 
 

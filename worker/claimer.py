@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from queue import Empty, SimpleQueue
 
@@ -16,7 +17,7 @@ from schemas.errors import JobError
 from schemas.faults import first_fault
 from schemas.job import Job
 from worker.leases import Leases
-from worker.publisher import Failed, Publisher, Retry
+from worker.publisher import Failed, Publisher, Retry, Unbegun
 from worker.sequence import Sequence
 
 log = structlog.get_logger()
@@ -101,9 +102,7 @@ class Claimer:
         self.found_nothing = is_idle and claims.suspect_waits is None and not claims.num_delayed
         if drained := self._leases.drain_for(claims.starving):
             log.info("adapter_drains", adapter=drained, makes_room_for=claims.starving)
-        self._leases.add(claims.jobs)
-        for claim in claims.jobs:
-            self._prepare(claim)
+        self._take(claims.jobs)
         self._is_trial = self._is_time_for_suspects(claims, is_idle)
         return not brought_nothing
 
@@ -127,9 +126,23 @@ class Claimer:
             return True
         self._trial_end = self._trial_end or now + _TRIAL_SECONDS
         log.info("suspect_runs_alone", job=claim.lease.job_id, attempts=claim.attempts)
-        self._leases.add([claim])
-        self._prepare(claim)
+        self._take([claim])
         return True
+
+    def _take(self, claims: Collection[Claim]) -> None:
+        """Make sequences of jobs that were claimed. If that breaks, which ends this worker, the
+        lease of the job to blame is left to expire, and those behind it go back at once."""
+        self._leases.add(claims)
+        left = deque(claims)
+        try:
+            while left:
+                self._prepare(left[0])
+                left.popleft()
+        except Exception:
+            self._leases.remove([left.popleft().lease])
+            for claim in left:
+                self._publisher.publish(Unbegun(claim))
+            raise
 
     def _prepare(self, claim: Claim) -> None:
         job = None

@@ -24,6 +24,7 @@ MAX_PIECES = 20
 
 #: Seconds for which a worker that comes back from an outage leaves leases alone that have expired,
 #: at most: other workers, which pause for up to 5 s between their tries, come back to renew theirs.
+#: One that starts does so too, as it cannot know whether there was an outage.
 OUTAGE_GRACE_SECONDS = 10.0
 
 
@@ -47,8 +48,10 @@ class Keeper:
         self.interval = min(lease_seconds / 3, HEARTBEAT_SECONDS)
         """Seconds between two turns."""
         self._next_renewal = time.monotonic() + lease_seconds / 3
-        self._last_turn = math.inf
-        self._sweeps_from = 0.0
+        self._last_turn = -math.inf
+        self._spares_leases_until = math.inf
+        self.found_nothing = False
+        """Whether the last turn found no lease that has expired, neither swept nor spared one."""
 
     def turn(self) -> None:
         """Report, renew if it is time, sweep."""
@@ -56,23 +59,25 @@ class Keeper:
         self._note_outage()
         if time.monotonic() >= self._next_renewal:
             self._renew()
-        if time.monotonic() >= self._sweeps_from:
-            self._sweep()
+        self._sweep()
 
     def report(self) -> None:
         """Write the worker's observed state, its sign of life."""
         self._queue.heartbeat(self._state(), alive_seconds=ALIVE_SECONDS)
 
     def _note_outage(self) -> None:
-        """Put off sweeping if the last turn is so long ago that leases have expired which their
-        workers could not renew: Redis was away, and most likely for all of them."""
+        """Spare leases for a while if the last turn is so long ago, or so unknown, that some may
+        have expired which their workers could not renew: Redis was away, and most likely for all
+        of them."""
         now = time.monotonic()
         away = now - self._last_turn
-        # A lease has at least two thirds of its time left when it was renewed as it should be.
-        if away > self._lease_seconds * 2 / 3:
-            grace = min(OUTAGE_GRACE_SECONDS, self._lease_seconds)
-            log.info("outage_over", seconds=round(away), sweeps_in=grace)
-            self._sweeps_from = now + grace
+        grace = min(OUTAGE_GRACE_SECONDS, self._lease_seconds)
+        # A lease has at least two thirds of its time left when it was renewed as it should be, and
+        # its worker may need all of the grace to come back.
+        if away > max(2 * self.interval, self._lease_seconds * 2 / 3 - grace):
+            self._spares_leases_until = now + grace
+            if away < math.inf:
+                log.info("outage_over", seconds=round(away), sweeps_in=grace)
         self._last_turn = now
 
     def _renew(self) -> None:
@@ -88,7 +93,9 @@ class Keeper:
             log.info("jobs_expired", jobs=expired)
         if deleted := _swept(self._queue.expire_submissions):
             log.info("results_expired", jobs=deleted)
-        again, given_up = self._queue.sweep()
+        spares_leases = time.monotonic() < self._spares_leases_until
+        again, given_up, num_spared = self._queue.sweep(spare_leases=spares_leases)
+        self.found_nothing = not again + given_up + num_spared
         if again or given_up:
             log.warning("leases_expired", tried_again_alone=again, given_up=given_up)
 

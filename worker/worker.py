@@ -177,7 +177,8 @@ class Worker:
 
     def _is_drained(self) -> bool:
         """Whether a worker in --burst has nothing left to do."""
-        return self._config.burst and self._claimer.found_nothing
+        found_nothing = self._claimer.found_nothing and self._keeper.found_nothing
+        return self._config.burst and found_nothing
 
     def _drain(self) -> None:
         """Hand back what has not begun, and finish what has, as far as the time allows."""

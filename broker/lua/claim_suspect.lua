@@ -10,6 +10,7 @@ jobs = {}
 local id = first_suspect(worker)
 if id then
   redis.call('ZREM', SUSPECTS, id)
+  redis.call('HDEL', JOB .. id, 'reserved')
   lend(id, worker, claim, now + lease)
   jobs = { lent_job(id) }
 end

@@ -326,7 +326,7 @@ local function end_job(id, state, code, message)
   local entry = redis.call('HGET', JOB .. id, 'entry')
   redis.call('HSET', JOB .. id, 'error_code', code, 'error_message', message,
     'finished', text(now_ms()))
-  redis.call('HDEL', JOB .. id, 'entry', 'claim', 'alone')
+  redis.call('HDEL', JOB .. id, 'entry', 'claim', 'alone', 'reserved')
   for _, set in ipairs({ LEASES, DEADLINES, SUSPECTS, DELAYED, SET_ASIDE }) do
     redis.call('ZREM', set, id)
   end
@@ -413,7 +413,8 @@ end
 -- The suspect that waits for longest of those that a worker can run (of its adapters and of names
 -- that the queue does not know, so that they fail) and that are not paused, and since when; nil if
 -- there is none. One that has ended while it waited goes, and one whose deadline has come expires.
-local function first_suspect(worker)
+-- Passes over those that were reserved later than `reserved_before`, if that is given.
+local function first_suspect(worker, reserved_before)
   if redis.call('HEXISTS', PAUSED, '*') == 1 then return nil end
   local first, window = 0, 256
   while true do
@@ -426,10 +427,12 @@ local function first_suspect(worker)
       elseif state ~= 'waiting' then
         redis.call('ZREM', SUSPECTS, id)
       else
-        local adapter, deadline = unpack(redis.call('HMGET', JOB .. id, 'adapter', 'deadline'))
+        local adapter, deadline, reserved =
+          unpack(redis.call('HMGET', JOB .. id, 'adapter', 'deadline', 'reserved'))
+        local is_free = not reserved_before or tonumber(reserved or 0) <= reserved_before
         if deadline and tonumber(deadline) <= now_ms() then
           expire(id)
-        elseif redis.call('HEXISTS', PAUSED, adapter) == 0 and (adapter == BASE
+        elseif is_free and redis.call('HEXISTS', PAUSED, adapter) == 0 and (adapter == BASE
           or redis.call('HEXISTS', ADAPTERS, adapter) == 0
           or redis.call('SISMEMBER', WORKER .. worker .. ':adapters', adapter) == 1) then
           return id, tonumber(found[i + 1])

@@ -1,10 +1,13 @@
 -- Says whether a busy worker shall finish what it has, and then run suspects: if the first one that
--- it can run has waited beyond the patience. That one then waits anew, so that other workers go on
--- with their work unless there are more suspects, or this worker dies before it comes to it.
+-- it can run, and for which no other worker makes itself free, has waited beyond the patience. That
+-- one is then reserved for as long, so that other workers go on with their work unless there are
+-- more suspects, or this worker dies before it comes to it. It keeps its place: were it put behind
+-- the others, those that come meanwhile would be run before it again and again.
 --   ARGV: worker, patience in ms
 --   Returns 1 or 0.
 local worker, patience = ARGV[1], tonumber(ARGV[2])
-local id, since = first_suspect(worker)
-if not id or now_ms() - since <= patience then return 0 end
-redis.call('ZADD', SUSPECTS, text(now_ms()), id)
+local long_ago = now_ms() - patience
+local id, since = first_suspect(worker, long_ago)
+if not id or since >= long_ago then return 0 end
+redis.call('HSET', JOB .. id, 'reserved', text(now_ms()))
 return 1

@@ -2,10 +2,11 @@
 -- tried again alone, or, once they have been tried often enough, given up on. Then lets delayed jobs
 -- whose time has come have their turn, and jobs that workers of another version set aside, if they
 -- are read here.
---   ARGV: how many jobs of each kind to look at
---   Returns {number of expired leases whose jobs are tried again, number given up}.
+--   ARGV: how many jobs of each kind to look at, '1' to spare expired leases, whose workers may not
+--         have been able to renew them
+--   Returns {number of expired leases whose jobs are tried again, number given up, number spared}.
 -- Safe to repeat.
-local limit = ARGV[1]
+local limit, spares_leases = ARGV[1], ARGV[2] == '1'
 local now = text(now_ms())
 local again, given_up = 0, 0
 
@@ -65,7 +66,12 @@ local function take_up_what_was_set_aside()
   return num_taken_up
 end
 
-take_expired()
+local num_spared = 0
+if spares_leases then
+  num_spared = redis.call('ZCOUNT', LEASES, '-inf', now)
+else
+  take_expired()
+end
 local num_waiting = again + let_due_ones_wait() + take_up_what_was_set_aside()
 if num_waiting > 0 then redis.call('PUBLISH', WAKE, 'sweep') end
-return { again, given_up }
+return { again, given_up, num_spared }

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fault_bench import FaultBench
+from benchmarks.own_server import OwnServer
 from producer.client import Client
 from tests.end_to_end.at_work import wait_for_workers
 from tests.tiny_models import ALL_MODULES, Oracle, make_adapter, make_llama
@@ -137,3 +139,24 @@ def start_mortal(redis_url: str, queue_name: str, tmp_path: Path) -> Iterator[St
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+@pytest.fixture
+def bench(redis_url: str, queue_name: str, tmp_path: Path) -> Iterator[FaultBench]:
+    """Null workers on the tests' server."""
+    with FaultBench(redis_url, queue_name, tmp_path) as bench:
+        yield bench
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[OwnServer]:
+    """A server that the test may kill, fill and empty."""
+    with OwnServer(tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def frail(server: OwnServer, queue_name: str, tmp_path: Path) -> Iterator[FaultBench]:
+    """A bench on that server."""
+    with FaultBench(server.url, queue_name, tmp_path) as bench:
+        yield bench

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,26 +22,6 @@ from producer.client import Client
 from schemas.errors import ServerUnavailable
 from schemas.keys import Keys
 from schemas.result import Result
-
-
-@pytest.fixture
-def bench(redis_url: str, queue_name: str, tmp_path: Path) -> Iterator[FaultBench]:
-    with FaultBench(redis_url, queue_name, tmp_path) as bench:
-        yield bench
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[OwnServer]:
-    """A server that the test may kill, fill and empty."""
-    with OwnServer(tmp_path / "server") as server:
-        yield server
-
-
-@pytest.fixture
-def frail(server: OwnServer, queue_name: str, tmp_path: Path) -> Iterator[FaultBench]:
-    """A bench on that server."""
-    with FaultBench(server.url, queue_name, tmp_path) as bench:
-        yield bench
 
 
 def result(bench: FaultBench, job_id: str) -> Result:
@@ -278,9 +258,7 @@ def test_a_queue_works_again_after_flushall(frail: FaultBench) -> None:
     frail.start(max_running=4)
     frail.submit(*jobs(20, "lost", "a", at="generate", do="sleep", seconds=0.02))
     wait_until(lambda: len(frail.runs()) > 3, "the jobs did not begin")
-    frail.redis.flushall()
-    frail.redis.script_flush()
-    frail.ledger.forget()
+    frail.ledger.flush(frail.redis)
     wait_until(lambda: len(frail.client.adapters()) == 3, "the adapters were not announced again")
     frail.submit(*jobs(10, "new"), *jobs(10, "new-a", "a"))
     assert frail.finish() == {"done": 20}
@@ -293,8 +271,7 @@ def test_an_id_that_was_lost_by_flushall_can_be_sent_again_while_it_still_runs(
     frail.start()
     frail.submit(*jobs(1, at="generate", do="sleep", seconds=1.0))
     wait_until(lambda: len(frail.runs()) == 1, "the job did not begin")
-    frail.redis.flushall()
-    frail.ledger.forget()
+    frail.ledger.flush(frail.redis)
     frail.submit(*jobs(1, at="generate", do="sleep", seconds=1.0))
     assert frail.finish() == {"done": 1}
     assert frail.runs() == {"job-0": 2}
