@@ -20,7 +20,8 @@ from benchmarks.ledger import Ledger
 from benchmarks.null_worker import NullSettings, NullWorkers
 from benchmarks.tcp_proxy import TcpProxy
 from broker.connection import connect
-from producer.client import RETRIES, Client
+from producer.client import Client
+from producer.client.session import RETRIES
 
 #: Seconds until an expected thing must have happened.
 PATIENCE = 60.0
