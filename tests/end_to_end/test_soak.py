@@ -26,7 +26,8 @@ from benchmarks.soak.plan import (
     make_plan,
 )
 from benchmarks.soak.player import run
-from broker.job_queue import ClaimRequest, JobQueue
+from broker.claims import ClaimRequest
+from broker.job_queue import JobQueue
 from schemas.job import Job
 from schemas.result import ErrorInfo, Result, Timings
 
