@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ import torch
 from schemas.job import Job
 from tests.test_engine import expected, make_engine, random_jobs, run
 from tests.tiny_models import ALL_MODULES, Oracle, OracleOfEach, make_adapter, make_llama
-from worker import model_runner
+from worker.batch import Batch
 from worker.engine import Engine
-from worker.sequence import Sequence
+from worker.step_graphs import Output
 
 ENDS = ("embed_tokens", "lm_head")
 
@@ -196,12 +197,14 @@ def logits_of(
 ) -> dict[str, torch.Tensor]:
     """Of the first token of each job, all in one batch; by job id."""
     found = {}
+    run_batch = engine._runner._run
 
-    def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> bool:
-        found.update({s.job.id: row.cpu() for s, row in zip(sequences, logits, strict=True)})
-        return False
+    def recorded(batch: Batch, step: Any) -> Output:
+        logits, tokens = run_batch(batch, step)
+        found.update({s.job.id: row.cpu() for s, row in zip(batch.sampled, logits, strict=True)})
+        return logits, tokens
 
-    monkeypatch.setattr(model_runner, "draw", draw)
+    monkeypatch.setattr(engine._runner, "_run", recorded)
     run(engine, jobs, join_every=len(jobs))
     assert engine.counters.batches == 1
     return found

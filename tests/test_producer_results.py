@@ -118,7 +118,8 @@ def test_a_result_line_holds_all_that_is_known(
     line = json.loads(producer("results", "a").stdout)
     assert list(line) == [
         *("id", "submission", "lora", "revision", "status", "text", "token_ids"),
-        *("finish_reason", "usage", "error", "timings", "worker", "metadata"),
+        *("finish_reason", "logprobs", "prompt_logprobs", "choices"),
+        *("usage", "error", "timings", "worker", "metadata"),
     ]
     assert (line["submission"], line["lora"], line["revision"]) == (submission, "sql", "r1")
 
