@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations, cycle
 from pathlib import Path
@@ -18,10 +18,11 @@ from schemas.errors import BadInput
 from schemas.job import Job
 from tests.test_engine import make_engine
 from tests.tiny_models import Oracle, OracleOfEach, make_adapter, make_model
-from worker import assembly, model_runner
+from worker import assembly
+from worker.batch import Batch
 from worker.engine import Engine
-from worker.model_runner import ModelRunner
-from worker.sequence import Sequence
+from worker.model_runner import Launched, ModelRunner
+from worker.step_graphs import Output, StepGraphs
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}
@@ -184,14 +185,27 @@ Logits = dict[str, list[torch.Tensor]]
 def kept_logits() -> Iterator[Logits]:
     """Those of each token of each job, by job id."""
     kept: Logits = {}
+    found: list[torch.Tensor] = []
+    launch, run, replay = ModelRunner.launch, ModelRunner._run, StepGraphs.replay
 
-    def draw(tokens: torch.Tensor, logits: torch.Tensor, sequences: list[Sequence]) -> bool:
-        for sequence, row in zip(sequences, logits, strict=True):
+    def launch_and_keep(runner: ModelRunner, batch: Batch) -> Launched:
+        launched = launch(runner, batch)
+        for sequence, row in zip(batch.sampled, found.pop(), strict=False):
             kept.setdefault(sequence.job.id, []).append(row.cpu().clone())
-        return False
+        return launched
+
+    def keep(compute: Callable[..., Output | None]) -> Callable[..., Output | None]:
+        def computed(*arguments: Any, **named: Any) -> Output | None:
+            if output := compute(*arguments, **named):
+                found.append(output[0])
+            return output
+
+        return computed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "draw", draw)
+        patch.setattr(ModelRunner, "launch", launch_and_keep)
+        patch.setattr(ModelRunner, "_run", keep(run))
+        patch.setattr(StepGraphs, "replay", keep(replay))
         yield kept
 
 

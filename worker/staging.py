@@ -18,7 +18,9 @@ def send(
     device: torch.device,
 ) -> torch.Tensor:
     """The numbers on the device, without waiting for what it is at."""
-    on_host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(numbers, dtype=dtype)
+    if device.type == "cuda":
+        on_host = on_host.pin_memory()  # torch.tensor(pin_memory=True) refuses arrays of numpy.
     return on_host.to(device, non_blocking=True)
 
 
