@@ -630,9 +630,21 @@ def test_no_more_busy_workers_make_themselves_free_than_there_are_suspects(
     reserved = [queue.reserve_suspect(worker, patience=60) for worker in ("w", "x", "y")]
     assert reserved == [True, True, False]
     for job_id in long_ago:  # Those two have not come.
-        queue.client.hset(queue.keys.job(job_id), "reserved", 1)
+        queue.client.hset(queue.keys.job(job_id), "reserved", "1 w")
     assert queue.reserve_suspect("y", patience=60)
     assert len({suspect(queue).lease.job_id for _ in range(2)}) == 2
+
+
+def test_a_suspect_that_a_worker_reserved_before_it_died_is_free(queue: JobQueue) -> None:
+    for worker in ("w", "x"):
+        join(queue, worker)
+    submit(queue, jobs(1))
+    make_suspects(queue)
+    queue.client.zadd(queue.keys.suspects, {"job-None-0": 1})
+    assert queue.reserve_suspect("w", patience=60)
+    assert not queue.reserve_suspect("x", patience=60)
+    queue.client.delete(queue.keys.worker("w"))  # As it expires when a worker is silent.
+    assert queue.reserve_suspect("x", patience=60)
 
 
 def test_a_suspect_is_not_overtaken_again_and_again_by_those_that_come_later(

@@ -35,7 +35,8 @@ LONGEST_FAULT = 3 * LEASE_SECONDS
 #: Longest time of a pause and of an adapter's absence, in seconds.
 LONGEST_PAUSE, LONGEST_ABSENCE = 3.0, 4.0
 
-#: Seconds of a plan from which the server's data are deleted twice in it, and not once.
+#: Seconds of a plan from which the server's data are deleted twice in it, and not once; early, so
+#: that most of the work is held to all promises at the end.
 FLUSHED_TWICE = 600.0
 
 #: Faults of one worker or its connections, of the sender's or operator's connection, of the server,
@@ -171,8 +172,8 @@ def _faults(draw: random.Random, seconds: float) -> Iterator[Event]:
             seconds=draw.uniform(0.1, LONGEST_FAULT),
             times=draw.randint(1, 3),
         )
-    for part in (1, 2) if seconds >= FLUSHED_TWICE else (1,):
-        yield Fault(seconds * (part - draw.random() / 2) / 2, FLUSH)
+    for last in (0.1, 0.2) if seconds >= FLUSHED_TWICE else (0.2,):
+        yield Fault(seconds * last * draw.uniform(0.5, 1), FLUSH)
 
 
 def _adapter_commands(

@@ -410,10 +410,16 @@ local function end_attempt(id, outcome, message, alone, delay)
   return true
 end
 
+-- Whether a job's field `reserved` was written after a moment, by a worker that lives.
+local function is_reserved(reserved, moment)
+  local since, holder = string.match(reserved or '', '^(%d+) (.*)$')
+  return since and tonumber(since) > moment and redis.call('EXISTS', WORKER .. holder) == 1
+end
+
 -- The suspect that waits for longest of those that a worker can run (of its adapters and of names
 -- that the queue does not know, so that they fail) and that are not paused, and since when; nil if
 -- there is none. One that has ended while it waited goes, and one whose deadline has come expires.
--- Passes over those that were reserved later than `reserved_before`, if that is given.
+-- Passes over those, if `reserved_before` is given, that a living worker has reserved after that.
 local function first_suspect(worker, reserved_before)
   if redis.call('HEXISTS', PAUSED, '*') == 1 then return nil end
   local first, window = 0, 256
@@ -429,7 +435,7 @@ local function first_suspect(worker, reserved_before)
       else
         local adapter, deadline, reserved =
           unpack(redis.call('HMGET', JOB .. id, 'adapter', 'deadline', 'reserved'))
-        local is_free = not reserved_before or tonumber(reserved or 0) <= reserved_before
+        local is_free = not reserved_before or not is_reserved(reserved, reserved_before)
         if deadline and tonumber(deadline) <= now_ms() then
           expire(id)
         elseif is_free and redis.call('HEXISTS', PAUSED, adapter) == 0 and (adapter == BASE

@@ -9,5 +9,5 @@ local worker, patience = ARGV[1], tonumber(ARGV[2])
 local long_ago = now_ms() - patience
 local id, since = first_suspect(worker, long_ago)
 if not id or since >= long_ago then return 0 end
-redis.call('HSET', JOB .. id, 'reserved', text(now_ms()))
+redis.call('HSET', JOB .. id, 'reserved', text(now_ms()) .. ' ' .. worker)
 return 1
