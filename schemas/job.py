@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,11 @@ from schemas.adapter import AdapterName
 MAX_PROMPT_CHARS = 4_000_000
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 1024
+MAX_BAD_WORDS = 1024
+MAX_LOGIT_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_N = 128
 
 JobId = Annotated[
     str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s\x00-\x1f\x7f]+$")
@@ -29,6 +35,44 @@ JobId = Annotated[
 PromptText = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _with_numbers_as_keys(value: object) -> object:
+    """JSON writes the keys of an object as strings, also those that are token ids."""
+    if not isinstance(value, Mapping):
+        raise ValueError("logit_bias: should be an object of token ids and numbers")
+    found = {_token_id(key): number for key, number in value.items()}
+    if len(found) < len(value):
+        raise ValueError("logit_bias: a token is named twice")
+    return found
+
+
+def _token_id(key: object) -> int:
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10:
+        key = int(key)
+    if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 2**31:
+        return key
+    raise ValueError(f"logit_bias: should have token ids as keys (found {str(key)[:40]!r})")
+
+
+def _as_number(value: object) -> object:
+    if isinstance(value, bool):
+        return 0 if value else None
+    return value
+
+
+#: A string means a list of it, as in OpenAI's API.
+StopStrings = Annotated[list[StopString], BeforeValidator(_as_list)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
+LogitBias = Annotated[
+    dict[int, Bias], Field(max_length=MAX_LOGIT_BIASES), BeforeValidator(_with_numbers_as_keys)
+]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 
 #: Which jobs are served first. Lower ones have their share and never starve (broker/lua/claim.lua).
 Priority = Literal["high", "normal", "low"]
@@ -80,15 +124,60 @@ class Message(WireModel):
 
 
 class SamplingParams(WireModel):
-    """How the next token is chosen and when to stop."""
+    """How the next token is chosen, when to stop, and what is told of the choice.
+
+    The fields mean what they mean in vLLM's SamplingParams and in OpenAI's API.
+    """
 
     max_tokens: int = Field(default=128, ge=1, le=1_000_000)
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
-    top_k: int = Field(default=0, ge=0, lt=2**31, description="0 keeps every token")
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
+    """0 and -1 keep every token."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
+    """Tokens are kept that are at least this times as likely as the likeliest."""
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    stop: list[StopString] = Field(default=[], max_length=MAX_STOP_STRINGS)
+    stop: StopStrings = Field(default=[], max_length=MAX_STOP_STRINGS)
+    stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKENS)
+    """Tokens that end the answer, as its last one."""
+    min_tokens: int = Field(default=0, ge=0, le=1_000_000)
+    """Tokens of the answer before one may end it."""
     ignore_eos: bool = False
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, allow_inf_nan=False)
+    """Above 1 makes tokens of prompt and answer less likely."""
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, allow_inf_nan=False)
+    """Above 0 makes tokens of the answer less likely."""
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, allow_inf_nan=False)
+    """Likewise, by how often they occur in it."""
+    logit_bias: LogitBias = {}
+    """What is added to the logits of tokens."""
+    bad_words: list[BadWord] = Field(default=[], max_length=MAX_BAD_WORDS)
+    """Words whose tokens never stand in the answer in a row."""
+    logprobs: Annotated[NumLogprobs | None, BeforeValidator(_as_number)] = None
+    """Tell the log probability of each token of the answer, and of as many of the likeliest in its
+    place; true is 0, false null."""
+    top_logprobs: NumLogprobs = 0
+    """The number of the likeliest, given apart from ``logprobs`` as in OpenAI's chats."""
+    prompt_logprobs: NumLogprobs | None = None
+    """As ``logprobs``, of the prompt's tokens."""
+    n: int = Field(default=1, ge=1, le=MAX_N)
+    """Answers to make."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens: should be at most max_tokens, {self.max_tokens}"
+                f" (found {self.min_tokens})"
+            )
+        if self.top_logprobs and self.logprobs is None:
+            raise ValueError("top_logprobs: needs logprobs; set it to true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The likeliest tokens to tell for each one of the answer; None to tell nothing."""
+        return None if self.logprobs is None else max(self.logprobs, self.top_logprobs)
 
 
 class Job(SamplingParams):

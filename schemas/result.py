@@ -29,11 +29,42 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class LikelyToken(_Record):
+    """A token and how likely the model found it."""
+
+    token: str
+    """Its text; U+FFFD where its bytes are no text by themselves."""
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability, before any of the job's sampling parameters."""
+    bytes: list[int] | None
+    """Of its text in UTF-8; a character may be spread over the bytes of several tokens. None, with
+    an empty ``token``, from a worker without tokenizer."""
+
+
+class TokenLogprob(LikelyToken):
+    """A token that stands in a text, and the likeliest ones in its place."""
+
+    top_logprobs: list[LikelyToken]
+    """As many as were asked for, the likeliest first."""
+
+
+class Choice(_Record):
+    """One of several answers to one prompt."""
+
+    index: int
+    text: str | None
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+
+
 class Usage(_Record):
     """Tokens read and written."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    """Of all answers."""
     cached_tokens: int = 0
     """Of ``prompt_tokens``, those that an earlier job of the same adapter had left in the cache."""
 
@@ -67,7 +98,11 @@ class Attempt(_Record):
 
 
 class Result(_Record):
-    """One result line."""
+    """One result line.
+
+    Of a job that asks for several answers ``text``, ``token_ids``, ``finish_reason`` and
+    ``logprobs`` are None, and ``choices`` has them.
+    """
 
     id: str
     submission: str
@@ -77,6 +112,11 @@ class Result(_Record):
     text: str | None = None
     token_ids: list[int] | None = None
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of ``token_ids``, if the job asked for it."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One for each token of the prompt, likewise; None for the first, which nothing precedes."""
+    choices: list[Choice] | None = None
     usage: Usage = Usage()
     error: ErrorInfo | None = None
     timings: Timings

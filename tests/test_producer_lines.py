@@ -64,6 +64,36 @@ def test_whole_numbers_serve_as_temperatures() -> None:
     assert parse('{"prompt": "x", "temperature": 1}').temperature == 1.0
 
 
+def test_a_stop_string_alone_is_a_list_of_one() -> None:
+    assert parse('{"prompt": "x", "stop": "."}').stop == ["."]
+
+
+def test_the_keys_of_a_logit_bias_are_token_ids() -> None:
+    job = parse('{"prompt": "x", "logit_bias": {"5": 1, "7": -100}}')
+    assert job.logit_bias == {5: 1.0, 7: -100.0}
+    assert Job.from_wire(job.to_wire()) == job
+
+
+@pytest.mark.parametrize(
+    ("fields", "number"),
+    [
+        ("", None),
+        (', "logprobs": null', None),
+        (', "logprobs": false', None),
+        (', "logprobs": true', 0),
+        (', "logprobs": 0', 0),
+        (', "logprobs": 5', 5),
+        (', "logprobs": true, "top_logprobs": 3', 3),
+    ],
+)
+def test_logprobs_are_asked_for_as_in_chats_or_as_in_completions(
+    fields: str, number: int | None
+) -> None:
+    job = parse(f'{{"prompt": "x"{fields}}}')
+    assert job.num_logprobs == number
+    assert Job.from_wire(job.to_wire()) == job
+
+
 def test_equal_content_gives_equal_records() -> None:
     spelled_out = '{"temperature": 0, "prompt": "x", "seed": null, "max_tokens": 128}'
     assert parse(spelled_out).to_wire() == parse('"x"').to_wire()
@@ -105,9 +135,24 @@ def test_an_unknown_field_of_a_message_is_refused_with_its_place() -> None:
         ('"prompt": "x", "temperature": -1', "temperature: should be greater than or equal to 0"),
         ('"prompt": "x", "temperature": NaN', "temperature: should be a finite number (found NaN)"),
         ('"prompt": "x", "top_p": 0', "top_p: should be greater than 0"),
-        ('"prompt": "x", "top_k": -1', "top_k: should be greater than or equal to 0"),
+        ('"prompt": "x", "top_k": -2', "top_k: should be greater than or equal to -1"),
+        ('"prompt": "x", "min_p": 1.5', "min_p: should be less than or equal to 1"),
+        ('"prompt": "x", "min_tokens": 200', "min_tokens: should be at most max_tokens, 128"),
+        ('"prompt": "x", "repetition_penalty": 0', "repetition_penalty: should be greater than 0"),
+        ('"prompt": "x", "presence_penalty": 3', "presence_penalty: should be less than or equal"),
+        ('"prompt": "x", "logit_bias": [1]', "logit_bias: should be an object of token ids and"),
+        ('"prompt": "x", "logit_bias": {"a": 1}', "logit_bias: should have token ids as keys (fou"),
+        ('"prompt": "x", "logit_bias": {"-1": 1}', "logit_bias: should have token ids as keys (f"),
+        ('"prompt": "x", "logit_bias": {"5": 101}', "logit_bias[5]: should be less than or equal"),
+        ('"prompt": "x", "logit_bias": {"5": 1, "05": 1}', "logit_bias: a token is named twice"),
+        ('"prompt": "x", "stop_token_ids": [-1]', "stop_token_ids[0]: should be greater than or"),
+        ('"prompt": "x", "bad_words": [""]', "bad_words[0]: should have at least 1 character"),
+        ('"prompt": "x", "logprobs": 21', "logprobs: should be less than or equal to 20"),
+        ('"prompt": "x", "top_logprobs": 2', "top_logprobs: needs logprobs; set it to true"),
+        ('"prompt": "x", "prompt_logprobs": true', "prompt_logprobs: should be a valid integer"),
+        ('"prompt": "x", "n": 129', "n: should be less than or equal to 128"),
         ('"prompt": "x", "seed": 18446744073709551616', "seed: should be less than"),
-        ('"prompt": "x", "stop": "."', "stop: should be a valid list (found '.')"),
+        ('"prompt": "x", "stop": 3', "stop: should be a valid list (found 3)"),
         ('"prompt": "x", "stop": [""]', "stop[0]: should have at least 1 character"),
         ('"prompt": "x", "ignore_eos": 1', "ignore_eos: should be a valid boolean"),
         ('"prompt": "x", "id": ""', "id: should have at least 1 character"),
