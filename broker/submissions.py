@@ -18,7 +18,7 @@ from broker.outcomes import (
 )
 from broker.scripts import QueueScripts
 from schemas.errors import ServerUnavailable
-from schemas.job import Job
+from schemas.job import Job, RefusedJob
 from schemas.keys import BASE
 from schemas.result import RESULT_TTL
 
@@ -32,21 +32,20 @@ class Submissions(QueueScripts):
         name: str,
         total: int,
         offset: int,
-        jobs: Sequence[Job],
+        jobs: Sequence[Job | RefusedJob],
         *,
         result_ttl: float = RESULT_TTL,
         rest: Size = NOTHING,
     ) -> None:
-        """Store the jobs number ``offset`` and following of a submission of ``total`` jobs.
+        """Store the jobs number ``offset`` and following of a submission of ``total`` jobs; refused
+        ones have failed already.
 
         ``rest`` is what comes behind them and must find room too. Safe to repeat. Stores none of
         them and raises ConflictError, with indices into ``jobs``, if the id of one already names a
         job of other content; FullError if they find no room; SubmissionCancelled; or
         ServerUnavailable if the server has lost jobs that were sent before.
         """
-        fields = chain.from_iterable(
-            (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire()) for job in jobs
-        )
+        fields = chain.from_iterable(map(_fields, jobs))
         status, *details = self._run(
             *("submit", submission, name, total, offset, round(result_ttl * 1000)),
             *(rest.jobs, rest.bytes, *fields),
@@ -79,6 +78,13 @@ class Submissions(QueueScripts):
     def close_submission(self, submission: str) -> None:
         """Let a submission take no more jobs; what it holds by now is its total. Safe to repeat."""
         self._run("close_submission", submission)
+
+
+def _fields(job: Job | RefusedJob) -> tuple[str, ...]:
+    """What ``submit.lua`` takes of a job."""
+    if isinstance(job, RefusedJob):
+        return (job.id, BASE, "normal", "", job.to_wire(), job.refusal)
+    return (job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire(), "")
 
 
 def _deadline(job: Job) -> str:

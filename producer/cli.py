@@ -43,7 +43,13 @@ INTERRUPTED, NO_READER = 130, 141
 
 class Format(StrEnum):
     jsonl = "jsonl"
+    openai = "openai"
     table = "table"
+
+
+class LineFormat(StrEnum):
+    jsonl = "jsonl"
+    openai = "openai"
 
 
 class PriorityName(StrEnum):
@@ -103,6 +109,12 @@ OutputFile = Annotated[
 ]
 
 
+_FORMATS = (
+    "openai: as OpenAI's batches have it, with an error file beside FILE (out.jsonl:"
+    " out.errors.jsonl)."
+)
+
+
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
@@ -132,7 +144,9 @@ def submit(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="Prompts, one JSON object or string a line; - is stdin."
+            metavar="FILE",
+            help="Prompts, one JSON object or string a line, or one of OpenAI's batch files; - is"
+            " stdin.",
         ),
     ],
     lora: Annotated[
@@ -167,6 +181,13 @@ def submit(
             help="Where `producer limits` leaves no room: wait for it, or send nothing.",
         ),
     ] = WhenFullName.wait,
+    lenient: Annotated[
+        bool,
+        typer.Option(
+            "--lenient",
+            help="Send the other lines of a file with bad ones, which end as failed and say why.",
+        ),
+    ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait, and write the results in input order.")
     ] = False,
@@ -177,6 +198,10 @@ def submit(
         ),
     ] = None,
     output: OutputFile = None,
+    format_: Annotated[
+        LineFormat | None,
+        typer.Option("--format", help=f"With --wait: {_FORMATS} Default: jsonl."),
+    ] = None,
     durable: Annotated[
         bool,
         typer.Option(
@@ -193,6 +218,9 @@ def submit(
     A line holds exactly one of prompt, messages, prompt_token_ids, and may hold id, lora,
     max_tokens, temperature, top_p, top_k, seed, stop, ignore_eos, priority, deadline, metadata.
     A job whose line gives no id is called SUBMISSION.LINE, with the number of its line.
+
+    A line of OpenAI's batch files holds custom_id, method, url and body, and its model names the
+    base model, or an adapter as ADAPTER or BASE:ADAPTER.
     """
     from producer import submitting
     from producer.place import Place
@@ -207,8 +235,11 @@ def submit(
         deadline=None if deadline is None else parse_deadline(deadline),
         result_ttl=parse_duration(result_ttl, "--result-ttl"),
         when_full=when_full.value,
+        lenient=lenient,
     )
     if not wait:
+        if format_:
+            raise BadInput("--format is that of results, and only --wait brings them.")
         if output:
             raise BadInput("-o takes results, and only --wait brings them.")
         if timeout is not None:
@@ -220,7 +251,11 @@ def submit(
     if json and not output:
         raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
     submitting.submit_and_wait(
-        place, file, terms, output, timeout=timeout, durable=durable, json_wanted=json
+        *(place, file, terms, output),
+        form=format_.value if format_ else "jsonl",
+        timeout=timeout,
+        durable=durable,
+        json_wanted=json,
     )
 
 
@@ -235,7 +270,7 @@ def results(
     output: OutputFile = None,
     format_: Annotated[
         Format | None,
-        typer.Option("--format", help="Default: table on a terminal, jsonl elsewhere."),
+        typer.Option("--format", help=f"{_FORMATS} Default: table on a terminal, jsonl elsewhere."),
     ] = None,
     redis_url: RedisUrl = None,
     redis_password_file: RedisPasswordFile = None,
@@ -252,7 +287,7 @@ def results(
         ids,
         output,
         follow=follow,
-        as_table=format_ is Format.table,
+        form=format_.value,
     )
 
 

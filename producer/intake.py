@@ -9,15 +9,17 @@ from typing import Literal
 
 from broker.queue_reader import QueueReader
 from producer.checks import AdapterCheck, IdCheck
-from producer.lines import Defaults, make_job, parse_line
+from producer.lines import Defaults, make_job, read_line
+from producer.openai_requests import is_request, job_fields, origin
 from producer.problems import Problems
 from producer.spool import Spool
 from producer.terms import Terms
 from schemas.errors import BadInput, LorryError
-from schemas.job import Job
+from schemas.job import Job, RefusedJob
 from schemas.result import RESULT_TTL
 
-#: A line of a file, or what it stands for: an object with its fields, a prompt, or a Job.
+#: A line of a file, or what it stands for: an object with its fields, a request of OpenAI's batch
+#: files, a prompt, or a Job.
 Line = bytes | str | Mapping[str, object] | Job
 
 #: The longest time in seconds for which results are kept: ten years.
@@ -33,7 +35,7 @@ def prepare(
     """Reads numbered lines once, in constant memory, and checks all that can be checked.
 
     ``terms`` hold for lines that do not say otherwise; ``name`` is what errors call the input.
-    Raises BadInput with all bad lines. The caller closes the spool.
+    Raises BadInput with all bad lines, unless the terms are lenient. The caller closes the spool.
     """
     adapters = AdapterCheck(reader)
     defaults: Defaults = {field: terms[field] for field in _OF_A_LINE if field in terms}
@@ -46,14 +48,15 @@ def prepare(
     problems = Problems(name)
     spool = Spool(name)
     try:
-        with closing(IdCheck(reader, problems)) as ids:
+        with closing(IdCheck(reader)) as ids:
             for number, line in lines:
-                try:
-                    _take(spool, adapters, ids, number, line, defaults)
-                except BadInput as error:
-                    problems.add(number, str(error))
-            ids.finish()
-        problems.raise_if_any(adapters.remark)
+                _take(spool, problems, adapters, ids, number, line, defaults)
+            for number, message in ids.conflicts():
+                problems.add(number, message)
+            if not terms.get("lenient"):
+                problems.raise_if_any(adapters.remark)
+            elif problems.count > spool.num_refused:
+                spool.refuse(ids.conflicts())
         if not spool.num_jobs:
             raise BadInput(f"{name} holds no jobs; nothing was sent.")
     except sqlite3.Error as error:
@@ -68,26 +71,38 @@ def prepare(
     spool.num_jobs_by_adapter = adapters.num_jobs
     spool.result_ttl = result_ttl
     spool.when_full = terms.get("when_full", "wait")
+    if problems.count:
+        spool.refusals = problems.describe("recorded as failed", adapters.remark)
     return spool
 
 
 def _take(
     spool: Spool,
+    problems: Problems,
     adapters: AdapterCheck,
     ids: IdCheck,
     number: int,
     line: Line,
     defaults: Defaults,
 ) -> None:
+    """Adds the job of a line to the spool, or what stands for a line that is none."""
     made_id = f"{spool.submission}.{number}"
-    if isinstance(line, bytes):
-        job = parse_line(line, made_id=made_id, defaults=defaults)
-    else:
-        job = make_job(line, made_id=made_id, defaults=defaults)
-    adapters.add(job.lora)
+    value: object = None
+    try:
+        value = read_line(line) if isinstance(line, bytes) else line
+        fields = job_fields(value, adapters.of_model) if is_request(value) else value
+        job = make_job(fields, made_id=made_id, defaults=defaults)
+        adapters.add(job.lora)
+    except BadInput as error:
+        problems.add(number, str(error))
+        refused = RefusedJob(id=made_id, refusal=str(error), metadata=origin(value))
+        spool.append_refused(number, refused)
+        return
     wire = job.to_wire()
     spool.append(number, wire)
-    if job.id != made_id:
+    if is_request(value):
+        ids.add_custom_id(number, value["custom_id"])
+    elif job.id != made_id:
         ids.add(number, job.id, wire)
 
 

@@ -11,7 +11,7 @@ from producer import advice
 from producer.limiting import describe
 from producer.spool import Run, Spool
 from schemas.errors import BadInput, LorryError, QueueFull
-from schemas.job import Job
+from schemas.job import Job, RefusedJob
 
 #: Seconds between two tries while a queue is full.
 FULL_PAUSE = 0.25
@@ -66,10 +66,11 @@ def _rest(spool: Spool, run: Run) -> Size:
     """What must find room behind the first run: all of it, or nothing is sent."""
     if spool.when_full == "wait":
         return NOTHING
-    return Size(spool.num_jobs - len(run.jobs), spool.num_bytes - run.num_bytes)
+    num_to_run = spool.num_jobs - spool.num_refused
+    return Size(num_to_run - run.num_to_run, spool.num_bytes - run.num_bytes)
 
 
-def _require_smaller(full: FullError, spool: Spool, job: Job, num_sent: int) -> None:
+def _require_smaller(full: FullError, spool: Spool, job: Job | RefusedJob, num_sent: int) -> None:
     """Raises BadInput for a job that would never find room."""
     size, limit = len(job.to_wire().encode()), full.limits.bytes
     if limit is not None and size > limit:

@@ -23,3 +23,5 @@ class Terms(TypedDict, total=False):
     """Seconds for which results are kept after the last job has ended; left out, seven days."""
     when_full: WhenFull
     """"wait" for room (if left out), or "refuse" with QueueFull."""
+    lenient: bool
+    """Bad lines do not keep the others back: they end as failed jobs that say what is wrong."""

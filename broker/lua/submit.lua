@@ -1,8 +1,8 @@
 -- Stores a run of a submission's jobs, all or none.
 --   ARGV: submission, its name, its number of jobs, offset of the run in it, ms for which results are
 --         kept, jobs behind the run that must find room too, their bytes,
---         then (id, adapter, priority, deadline, payload) a job; a deadline is '', a moment in ms, or
---         with a '+' before it ms from now
+--         then (id, adapter, priority, deadline, payload, refusal) a job; a deadline is '', a moment in
+--         ms, or with a '+' before it ms from now; a refusal is '', or why the job has failed already
 --   Returns {'ok'} | {'conflict', index, ...}: indices (from 0) of jobs whose id is taken by a
 --   job of other content | {'gap', sent}: jobs before the offset are missing | {'cancelled', sent}:
 --   the submission was cancelled meanwhile | {'full', fitting, jobs, bytes, max jobs, max bytes}: so
@@ -12,7 +12,7 @@
 local submission, name, total, offset, result_ttl = unpack(ARGV, 1, 5)
 local rest_jobs, rest_bytes, first = tonumber(ARGV[6]), tonumber(ARGV[7]), 8
 offset = tonumber(offset)
-local num_jobs = (#ARGV - 7) / 5
+local num_jobs = (#ARGV - 7) / 6
 local jobs = SUBMISSION .. submission .. ':jobs'
 
 local sent = redis.call('LLEN', jobs)
@@ -34,11 +34,12 @@ local IS_PRIORITY = {}
 for _, priority in ipairs(PRIORITIES) do IS_PRIORITY[priority] = true end
 
 -- What is stored wrong would fail later, in a script that other jobs need.
+if num_jobs % 1 ~= 0 then return redis.error_reply('ERR six arguments a job are needed') end
 if not string.match(result_ttl, '^%d+$') then
   return redis.error_reply('ERR no time to live: ' .. result_ttl)
 end
 for i = 0, num_jobs - 1 do
-  local priority, deadline = unpack(ARGV, first + 5 * i + 2, first + 5 * i + 3)
+  local priority, deadline = unpack(ARGV, first + 6 * i + 2, first + 6 * i + 3)
   if not IS_PRIORITY[priority] then
     return redis.error_reply('ERR no such priority: ' .. priority)
   end
@@ -58,11 +59,12 @@ end
 
 local reply, num_new, num_bytes, num_fitting = { 'conflict' }, 0, 0, 0
 for i = 0, num_jobs - 1 do
-  local id, payload = ARGV[first + 5 * i], ARGV[first + 5 * i + 4]
+  local id, payload, refusal =
+    ARGV[first + 6 * i], ARGV[first + 6 * i + 4], ARGV[first + 6 * i + 5]
   known[id] = known[id] or look_up(id)
   if not known[id].payload then
     known[id].payload = payload
-    num_new, num_bytes = num_new + 1, num_bytes + #payload
+    if refusal == '' then num_new, num_bytes = num_new + 1, num_bytes + #payload end
   elseif known[id].payload ~= payload then
     table.insert(reply, i)
   end
@@ -112,17 +114,30 @@ local function add(id, adapter, priority, deadline, payload)
   end
 end
 
+-- Stores a job that was refused before it was sent: it has ended, and stands in no lane.
+local function add_refused(id, payload, refusal)
+  redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', BASE,
+    'state', 'failed', 'submissions', submission, 'queued', text(now), 'finished', text(now),
+    'attempts', 0, 'error_code', 'bad_line', 'error_message', refusal)
+  tell_finished(submission, id, 'failed')
+end
+
 local ids, num_by_state = {}, {}
 for i = 0, num_jobs - 1 do
-  local id, adapter, priority, deadline, payload = unpack(ARGV, first + 5 * i, first + 5 * i + 4)
+  local id, adapter, priority, deadline, payload, refusal =
+    unpack(ARGV, first + 6 * i, first + 6 * i + 5)
   local job = known[id]
-  local state = job.state or 'waiting'
+  local state = job.state or (refusal == '' and 'waiting' or 'failed')
   if job.state then
     job.submissions = job.submissions .. ' ' .. submission
     redis.call('HSET', JOB .. id, 'submissions', job.submissions)
     if TERMINAL[state] then tell_finished(submission, id, state) end
   else
-    add(id, adapter, priority, deadline, payload)
+    if refusal == '' then
+      add(id, adapter, priority, deadline, payload)
+    else
+      add_refused(id, payload, refusal)
+    end
     job.state, job.submissions = state, submission
   end
   num_by_state[state] = (num_by_state[state] or 0) + 1
