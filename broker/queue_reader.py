@@ -246,6 +246,11 @@ class QueueReader:
             read_record(WorkerState, state, "The state of a worker") for state in states if state
         ]
 
+    def models(self) -> set[str]:
+        """What living workers, and the one that joined last, call their base model."""
+        last = self.client.hget(self.keys.settings, "model")
+        return {worker.model for worker in self.workers()} | ({last} if last else set())
+
     def paused(self) -> dict[str, float]:
         """Adapters that nothing is claimed of, and since when; ``schemas.keys.WHOLE_QUEUE`` if that
         is so for all."""

@@ -28,6 +28,11 @@ class Steering(QueueScripts):
                     pipeline.hset(self.keys.limits, field, limit)
             pipeline.execute()
 
+    def set_model(self, name: str) -> None:
+        """Say what the queue's base model is called: requests may name it when no worker is alive
+        that could tell."""
+        self.client.hset(self.keys.settings, "model", name)
+
     def set_max_attempts(self, number: int) -> int:
         """Let every worker of the queue give a job up after so many attempts; returns after how
         many it was until now."""

@@ -19,7 +19,7 @@ from broker.outcomes import (
 )
 from broker.scripts import QueueScripts
 from schemas.errors import ServerUnavailable
-from schemas.job import Job
+from schemas.job import Job, RefusedJob
 from schemas.keys import BASE
 from schemas.result import RESULT_TTL
 
@@ -35,12 +35,16 @@ class JobRecord(NamedTuple):
     """A moment in ms, "+" and ms from then on, or nothing."""
     payload: str
     """The job in its wire form."""
+    refusal: str = ""
+    """Why it has failed already, if it has."""
 
     @classmethod
-    def of(cls, job: Job | JobRecord) -> JobRecord:
+    def of(cls, job: Job | RefusedJob | JobRecord) -> JobRecord:
         """The record of a job; one that was made before stays as it is."""
         if isinstance(job, JobRecord):
             return job
+        if isinstance(job, RefusedJob):
+            return cls(job.id, BASE, "normal", "", job.to_wire(), job.refusal)
         return cls(job.id, job.lora or BASE, job.priority, _deadline(job), job.to_wire())
 
 
@@ -53,13 +57,14 @@ class Submissions(QueueScripts):
         name: str,
         total: int,
         offset: int,
-        jobs: Sequence[Job | JobRecord],
+        jobs: Sequence[Job | RefusedJob | JobRecord],
         *,
         result_ttl: float = RESULT_TTL,
         rest: Size = NOTHING,
         webhook: str | None = None,
     ) -> None:
-        """Store the jobs number ``offset`` and following of a submission of ``total`` jobs.
+        """Store the jobs number ``offset`` and following of a submission of ``total`` jobs; refused
+        ones have failed already.
 
         ``webhook`` is the URL that is told once the last of them has ended. ``rest`` is what comes
         behind them and must find room too. Safe to repeat. Stores none of them and raises
@@ -67,7 +72,7 @@ class Submissions(QueueScripts):
         content; FullError if they find no room; SubmissionCancelled; or ServerUnavailable if the
         server has lost jobs that were sent before.
         """
-        fields = chain.from_iterable(JobRecord.of(job) for job in jobs)
+        fields = chain.from_iterable(map(JobRecord.of, jobs))
         status, *details = self._run(
             *("submit", submission, name, total, offset, round(result_ttl * 1000)),
             *(rest.jobs, rest.bytes, webhook or "", *fields),

@@ -58,7 +58,13 @@ NO_READER = 141
 
 class Format(StrEnum):
     jsonl = "jsonl"
+    openai = "openai"
     table = "table"
+
+
+class LineFormat(StrEnum):
+    jsonl = "jsonl"
+    openai = "openai"
 
 
 class PriorityName(StrEnum):
@@ -121,6 +127,12 @@ OutputFile = Annotated[
 ]
 
 
+_FORMATS = (
+    "openai: as OpenAI's batches have it, with an error file beside FILE (out.jsonl:"
+    " out.errors.jsonl)."
+)
+
+
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
@@ -150,7 +162,9 @@ def submit(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="Prompts, one JSON object or string a line; - is stdin."
+            metavar="FILE",
+            help="Prompts, one JSON object or string a line, or one of OpenAI's batch files; - is"
+            " stdin.",
         ),
     ],
     lora: Annotated[
@@ -202,6 +216,13 @@ def submit(
             " delivers it.",
         ),
     ] = None,
+    lenient: Annotated[
+        bool,
+        typer.Option(
+            "--lenient",
+            help="Send the other lines of a file with bad ones, which end as failed and say why.",
+        ),
+    ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait, and write the results in input order.")
     ] = False,
@@ -215,6 +236,10 @@ def submit(
         ),
     ] = None,
     output: OutputFile = None,
+    format_: Annotated[
+        LineFormat | None,
+        typer.Option("--format", help=f"With --wait: {_FORMATS} Default: jsonl."),
+    ] = None,
     durable: Annotated[
         bool,
         typer.Option(
@@ -233,6 +258,9 @@ def submit(
     stop, stop_token_ids, ignore_eos, repetition_penalty, presence_penalty, frequency_penalty,
     logit_bias, bad_words, logprobs, top_logprobs, prompt_logprobs, n.
     A job whose line gives no id is called SUBMISSION.LINE, with the number of its line.
+
+    A line of OpenAI's batch files holds custom_id, method, url and body, and its model names the
+    base model, or an adapter as ADAPTER or BASE:ADAPTER.
     """
     from producer import submitting
     from producer.place import Place
@@ -259,8 +287,11 @@ def submit(
         result_ttl=parse_duration(result_ttl, "--result-ttl"),
         when_full=when_full.value,
         webhook=webhook,
+        lenient=lenient,
     )
     if not wait:
+        if format_:
+            raise BadInput("--format is that of results, and only --wait brings them.")
         if output:
             raise BadInput("-o takes results, and only --wait brings them.")
         if timeout is not None:
@@ -272,7 +303,11 @@ def submit(
     if json and not output:
         raise BadInput("--json with --wait needs -o FILE: stdout cannot hold both.")
     submitting.submit_and_wait(
-        place, file, terms, output, timeout=timeout, durable=durable, json_wanted=json
+        *(place, file, terms, output),
+        form=format_.value if format_ else "jsonl",
+        timeout=timeout,
+        durable=durable,
+        json_wanted=json,
     )
 
 
@@ -287,7 +322,7 @@ def results(
     output: OutputFile = None,
     format_: Annotated[
         Format | None,
-        typer.Option("--format", help="Default: table on a terminal, jsonl elsewhere."),
+        typer.Option("--format", help=f"{_FORMATS} Default: table on a terminal, jsonl elsewhere."),
     ] = None,
     redis_url: RedisUrl = None,
     redis_password_file: RedisPasswordFile = None,
@@ -304,7 +339,7 @@ def results(
         ids,
         output,
         follow=follow,
-        as_table=format_ is Format.table,
+        form=format_.value,
     )
 
 

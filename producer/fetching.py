@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from broker.queue_reader import READ_CHUNK, SubmissionStatus
 from producer.advice import counted
 from producer.bars import Watcher, bar_for, show
 from producer.client import Client
-from producer.output import Output
+from producer.output import open_outputs
 from producer.place import Place
 from producer.status import (
     Overview,
@@ -24,31 +24,31 @@ from producer.status import (
     num_jobs,
     require_all_done,
 )
+from producer.writers import ResultFormat, WriteResults, has_error_file, writer
 from schemas.result import TERMINAL_STATES, Result
-
-#: Writes results, and what belongs to them, to an output.
-WriteResults = Callable[[Sequence[Result]], None]
 
 
 def results(
-    place: Place, ids: Sequence[str], path: Path | None, *, follow: bool, as_table: bool
+    place: Place, ids: Sequence[str], path: Path | None, *, follow: bool, form: ResultFormat
 ) -> None:
     """Write the finished results in input order, or all of them as they finish."""
-    with place.client() as client, Output(path) as output:
-        write = _table_writer(client, output) if as_table else _line_writer(output)
+    has_errors = has_error_file(form)
+    with place.client() as client, open_outputs(path, has_error_file=has_errors) as outputs:
+        write = writer(form, client, outputs)
         if follow:
             for result in client.follow(*ids, on_wake=Watcher(client).look):
                 write([result])
-            output.complete()
+            outputs.complete()
             return
         total = sum(num_jobs(client.status(id_)) for id_ in dict.fromkeys(ids))
         seen = _write_finished(client, ids, write)
         unfinished = total - sum(seen[state] for state in TERMINAL_STATES)
         if not unfinished:
-            output.complete()
+            outputs.complete()
             return
         states = listed_states({state: seen[state] for state in ("waiting", "running")})
-        kept = f" The finished ones are in {output.written_to}." if output.has_partial_file else ""
+        files = " and ".join(str(file) for file in outputs.partial_files)
+        kept = f" The finished ones are in {files}." if files else ""
         raise client.not_finished(
             f"{unfinished} of {counted(total)} not finished yet ({states or 'not sent'}).{kept}"
             " --follow waits for the rest"
@@ -98,19 +98,3 @@ def _write_finished(client: Client, ids: Sequence[str], write: WriteResults) -> 
         seen.update(result.status for result in chunk)
         write([result for result in chunk if is_finished(result)])
     return seen
-
-
-def _line_writer(output: Output) -> WriteResults:
-    return lambda found: output.write("".join(f"{r.model_dump_json()}\n" for r in found))
-
-
-def _table_writer(client: Client, output: Output) -> WriteResults:
-    from producer.tables import ResultTable
-
-    table = ResultTable(for_terminal=output.is_terminal)
-
-    def write(found: Sequence[Result]) -> None:
-        payloads = client.payloads([result.id for result in found])
-        output.write(table.rows(found, payloads))
-
-    return write

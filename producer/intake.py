@@ -11,16 +11,18 @@ from broker.notices import Notices
 from broker.queue_reader import QueueReader
 from broker.submissions import JobRecord
 from producer.checks import AdapterCheck, IdCheck
-from producer.lines import Defaults, make_job, parse_line
+from producer.lines import Defaults, make_job, read_line
+from producer.openai_requests import is_request, job_fields, origin
 from producer.problems import Problems
 from producer.spool import Spool
 from producer.terms import Terms, WhenFull
 from producer.webhooks import check_webhook
 from schemas.errors import BadInput, LorryError
-from schemas.job import Job
+from schemas.job import Job, RefusedJob
 from schemas.result import RESULT_TTL
 
-#: A line of a file, or what it stands for: an object with its fields, a prompt, or a Job.
+#: A line of a file, or what it stands for: an object with its fields, a request of OpenAI's batch
+#: files, a prompt, or a Job.
 Line = bytes | str | Mapping[str, object] | Job
 
 #: The longest time in seconds for which results are kept: ten years.
@@ -41,7 +43,7 @@ def prepare(
     """Reads numbered lines once, in constant memory, and checks all that can be checked.
 
     ``terms`` hold for lines that do not say otherwise; ``name`` is what errors call the input.
-    Raises BadInput with all bad lines. The caller closes the spool.
+    Raises BadInput with all bad lines, unless the terms are lenient. The caller closes the spool.
     """
     adapters = AdapterCheck(reader)
     defaults: Defaults = dict(terms.get("sampling", {})) | {
@@ -61,14 +63,15 @@ def prepare(
     problems = Problems(name)
     spool = Spool(name)
     try:
-        with closing(IdCheck(reader, problems)) as ids:
+        with closing(IdCheck(reader)) as ids:
             for number, line in lines:
-                try:
-                    _take(spool, adapters, ids, number, line, defaults)
-                except BadInput as error:
-                    problems.add(number, str(error))
-            ids.finish()
-        problems.raise_if_any(adapters.remark)
+                _take(spool, problems, adapters, ids, number, line, defaults)
+            for number, message in ids.conflicts():
+                problems.add(number, message)
+            if not terms.get("lenient"):
+                problems.raise_if_any(adapters.remark)
+            elif problems.count > spool.num_refused:
+                spool.refuse(ids.conflicts())
         if not spool.num_jobs:
             raise BadInput(f"{name} holds no jobs; nothing was sent.")
     except sqlite3.Error as error:
@@ -84,26 +87,38 @@ def prepare(
     spool.result_ttl = result_ttl
     spool.when_full = when_full
     spool.webhook = webhook
+    if problems.count:
+        spool.refusals = problems.describe("recorded as failed", adapters.remark)
     return spool
 
 
 def _take(
     spool: Spool,
+    problems: Problems,
     adapters: AdapterCheck,
     ids: IdCheck,
     number: int,
     line: Line,
     defaults: Defaults,
 ) -> None:
+    """Adds the job of a line to the spool, or what stands for a line that is none."""
     made_id = f"{spool.submission}.{number}"
-    if isinstance(line, bytes):
-        job = parse_line(line, made_id=made_id, defaults=defaults)
-    else:
-        job = make_job(line, made_id=made_id, defaults=defaults)
-    adapters.add(job.lora)
+    value: object = None
+    try:
+        value = read_line(line) if isinstance(line, bytes) else line
+        fields = job_fields(value, adapters.of_model) if is_request(value) else value
+        job = make_job(fields, made_id=made_id, defaults=defaults)
+        adapters.add(job.lora)
+    except BadInput as error:
+        problems.add(number, str(error))
+        refused = RefusedJob(id=made_id, refusal=str(error), metadata=origin(value))
+        spool.append(number, JobRecord.of(refused))
+        return
     record = JobRecord.of(job)
     spool.append(number, record)
-    if job.id != made_id:
+    if is_request(value):
+        ids.add_custom_id(number, value["custom_id"])
+    elif job.id != made_id:
         ids.add(number, job.id, record.payload)
 
 

@@ -65,13 +65,17 @@ def parse_line(line: bytes, *, made_id: str, defaults: Defaults | None = None) -
     What the line says wins, also an explicit null: as ``lora`` that names the base model. Raises
     BadInput with what is wrong, without the place.
     """
+    return make_job(read_line(line), made_id=made_id, defaults=defaults)
+
+
+def read_line(line: bytes) -> object:
+    """What a line holds as JSON. Raises BadInput with what is wrong, without the place."""
     if len(line) > MAX_LINE_BYTES:
         raise BadInput(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
-        value = from_json(line.rstrip())
+        return from_json(line.rstrip())
     except ValueError as error:
         raise BadInput(_why_not_json(line, error)) from None
-    return make_job(value, made_id=made_id, defaults=defaults)
 
 
 def make_job(value: object, *, made_id: str, defaults: Defaults | None = None) -> Job:
@@ -105,7 +109,7 @@ def _fields(value: object) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value
     raise BadInput(
-        f"a line is a JSON object, or a JSON string that is the prompt, not {_found(value)}"
+        f"a line is a JSON object, or a JSON string that is the prompt, not {shown(value)}"
     )
 
 
@@ -144,7 +148,7 @@ def _fault(fault: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return _unknown_field(place)
     what = _PATTERNS[str(place[0])] if kind == "string_pattern_mismatch" else plain(fault["msg"])
-    found = "" if kind == "missing" else f" (found {_found(fault['input'])})"
+    found = "" if kind == "missing" else f" (found {shown(fault['input'])})"
     return f"{_place(place)}: {what}{found}"
 
 
@@ -162,7 +166,7 @@ def _unknown_field(place: tuple[int | str, ...]) -> str:
         close = get_close_matches(name[:100], known, n=1)
         hint = close[0] if close else None
     remedy = f"did you mean '{hint}'?" if hint else f"known are {', '.join(known)}"
-    return f"unknown field {_found(_place(place))}: {remedy}"
+    return f"unknown field {shown(_place(place))}: {remedy}"
 
 
 def _place(place: tuple[int | str, ...]) -> str:
@@ -170,7 +174,8 @@ def _place(place: tuple[int | str, ...]) -> str:
     return "metadata" if place[0] == "metadata" else place_of(place)
 
 
-def _found(value: object) -> str:
+def shown(value: object) -> str:
+    """A value, or what kind of value it is, in a few words."""
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -22,8 +23,9 @@ class Output:
     A device or a named pipe is written to as it is.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        """Raises BadInput if the file cannot be written."""
+    def __init__(self, path: Path | None, what: str = "Results") -> None:
+        """``what`` is written there. Raises BadInput if the file cannot be written."""
+        self._what = what
         self.path = None if path is None or str(path) == "-" else path
         #: Where the results are now; None for stdout.
         self.written_to: Path | None = self.path
@@ -63,6 +65,11 @@ class Output:
         return self._has_content and self.written_to is not None
 
     @property
+    def is_file(self) -> bool:
+        """Whether it grows as a partial file: stdout, a device and a pipe do not."""
+        return self.written_to != self.path
+
+    @property
     def is_terminal(self) -> bool:
         return self.path is None and sys.stdout.isatty()
 
@@ -80,7 +87,10 @@ class Output:
                 self._file.close()
                 self.written_to.replace(self.path)
             self.written_to = self.path
-            notice(f"Results are in {self.path}")
+            if self._has_content:
+                notice(f"{self._what} are in {self.path}")
+            else:
+                notice(f"No {self._what.lower()}: {self.path} is empty")
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -90,4 +100,43 @@ class Output:
             raise
         except OSError as error:
             where = self.written_to or "stdout"
-            raise LorryError(f"Results cannot be written to {where}: {error.strerror}.") from error
+            raise LorryError(
+                f"{self._what} cannot be written to {where}: {error.strerror}."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where results are written, and where those of jobs that did not end as done: beside the
+    others, if the format has a file for them, else among them."""
+
+    results: Output
+    errors: Output
+
+    def complete(self) -> None:
+        """As ``Output.complete``: who finds the results finds the errors too."""
+        self.errors.complete()
+        self.results.complete()
+
+    @property
+    def partial_files(self) -> list[Path]:
+        """What some results are in while not all are there."""
+        outputs = dict.fromkeys((self.results, self.errors))
+        return [o.written_to for o in outputs if o.has_partial_file and o.written_to]
+
+
+@contextmanager
+def open_outputs(path: Path | None, *, has_error_file: bool) -> Iterator[Outputs]:
+    """stdout, or the file at ``path`` and perhaps the error file beside it. Raises BadInput if they
+    cannot be written."""
+    with ExitStack() as stack:
+        results = stack.enter_context(Output(path))
+        errors = results
+        if path and has_error_file and results.is_file:
+            errors = stack.enter_context(Output(error_file(path), "Errors"))
+        yield Outputs(results, errors)
+
+
+def error_file(path: Path) -> Path:
+    """``out.jsonl`` -> ``out.errors.jsonl``"""
+    return path.with_name(f"{path.stem}.errors{path.suffix}")

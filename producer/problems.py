@@ -28,12 +28,15 @@ class Problems:
 
     def raise_if_any(self, remark: str = "") -> None:
         """Raises BadInput with the bad lines in order, and the remark after them."""
-        if not self.count:
-            return
+        if self.count:
+            raise BadInput(self.describe("nothing was sent", remark))
+
+    def describe(self, what_now: str, remark: str = "") -> str:
+        """How many there are and what is done now, the bad lines in order, and the remark."""
         lines = "1 bad line" if self.count == 1 else f"{self.count} bad lines"
         told = [f"{self.name}:{-line}: {message}" for line, message in sorted(self._told)[::-1]]
         if self.count > len(told):
             told.append(f"... and {self.count - len(told)} more")
         if remark:
             told.append(remark)
-        raise BadInput("\n".join([f"{lines} in {self.name}; nothing was sent.", *told]))
+        return "\n".join([f"{lines} in {self.name}; {what_now}.", *told])

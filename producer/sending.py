@@ -72,7 +72,8 @@ def _rest(spool: Spool, run: Run) -> Size:
     """What must find room behind the first run: all of it, or nothing is sent."""
     if spool.when_full == "wait":
         return NOTHING
-    return Size(spool.num_jobs - len(run.jobs), spool.num_bytes - run.num_bytes)
+    num_to_run = spool.num_jobs - spool.num_refused
+    return Size(num_to_run - run.num_to_run, spool.num_bytes - run.num_bytes)
 
 
 def _require_smaller(full: FullError, spool: Spool, job: JobRecord, num_sent: int) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import IO
 
 from broker.submissions import JobRecord
 from producer.terms import WhenFull
 from schemas.errors import LorryError
+from schemas.job import Job, RefusedJob
 from schemas.result import RESULT_TTL
 
 #: Bounds of what is sent in one round trip.
@@ -35,18 +38,21 @@ class Run:
     jobs: list[JobRecord] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     """The line of each job in the input."""
+    num_to_run: int = 0
+    """Jobs that are not refused."""
     num_bytes: int = 0
+    """Of those."""
 
     @property
     def is_full(self) -> bool:
         return len(self.jobs) >= MAX_RUN_JOBS or self.num_bytes >= MAX_RUN_BYTES
 
-    def append(self, record: str) -> None:
-        line, *fields = record.rstrip("\n").split("\t", 5)
-        job = JobRecord(*fields)
+    def append(self, line: int, job: JobRecord) -> None:
         self.jobs.append(job)
-        self.lines.append(int(line))
-        self.num_bytes += len(job.payload.encode())
+        self.lines.append(line)
+        if not job.refusal:
+            self.num_to_run += 1
+            self.num_bytes += len(job.payload.encode())
 
 
 class Spool:
@@ -61,6 +67,11 @@ class Spool:
         #: What the input is called.
         self.name = name
         self.num_jobs = 0
+        #: Of those, lines that are no jobs and stand there as failed.
+        self.num_refused = 0
+        #: Which they are, in sentences.
+        self.refusals = ""
+        #: Of the others.
         self.num_bytes = 0
         #: Seconds for which results are kept after the last job has ended.
         self.result_ttl = RESULT_TTL
@@ -69,8 +80,7 @@ class Spool:
         self.webhook: str | None = None
         #: Number of jobs by adapter; None is the base model.
         self.num_jobs_by_adapter: Counter[str | None] = Counter()
-        with _disk_errors():
-            self._file = tempfile.TemporaryFile(buffering=1 << 20)  # noqa: SIM115 - see close().
+        self._file = _temporary_file()
 
     def __enter__(self) -> Spool:
         return self
@@ -87,12 +97,39 @@ class Spool:
         self._file.close()
 
     def append(self, line: int, job: JobRecord) -> None:
-        """Add the job of a line."""
-        # No field but the payload can hold a tab or the end of a line, and JSON escapes them.
-        with _disk_errors():
-            self._file.write("\t".join((str(line), *job)).encode() + b"\n")
+        """Add the job of a line, or what stands for a line that is none."""
+        self._write(line, job)
         self.num_jobs += 1
-        self.num_bytes += len(job.payload.encode())
+        if job.refusal:
+            self.num_refused += 1
+        else:
+            self.num_bytes += len(job.payload.encode())
+
+    def refuse(self, refusals: Iterator[tuple[int, str]]) -> None:
+        """Let jobs that were added be refused, by their lines in order, with the reasons."""
+        with closing(self._file) as file:
+            with _disk_errors():
+                file.seek(0)
+            self._file = _temporary_file()
+            next_line, reason = next(refusals, _NO_LINE)
+            for record in file:
+                line, job = _read(record)
+                if line == next_line:
+                    self.num_jobs -= 1
+                    self.num_bytes -= len(job.payload.encode())
+                    made_id = f"{self.submission}.{line}"
+                    metadata = Job.from_wire(job.payload).metadata
+                    refused = RefusedJob(id=made_id, refusal=reason, metadata=metadata)
+                    self.append(line, JobRecord.of(refused))
+                    next_line, reason = next(refusals, _NO_LINE)
+                else:
+                    self._write(line, job)
+
+    def _write(self, line: int, job: JobRecord) -> None:
+        # None of the other fields can hold a tab or the end of a line, and JSON escapes them.
+        fields = (str(line), *job._replace(refusal=json.dumps(job.refusal)))
+        with _disk_errors():
+            self._file.write("\t".join(fields).encode() + b"\n")
 
     def runs(self) -> Iterator[Run]:
         """The jobs in input order."""
@@ -100,12 +137,28 @@ class Spool:
             self._file.seek(0)
         run = Run(0)
         for record in self._file:
-            run.append(record.decode())
+            run.append(*_read(record))
             if run.is_full:
                 yield run
                 run = Run(run.offset + len(run.jobs))
         if run.jobs:
             yield run
+
+
+#: What follows the last refusal.
+_NO_LINE = (-1, "")
+
+
+def _read(record: bytes) -> tuple[int, JobRecord]:
+    """The line and the job that stand in a line of the file."""
+    line, *fields = record.decode().rstrip("\n").split("\t")
+    job = JobRecord(*fields)
+    return int(line), job._replace(refusal=json.loads(job.refusal))
+
+
+def _temporary_file() -> IO[bytes]:
+    with _disk_errors():
+        return tempfile.TemporaryFile(buffering=1 << 20)
 
 
 @contextmanager

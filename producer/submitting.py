@@ -16,11 +16,12 @@ from producer.bars import Watcher, bar_for, shown
 from producer.client import Client
 from producer.lines import numbered_lines
 from producer.messages import notice, say, warn
-from producer.output import Output
+from producer.output import Outputs, error_file, open_outputs
 from producer.place import Place
 from producer.spool import Spool
 from producer.status import by_state, describe, require_all_done
 from producer.terms import Terms
+from producer.writers import ResultFormat, has_error_file, writer
 from schemas.errors import BadInput, NotFinished, NoWorker
 
 
@@ -41,20 +42,24 @@ def submit_and_wait(
     terms: Terms,
     path: Path | None,
     *,
+    form: ResultFormat,
     timeout: float | None,
     durable: bool,
     json_wanted: bool,
 ) -> None:
     """Send a file and write its results in input order, each as soon as those before it are, for
     at most ``timeout`` seconds after it was sent; for as long at most it waits for room before."""
+    has_errors = has_error_file(form)
     _refuse_overwriting(file, path)
+    if path and has_errors:
+        _refuse_overwriting(file, error_file(path))
     with (
-        Output(path) as output,
+        open_outputs(path, has_error_file=has_errors) as outputs,
         _sent(place, file, terms, durable=durable, timeout=timeout) as (client, spool),
     ):
         try:
             say(_submitted(spool, durable))
-            _write_in_order(client, spool, output, timeout)
+            _write_in_order(client, spool, outputs, form, timeout)
         except (KeyboardInterrupt, NotFinished, NoWorker):
             say(f"The jobs go on: {place.command(f'results {spool.submission} --follow')}")
             raise
@@ -81,6 +86,8 @@ def _sent(
         with bar_for("checking") as bar:
             spool = client.prepare(shown(numbered_lines(stream), bar), name=name, **terms)
         with spool:
+            if spool.refusals:
+                warn(spool.refusals)
             _send(client, spool, timeout)
             if durable:
                 client.sync(spool)
@@ -89,7 +96,8 @@ def _sent(
 
 def _submitted(spool: Spool, durable: bool) -> str:
     on_disk = ", on the server's disk" if durable else ""
-    return f"Submitted {counted(spool.num_jobs)} as {spool.submission}{on_disk}"
+    refused = f", {spool.num_refused} of them refused" if spool.num_refused else ""
+    return f"Submitted {counted(spool.num_jobs)} as {spool.submission}{refused}{on_disk}"
 
 
 def _send(client: Client, spool: Spool, timeout: float | None) -> None:
@@ -152,7 +160,10 @@ def _summary(client: Client, spool: Spool) -> dict[str, object]:
     return {"submission": spool.submission, "queue": client.queue, "jobs": spool.num_jobs}
 
 
-def _write_in_order(client: Client, spool: Spool, output: Output, timeout: float | None) -> None:
+def _write_in_order(
+    client: Client, spool: Spool, outputs: Outputs, form: ResultFormat, timeout: float | None
+) -> None:
+    write = writer(form, client, outputs)
     watcher = Watcher(client, spool.num_jobs_by_adapter)
     watcher.look()
     with bar_for("finished", spool.num_jobs) as bar:
@@ -160,6 +171,6 @@ def _write_in_order(client: Client, spool: Spool, output: Output, timeout: float
             spool.submission, lambda: watcher.look_at(spool.submission, bar), timeout
         )
         for result in found:
-            with bar.taken_away() if output.is_terminal else nullcontext():
-                output.write(result.model_dump_json() + "\n")
-    output.complete()
+            with bar.taken_away() if outputs.results.is_terminal else nullcontext():
+                write([result])
+    outputs.complete()

@@ -28,3 +28,5 @@ class Terms(TypedDict, total=False):
     """"wait" for room (if left out), or "refuse" with QueueFull."""
     webhook: str | None
     """URL that is told when the last job has ended; left out or None, none is."""
+    lenient: bool
+    """Bad lines do not keep the others back: they end as failed jobs that say what is wrong."""

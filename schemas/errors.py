@@ -63,7 +63,8 @@ class JobError(LorryError):
     ``bad_prompt``, ``prompt_too_long``, ``kv_cache_too_small``, ``not_finite``, ``bad_record``,
     ``bad_sampling``, ``too_many_logprobs``, ``out_of_memory``; of a job that no worker ended
     ``attempts_exhausted`` (given up on), ``adapter_unloaded`` (by force, while it waited),
-    ``expired`` (its deadline came while it waited) and ``cancelled``.
+    ``expired`` (its deadline came while it waited) and ``cancelled``; of a line
+    that was refused, and sent all the same, ``bad_line``.
     """
 
     def __init__(self, code: str, message: str, *, may_heal: bool = False) -> None:

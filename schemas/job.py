@@ -22,6 +22,7 @@ from schemas.adapter import AdapterName
 #: context length is checked by the worker, which knows it.
 MAX_PROMPT_CHARS = 4_000_000
 MAX_PROMPT_TOKENS = 1_000_000
+MAX_TOKENS = 1_000_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 1024
 MAX_BAD_WORDS = 1024
@@ -115,6 +116,16 @@ class WireModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    def to_wire(self) -> str:
+        """The record as JSON without defaults: equal ones give equal texts, also when a later
+        version adds a field."""
+        return self.model_dump_json(exclude_defaults=True)
+
+    @classmethod
+    def from_wire(cls, text: str) -> Self:
+        """Read a record back; raises pydantic's ValidationError for anything that is not one."""
+        return cls.model_validate_json(text)
+
 
 class Message(WireModel):
     """One turn of a chat."""
@@ -129,7 +140,7 @@ class SamplingParams(WireModel):
     The fields mean what they mean in vLLM's SamplingParams and in OpenAI's API.
     """
 
-    max_tokens: int = Field(default=128, ge=1, le=1_000_000)
+    max_tokens: int = Field(default=128, ge=1, le=MAX_TOKENS)
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=-1, lt=2**31)
@@ -140,7 +151,7 @@ class SamplingParams(WireModel):
     stop: StopStrings = Field(default_factory=list, max_length=MAX_STOP_STRINGS)
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
     """Tokens that end the answer, as its last one."""
-    min_tokens: int = Field(default=0, ge=0, le=1_000_000)
+    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     """Tokens of the answer before one may end it."""
     ignore_eos: bool = False
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0, allow_inf_nan=False)
@@ -221,12 +232,11 @@ class Job(SamplingParams):
         moment = _moment(self.deadline) if isinstance(self.deadline, str) else None
         return moment.timestamp() if moment else None
 
-    def to_wire(self) -> str:
-        """The job as JSON without defaults: equal jobs give equal texts, also when a later
-        version adds a field."""
-        return self.model_dump_json(exclude_defaults=True)
 
-    @classmethod
-    def from_wire(cls, text: str) -> Job:
-        """Read a job back; raises pydantic's ValidationError for anything that is not one."""
-        return cls.model_validate_json(text)
+class RefusedJob(WireModel):
+    """A line that asks for no job that can be run, as its submission keeps it: failed."""
+
+    id: JobId
+    refusal: str
+    """What is wrong with the line."""
+    metadata: JsonValue = None

@@ -33,7 +33,7 @@ KEY_NAMES = {
     "SUSPECTS": "suspects",  # sorted set: waiting jobs to be run alone, by since when they wait
     "DELAYED": "delayed",  # sorted set: waiting jobs to be tried again, by when
     "SET_ASIDE": "set-aside",  # sorted set: jobs of versions nobody could read, by the version
-    "SETTINGS": "settings",  # hash: what all workers follow (max_attempts)
+    "SETTINGS": "settings",  # hash: what all workers follow (max_attempts), and their model
     "CLAIM": "claim:",  # string: number of a worker's last claim, and the ids of its jobs
     "ADAPTERS": "adapters",  # hash: the desired state, name -> AdapterRecord
     "ADAPTERS_VERSION": "adapters:version",  # counter: raised by every change of the desired state

@@ -126,7 +126,7 @@ def submit_raw(bench: FaultBench, payloads: list[bytes], adapter: str | bytes = 
     ids = [f"raw-{number}-{i}" for i in range(len(payloads))]
     fields: list[Any] = []
     for id_, payload in zip(ids, payloads, strict=True):
-        fields += [id_, adapter, "normal", "", payload]
+        fields += [id_, adapter, "normal", "", payload, ""]
     queue = JobQueue(bench.redis, bench.queue)
     queue._run("submit", f"raw-{number}", "raw", len(payloads), 0, 60_000, 0, 0, "", *fields)
     return ids

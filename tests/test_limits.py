@@ -271,8 +271,8 @@ def test_a_record_that_no_script_could_use_is_refused_whole(
     """From a program that does not use the Python client."""
     given = {"priority": "normal", "deadline": "", "result_ttl": "1000"} | {wrong: "soon"}
     jobs = [
-        *("first", "@base", "normal", "", "{}"),
-        *("second", "@base", given["priority"], given["deadline"], "{}"),
+        *("first", "@base", "normal", "", "{}", ""),
+        *("second", "@base", given["priority"], given["deadline"], "{}", ""),
     ]
     with pytest.raises(ResponseError, match="soon"):
         queue._run("submit", "sub", "file", 2, 0, given["result_ttl"], 0, 0, "", *jobs)
@@ -282,3 +282,10 @@ def test_a_record_that_no_script_could_use_is_refused_whole(
 def test_another_way_with_a_full_queue_than_the_two_is_refused(client: Client) -> None:
     with pytest.raises(BadInput, match="--when-full is 'wait' or 'refuse', not 'maybe'"):
         client.submit(["x"], when_full="maybe")  # type: ignore[arg-type]
+
+
+def test_jobs_that_lack_a_field_are_refused_whole(queue: JobQueue) -> None:
+    jobs = ("first", "@base", "normal", "", "{}")
+    with pytest.raises(ResponseError, match="six arguments a job are needed"):
+        queue._run("submit", "sub", "file", 1, 0, "1000", 0, 0, "", *jobs)
+    assert list(queue.client.scan_iter(match=queue.keys.prefix + "*")) == []

@@ -24,6 +24,7 @@ from broker.embedded import EmbeddedServer
 from broker.job_queue import JobQueue
 from producer.cli import app
 from schemas.adapter import AdapterRecord
+from schemas.job import Job
 from schemas.result import ErrorInfo, JobState, Result, Timings, Usage
 from schemas.worker_state import WorkerState
 
@@ -61,6 +62,7 @@ class Worker:
         self._adapters = adapters
         self._claims: dict[str, Claim] = {}
         records = {name: AdapterRecord(source=f"/{name}", revision="r1") for name in adapters}
+        queue.set_model("tiny-llama")
         queue.announce(records)
         self.beat()
 
@@ -98,6 +100,7 @@ class Worker:
             error=None if status == "done" else ErrorInfo(code="bad_prompt", message="It is bad."),
             timings=Timings(queued=claim.queued, started=claim.claimed, finished=claim.claimed + 1),
             worker=self.id,
+            metadata=Job.from_wire(claim.payload).metadata,
         )
         self._queue.commit(self.id, [(claim.lease, result)])
 

@@ -136,6 +136,7 @@ class Worker:
             return  # Asked to end while Redis was away.
         if self._config.max_attempts is not None:
             self._set_max_attempts(self._config.max_attempts)
+        self._queue.set_model(str(self._config.model_path))
         self._follower.announce()
         self._follower.follow()
         self._keeper.report()

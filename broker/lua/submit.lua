@@ -2,8 +2,8 @@
 --   ARGV: submission, its name, its number of jobs, offset of the run in it, ms for which results are
 --         kept, jobs behind the run that must find room too, their bytes, URL of
 --         the webhook that is told of the end ('' if none is),
---         then (id, adapter, priority, deadline, payload) a job; a deadline is '', a moment in ms, or
---         with a '+' before it ms from now
+--         then (id, adapter, priority, deadline, payload, refusal) a job; a deadline is '', a moment in
+--         ms, or with a '+' before it ms from now; a refusal is '', or why the job has failed already
 --   Returns {'ok'} | {'conflict', index, ...}: indices (from 0) of jobs whose id is taken by a
 --   job of other content | {'gap', sent}: jobs before the offset are missing | {'cancelled', sent}:
 --   the submission was cancelled meanwhile | {'full', fitting, jobs, bytes, max jobs, max bytes}: so
@@ -13,7 +13,7 @@
 local submission, name, total, offset, result_ttl = unpack(ARGV, 1, 5)
 local rest_jobs, rest_bytes, first = tonumber(ARGV[6]), tonumber(ARGV[7]), 9
 offset = tonumber(offset)
-local webhook, num_jobs = ARGV[8], (#ARGV - 8) / 5
+local webhook, num_jobs = ARGV[8], (#ARGV - 8) / 6
 local jobs = SUBMISSION .. submission .. ':jobs'
 
 local sent = redis.call('LLEN', jobs)
@@ -35,11 +35,12 @@ local IS_PRIORITY = {}
 for _, priority in ipairs(PRIORITIES) do IS_PRIORITY[priority] = true end
 
 -- What is stored wrong would fail later, in a script that other jobs need.
+if num_jobs % 1 ~= 0 then return redis.error_reply('ERR six arguments a job are needed') end
 if not string.match(result_ttl, '^%d+$') then
   return redis.error_reply('ERR no time to live: ' .. result_ttl)
 end
 for i = 0, num_jobs - 1 do
-  local priority, deadline = unpack(ARGV, first + 5 * i + 2, first + 5 * i + 3)
+  local priority, deadline = unpack(ARGV, first + 6 * i + 2, first + 6 * i + 3)
   if not IS_PRIORITY[priority] then
     return redis.error_reply('ERR no such priority: ' .. priority)
   end
@@ -59,11 +60,12 @@ end
 
 local reply, num_new, num_bytes, num_fitting = { 'conflict' }, 0, 0, 0
 for i = 0, num_jobs - 1 do
-  local id, payload = ARGV[first + 5 * i], ARGV[first + 5 * i + 4]
+  local id, payload, refusal =
+    ARGV[first + 6 * i], ARGV[first + 6 * i + 4], ARGV[first + 6 * i + 5]
   known[id] = known[id] or look_up(id)
   if not known[id].payload then
     known[id].payload = payload
-    num_new, num_bytes = num_new + 1, num_bytes + #payload
+    if refusal == '' then num_new, num_bytes = num_new + 1, num_bytes + #payload end
   elseif known[id].payload ~= payload then
     table.insert(reply, i)
   end
@@ -114,17 +116,30 @@ local function add(id, adapter, priority, deadline, payload)
   end
 end
 
+-- Stores a job that was refused before it was sent: it has ended, and stands in no lane.
+local function add_refused(id, payload, refusal)
+  redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', BASE,
+    'state', 'failed', 'submissions', submission, 'queued', text(now), 'finished', text(now),
+    'attempts', 0, 'error_code', 'bad_line', 'error_message', refusal)
+  tell_finished(submission, id, 'failed')
+end
+
 local ids, num_by_state = {}, {}
 for i = 0, num_jobs - 1 do
-  local id, adapter, priority, deadline, payload = unpack(ARGV, first + 5 * i, first + 5 * i + 4)
+  local id, adapter, priority, deadline, payload, refusal =
+    unpack(ARGV, first + 6 * i, first + 6 * i + 5)
   local job = known[id]
-  local state = job.state or 'waiting'
+  local state = job.state or (refusal == '' and 'waiting' or 'failed')
   if job.state then
     job.submissions = job.submissions .. ' ' .. submission
     redis.call('HSET', JOB .. id, 'submissions', job.submissions)
     if TERMINAL[state] then tell_finished(submission, id, state) end
   else
-    add(id, adapter, priority, deadline, payload)
+    if refusal == '' then
+      add(id, adapter, priority, deadline, payload)
+    else
+      add_refused(id, payload, refusal)
+    end
     job.state, job.submissions = state, submission
   end
   num_by_state[state] = (num_by_state[state] or 0) + 1

@@ -32,11 +32,11 @@ class Submissions(Session):
     ) -> str:
         """Send jobs once all of them are found valid; returns the submission's id.
 
-        A job is a prompt, a mapping with the fields of a line, or a ``Job``; ``terms`` are what
-        holds for all of them (``producer.terms``). ``name`` is what errors and lists call the
-        input. If ``durable``, they are on the server's disk on return. Raises BadInput with all
-        that is wrong, or ServerUnavailable if the server cannot promise that; nothing was sent
-        then.
+        A job is a prompt, a mapping with the fields of a line, or of a request of OpenAI's batch
+        files, or a ``Job``; ``terms`` are what holds for all of them (``producer.terms``). ``name``
+        is what errors and lists call the input. If ``durable``, they are on the server's disk on
+        return. Raises BadInput with all that is wrong, or ServerUnavailable if the server cannot
+        promise that; nothing was sent then.
         """
         return self._submit(enumerate(jobs, start=1), terms, name=name, durable=durable)
 
