@@ -30,6 +30,7 @@ from schemas.errors import BadInput, LorryError
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
+from worker.background import change_threads_often
 from worker.engine import Engine
 
 #: Steps of a phase, and after how many of them the next adapter is brought to a slot.
@@ -167,6 +168,7 @@ def _main() -> None:
     slots = engine.slots
     if slots is None or slots.stream is None:
         raise BadInput("Only a GPU worker with adapters loads them while it computes.")
+    change_threads_often()  # As the command `worker` does.
     run(engine, jobs[: len(jobs) // 4])  # Warms up.
     adapters = [engine.adapters.loader.load(path.name, path) for path in spare]
     for adapter in adapters:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from broker import job_queue
+from broker import scripts
 from broker.server import find_server
 from schemas import WIRE_VERSION
 from schemas.errors import JobError, LorryError
@@ -256,7 +256,7 @@ def run(settings: NullSettings) -> int:
     if settings.clock_offset:
         true_time = time.time
         time.time = lambda: true_time() + settings.clock_offset
-    job_queue.WIRE_VERSION = settings.wire_version
+    scripts.WIRE_VERSION = settings.wire_version
     config = WorkerConfig(
         model_path=Path("null"),
         max_running_requests=settings.max_running,

@@ -189,7 +189,7 @@ def _run(flags: dict[str, object]) -> int:
     from broker.connection import server_errors
     from broker.server import find_server
     from schemas.errors import LorryError
-    from worker.background import wait_for_server
+    from worker.background import change_threads_often, wait_for_server
     from worker.config import WorkerConfig
     from worker.engine import Engine
     from worker.host_memory import keep_freed_memory, leave_alone_what_stays
@@ -209,6 +209,7 @@ def _run(flags: dict[str, object]) -> int:
             engine = Engine(config)
             worker = Worker(config, engine, server.url)
             leave_alone_what_stays()
+            change_threads_often()
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: worker.stop())
             fetcher = FetcherProcess(config, engine.adapters.loader.limits, server.url)

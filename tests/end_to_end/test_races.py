@@ -115,7 +115,7 @@ def test_a_submission_that_is_cancelled_while_its_worker_dies_in_its_commit_ends
 def newer_client(bench: FaultBench, monkeypatch: pytest.MonkeyPatch) -> Client:
     """A producer of the next version."""
     with monkeypatch.context() as patch:
-        patch.setattr("broker.job_queue.WIRE_VERSION", NEWER)
+        patch.setattr("broker.scripts.WIRE_VERSION", NEWER)
         return bench.client_through(bench.proxy())
 
 

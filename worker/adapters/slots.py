@@ -121,9 +121,8 @@ class AdapterSlots:
         self.stream: torch.cuda.Stream | None = None
         """On which weights come to a GPU, while the engine's computes."""
         if device.type == "cuda":
-            # Before what the engine's stream has in the queue: who waits for it holds up a batch.
-            self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-            self._second_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._second_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arriving: dict[Adapter, torch.cuda.Event] = {}
         self._last_reads = LastReads[torch.cuda.Event](self.capacity, _LEAST_RANKS)
         #: Page-locked, as long as anybody holds the adapter.
