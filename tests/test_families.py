@@ -123,8 +123,9 @@ FUSED_LINEAR = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 NUM_TOKENS = 64
 
-#: In float32, of logits whose largest is about 10.
-TOLERANCE = 1e-4
+#: In float32, of logits whose largest is about 10. A GPU adds up in other orders than the oracle's
+#: CPU: 1.01e-4 was seen on an H100, in one of 13,504 logits.
+TOLERANCE = 2e-4 if torch.cuda.is_available() else 1e-4
 
 
 def linear_modules(name: str) -> tuple[str, ...]:

@@ -97,7 +97,10 @@ class Oracle:
     """transformers and PEFT, one prompt at a time, greedy, float32."""
 
     def __init__(self, model_folder: Path, adapters: dict[str, Path]) -> None:
-        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        # Of transformers' attentions the plain one alone knows soft caps in every version.
+        base = AutoModelForCausalLM.from_pretrained(
+            model_folder, dtype=torch.float32, attn_implementation="eager"
+        )
         self._model = base.eval()
         for number, (name, folder) in enumerate(adapters.items()):
             if number == 0:
