@@ -170,7 +170,7 @@ def test_wrong_usage_ends_with_2(args: tuple[str, ...]) -> None:
             "'urgent' is not one of 'high', 'normal', 'low'.",
         ),
         (("submit", "x", "--when-full", ""), "'' is not one of 'wait', 'refuse'."),
-        (("results", "x", "--format", "csv"), "'csv' is not one of 'jsonl', 'table'."),
+        (("results", "x", "--format", "csv"), "'csv' is not one of 'jsonl', 'openai', 'table'."),
         (("wait", "x", "--timeout", "soon"), "should be a valid number, unable to parse"),
         (("lora", "load", "a", "b", "--timeout", "-1"), "should be greater than or equal to 0"),
     ],

@@ -129,9 +129,9 @@ local num_passed_over, num_set_aside = 0, 0
 -- if it cannot be lent, with what becomes of it done. `serve_lane` counts all of them at once, and
 -- notes their leases.
 local function deliver(lane, entry, id)
-  local found = redis.pcall('HMGET', JOB .. id, 'state', 'v', 'adapter', 'submissions', 'attempts',
-    'job', 'queued', 'deadline', 'alone')
-  if found.err then return fail_damaged(id, lane, entry, 'its key holds no hash') end
+  local found = job_fields(id, 'state', 'v', 'adapter', 'submissions', 'attempts', 'job', 'queued',
+    'deadline', 'alone')
+  if not found then return fail_damaged(id, lane, entry, 'its key holds no hash') end
   local state, v, adapter, submissions, attempts, payload, queued, deadline, alone = unpack(found)
   local version = version_of(v, adapter, submissions, attempts)
   if not state and not v then

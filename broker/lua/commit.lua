@@ -23,9 +23,9 @@ end
 -- Whether the result is on record then. A record that was damaged meanwhile counts as lost, so that
 -- it keeps no other from being recorded.
 local function record(id, claim, to, result)
-  local found = redis.pcall('HMGET', JOB .. id, 'state', 'worker', 'claim', 'entry', 'adapter',
-    'priority', 'submissions')
-  if found.err then return false end -- The key is no hash.
+  local found = job_fields(id, 'state', 'worker', 'claim', 'entry', 'adapter', 'priority',
+    'submissions')
+  if not found then return false end
   local state, holder, current, entry, adapter, priority, submissions = unpack(found)
   if not (state == 'running' and holder == worker and current == claim) then
     return redis.call('HGET', JOB .. id, 'result') == result

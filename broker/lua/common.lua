@@ -196,14 +196,18 @@ local function version_of(v, adapter, submissions, attempts)
   return version
 end
 
+-- Fields of a job; nil if its key is no hash. Any other error is one: a user who may not read jobs
+-- must not be told that they are damaged.
+local function job_fields(id, ...)
+  local found = redis.pcall('HMGET', JOB .. id, ...)
+  if not found.err then return found end
+  if not string.find(found.err, 'WRONGTYPE', 1, true) then error(found) end
+end
+
 -- A job's state, nil if there is no such job, and the version of its record.
 local function state_and_version(id)
-  local found =
-    redis.pcall('HMGET', JOB .. id, 'state', 'v', 'adapter', 'submissions', 'attempts')
-  if found.err then
-    if not string.find(found.err, 'WRONGTYPE', 1, true) then error(found) end
-    return 'damaged', 0 -- The key is no hash.
-  end
+  local found = job_fields(id, 'state', 'v', 'adapter', 'submissions', 'attempts')
+  if not found then return 'damaged', 0 end
   return found[1] or nil, version_of(unpack(found, 2))
 end
 
@@ -347,8 +351,8 @@ end
 -- what the record does not, so that its submissions end and who follows them is told.
 local function fail_damaged(id, lane, entry, message)
   local key = JOB .. id
-  local found = redis.pcall('HMGET', key, 'submissions', 'attempts', 'queued')
-  if found.err then -- The key is no hash.
+  local found = job_fields(id, 'submissions', 'attempts', 'queued')
+  if not found then
     redis.call('DEL', key)
     found = {}
   end

@@ -37,8 +37,8 @@ end
 -- Suspects and delayed jobs have entries that were read before.
 local function fail_those_in(set)
   for _, id in ipairs(redis.call('ZRANGE', set, 0, -1)) do
-    local found = redis.pcall('HMGET', JOB .. id, 'adapter')
-    if not found.err and found[1] == name then fail(id) end
+    local found = job_fields(id, 'adapter')
+    if found and found[1] == name then fail(id) end
   end
 end
 
