@@ -226,7 +226,7 @@ def check(queue: JobQueue) -> None:
 
 # A failure is told as it was found: to make it smaller would take longer than a test may.
 @settings(
-    max_examples=60,
+    max_examples=35,
     deadline=None,
     phases=(Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
