@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
 import redis
@@ -12,6 +12,10 @@ from broker.claims import Claim, ClaimRequest, Claims, Lease
 from broker.scripts import QueueScripts
 from schemas.keys import BASE
 from schemas.result import Result
+
+#: Bytes after which a script takes no further result. One with log probabilities may take 45 MB,
+#: and a server holds all that a script is given twice while nobody else is served.
+_COMMIT_BYTES = 16 * 1024 * 1024
 
 
 class Leasing(QueueScripts):
@@ -63,15 +67,14 @@ class Leasing(QueueScripts):
     def commit(self, worker: str, results: Sequence[tuple[Lease, Result]]) -> list[bool]:
         """Record results; False where the lease was lost. Safe to repeat.
 
-        One script takes all of them: some hundreds at a time leave room for others.
+        One script takes all of them, unless they are large: some hundreds at a time leave room for
+        others.
         """
-        if not results:
-            return []
-        fields = chain.from_iterable(
-            (lease.job_id, lease.claim, result.status, result.model_dump_json())
-            for lease, result in results
-        )
-        return [bool(recorded) for recorded in self._run("commit", worker, *fields)]
+        return [
+            bool(recorded)
+            for fields in _commit_fields(results)
+            for recorded in self._run("commit", worker, *fields)
+        ]
 
     def renew(self, worker: str, leases: Collection[Lease], *, lease_seconds: float) -> set[Lease]:
         """Prolong leases; returns those that the worker no longer holds."""
@@ -129,3 +132,18 @@ class Leasing(QueueScripts):
 
 def _flat(leases: Iterable[Lease]) -> Iterable[str | int]:
     return chain.from_iterable((lease.job_id, lease.claim) for lease in leases)
+
+
+def _commit_fields(results: Iterable[tuple[Lease, Result]]) -> Iterator[list[str | int]]:
+    """What one script after the other takes of the results."""
+    fields: list[str | int] = []
+    num_bytes = 0
+    for lease, result in results:
+        line = result.model_dump_json()
+        fields += (lease.job_id, lease.claim, result.status, line)
+        num_bytes += len(line)
+        if num_bytes >= _COMMIT_BYTES:
+            yield fields
+            fields, num_bytes = [], 0
+    if fields:
+        yield fields

@@ -106,6 +106,19 @@ def test_two_jobs_of_one_run_that_share_an_id_conflict_unless_they_are_equal(
     assert queue.client.xlen(queue.keys.stream(None, "normal", "sub")) == 1
 
 
+def test_large_results_are_committed_by_several_scripts(queue: JobQueue) -> None:
+    def num_scripts() -> int:
+        return int(queue.client.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+    join(queue)
+    submit(queue, jobs(20))
+    results = [(job.lease, result(job, "x" * 2**21)) for job in claim(queue)]
+    queue.commit("w", results[:1])
+    before = num_scripts()
+    assert queue.commit("w", results) == [True] * 20
+    assert num_scripts() == before + 3  # 40 MiB, of which one takes 16.
+
+
 def test_a_job_sent_by_two_submissions_runs_once_and_counts_in_both(
     queue: JobQueue, reader: QueueReader
 ) -> None:

@@ -532,6 +532,23 @@ def test_a_preempted_sequence_waits_before_those_that_never_ran() -> None:
     assert list(scheduler.waiting) == [young, new]
 
 
+def test_a_preempted_sequence_waits_for_a_slot_that_a_pinned_adapter_took_meanwhile() -> None:
+    scheduler = make_scheduler(pages=5, max_adapters=2)
+    first, second, young = (make_sequence(12, 20, adapter) for adapter in (A, None, B))
+    for sequence in (first, second, young):
+        add(scheduler, sequence)
+        step(scheduler)
+    for _ in range(6):
+        step(scheduler)
+    assert list(scheduler.waiting) == [young]
+    scheduler.pinned = frozenset({C})
+    scheduler.finish(second)  # There is room again, but no slot while the first one runs.
+    for _ in range(40):
+        step(scheduler)
+        assert len(scheduler.adapters_in_use) <= 2
+    assert young.phase is Phase.FINISHED
+
+
 def test_a_preempted_sequence_keeps_its_answer_and_computes_it_anew() -> None:
     scheduler, (_, _, young, _) = run_out_of_pages()
     for _ in range(20):

@@ -24,6 +24,10 @@ log = structlog.get_logger()
 #: Results committed in one round trip.
 _COMMIT_CHUNK = 256
 
+#: Seconds for which results are made before those that are there are committed. One of 500,000 log
+#: probabilities takes some seconds and 300 MB until it is.
+_COLLECT_SECONDS = 0.1
+
 #: Seconds from a first attempt that failed to the second; doubled for each further one, up to the
 #: last, and cut by up to a half at random, so that jobs that failed together do not come together.
 _FIRST_DELAY, _LAST_DELAY = 10.0, 600.0
@@ -134,10 +138,12 @@ class Publisher:
         )
 
     def _collect(self) -> None:
-        """Move outcomes to the lists of what is to be written, which stays there until it is."""
+        """Move some outcomes to the lists of what is to be written, which stays there until it
+        is."""
         try:
             is_behind = self._uncommitted or self._retries or self._unbegun
             outcome = self._outcomes.get(timeout=0 if is_behind else 0.1)
+            end = time.monotonic() + _COLLECT_SECONDS
             while True:
                 if isinstance(outcome, Retry):
                     self._retries.append(outcome)
@@ -145,6 +151,8 @@ class Publisher:
                     self._unbegun.append(outcome.claim.lease)
                 else:
                     self._uncommitted.append((outcome.claim, self._result(outcome)))
+                if time.monotonic() >= end:
+                    return
                 outcome = self._outcomes.get_nowait()
         except Empty:
             return

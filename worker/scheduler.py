@@ -128,7 +128,6 @@ class Scheduler:
         """Let waiting sequences begin, as far as rows, pages and slots allow."""
         preempted = self.waiting.preempted
         while preempted and self._may_begin(preempted[0], budget):
-            # Its adapter has a slot or finds one free: nobody else has begun since.
             budget -= self._begin(preempted.popleft(), budget, scheduled)
         if preempted or not self._has_row(budget):
             return  # Nobody overtakes a preempted sequence.
@@ -147,7 +146,14 @@ class Scheduler:
         found = self._find_prefix(sequence)
         wanted = num_pages(sequence.num_tokens) - len(found) + bool(self.running)
         has_pages = wanted <= self.pool.num_free_without(found)
-        return self._has_row(budget) and has_pages and not sequence.num_in_flight
+        may_run = self._has_slot(sequence.adapter) and not sequence.num_in_flight
+        return self._has_row(budget) and has_pages and may_run
+
+    def _has_slot(self, adapter: Adapter | None) -> bool:
+        """Whether it needs none, has one or finds one free: of those that were preempted, one that
+        was pinned meanwhile may have taken theirs."""
+        in_use = self.adapters_in_use
+        return adapter is None or adapter in in_use or len(in_use) < self._max_adapters
 
     def _begin(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
         """Let a sequence run; returns what it takes of the budget."""

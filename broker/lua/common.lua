@@ -31,12 +31,13 @@ local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, ex
 -- records if that is `waiting`. What came down to nothing is deleted.
 local function count(state, adapter, number, bytes)
   local by_adapter = ({ waiting = WAITING, running = RUNNING })[state]
-  if not by_adapter then return end
+  if not by_adapter or number == 0 then return end
   if redis.call('HINCRBY', by_adapter, adapter, number) <= 0 then
     redis.call('HDEL', by_adapter, adapter)
   end
   if state ~= 'waiting' then return end
-  redis.call('HINCRBY', BACKLOG, 'bytes', number < 0 and -bytes or bytes)
+  -- Not -bytes: Lua's -0 is no integer to Redis 7.0.
+  redis.call('HINCRBY', BACKLOG, 'bytes', number < 0 and 0 - bytes or bytes)
   if redis.call('HINCRBY', BACKLOG, 'jobs', number) <= 0 then redis.call('DEL', BACKLOG) end
 end
 
