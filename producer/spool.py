@@ -42,15 +42,20 @@ class Run:
     """Jobs that are not refused."""
     num_bytes: int = 0
     """Of those."""
+    num_refused_bytes: int = 0
+    """Of the others, which may hold as much metadata."""
 
     @property
     def is_full(self) -> bool:
-        return len(self.jobs) >= MAX_RUN_JOBS or self.num_bytes >= MAX_RUN_BYTES
+        num_bytes = self.num_bytes + self.num_refused_bytes
+        return len(self.jobs) >= MAX_RUN_JOBS or num_bytes >= MAX_RUN_BYTES
 
     def append(self, line: int, job: JobRecord) -> None:
         self.jobs.append(job)
         self.lines.append(line)
-        if not job.refusal:
+        if job.refusal:
+            self.num_refused_bytes += len(job.payload.encode())
+        else:
             self.num_to_run += 1
             self.num_bytes += len(job.payload.encode())
 

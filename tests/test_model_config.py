@@ -202,7 +202,8 @@ def test_modules_stored_as_one_are_one_module_to_adapters(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("in_config", "expected"), [(2, {2}), ([2, 7], {2, 7}), (0, {0}), (None, set())]
+    ("in_config", "expected"),
+    [(2, {2}), ([2, 7], {2, 7}), (0, {0}), (None, set()), (-1, set()), ([2, 211], {2})],
 )
 def test_the_config_alone_gives_the_end_tokens(
     tmp_path: Path, in_config: object, expected: set[int]

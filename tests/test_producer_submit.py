@@ -15,10 +15,11 @@ import pytest
 
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
+from broker.submissions import JobRecord
 from producer.client import Client
-from producer.spool import new_submission_id
+from producer.spool import MAX_RUN_BYTES, Spool, new_submission_id
 from schemas.errors import BadInput, LorryError
-from schemas.job import Job
+from schemas.job import Job, RefusedJob
 from tests.test_producer_cli import Producer, Worker, prompts
 
 
@@ -400,3 +401,12 @@ def test_a_temporary_folder_that_cannot_be_used_is_told_with_the_remedy(
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with pytest.raises(LorryError, match=r"/nowhere: No such file or directory. Set TMPDIR"):
         client.submit(["x"])
+
+
+def test_refused_lines_with_much_metadata_are_sent_in_runs_of_bounded_size() -> None:
+    with Spool("file") as spool:
+        for line in range(4):
+            refused = RefusedJob(id=f"{line}", refusal="bad", metadata="x" * (MAX_RUN_BYTES // 2))
+            spool.append(line, JobRecord.of(refused))
+        assert [(run.offset, len(run.jobs)) for run in spool.runs()] == [(0, 2), (2, 2)]
+        assert spool.num_bytes == 0

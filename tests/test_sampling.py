@@ -65,6 +65,14 @@ def run(engine: Engine, jobs: list[Job]) -> dict[str, Sequence]:
     return finished
 
 
+def test_an_end_token_that_the_model_cannot_write_is_not_banned_before_min_tokens(
+    tmp_path: Path,
+) -> None:
+    made = make_engine(make_llama(tmp_path, eos_token_id=[-1, 3, 211]), {})
+    (sequence,) = run(made, [job("a", min_tokens=24)]).values()
+    assert len(sequence.output_ids) == 24
+
+
 def test_penalties_and_bans_give_the_tokens_that_transformers_gives(
     engine: Engine, oracle: Oracle
 ) -> None:

@@ -103,7 +103,8 @@ class ModelConfig:
                 rms_norm_eps=config.rms_norm_eps,
                 max_position=longest_context(config),
                 tie_word_embeddings=config.tie_word_embeddings,
-                eos_token_ids=eos_token_ids,
+                # Some say -1 where there is none, or name one that was never added to the model.
+                eos_token_ids=eos_token_ids.intersection(range(config.vocab_size)),
                 dtype=config.dtype or torch.float32,
             )
         except BadInput as error:
