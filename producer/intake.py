@@ -128,5 +128,5 @@ def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:
         adapters.require(make_job("", made_id="default", defaults=defaults).lora)
     except BadInput as error:
         field, colon, what = str(error).partition(":")
-        flag = f"--{field.replace('_', '-')}{colon}{what}"
-        raise BadInput(f"{flag}\n{adapters.remark}".rstrip()) from None
+        flag = "-n" if field == "n" else f"--{field.replace('_', '-')}"
+        raise BadInput(f"{flag}{colon}{what}\n{adapters.remark}".rstrip()) from None

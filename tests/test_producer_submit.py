@@ -277,6 +277,15 @@ def test_an_unknown_adapter_of_the_option_is_told_once(
     assert outcome.stderr.count("--lora: unknown adapter 'poetry'") == 1
 
 
+@pytest.mark.parametrize(("flag", "value"), [("-n", "0"), ("--max-tokens", "0"), ("--top-p", "2")])
+def test_a_wrong_sampling_option_is_told_by_its_flag(
+    producer: Producer, tmp_path: Path, flag: str, value: str
+) -> None:
+    outcome = producer("submit", prompts(tmp_path, '"x"'), flag, value)
+    assert outcome.exit_code == 2
+    assert f"error: {flag}: should be " in outcome.stderr
+
+
 def test_a_wrong_adapter_name_of_the_option_is_refused(producer: Producer, tmp_path: Path) -> None:
     outcome = producer("submit", prompts(tmp_path, '"x"'), "--lora", "my sql")
     assert outcome.exit_code == 2
