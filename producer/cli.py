@@ -48,7 +48,7 @@ EXIT_CODES = """\
 - 4: no server
 - 5: not finished
 - 6: not finished, or told to nobody (lora), and no worker (or no fetcher, for the hub) is alive
-- 7: the queue is full (submit --when-full refuse)
+- 7: the queue is full (submit --when-full refuse, or no room within --timeout)
 - 130: interrupted by Ctrl-C; what was sent goes on
 """
 

@@ -127,6 +127,9 @@ def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:
     try:
         adapters.require(make_job("", made_id="default", defaults=defaults).lora)
     except BadInput as error:
-        field, colon, what = str(error).partition(":")
-        flag = f"--{field.replace('_', '-')}{colon}{what}"
-        raise BadInput(f"{flag}\n{adapters.remark}".rstrip()) from None
+        fault = str(error)
+        if fault.startswith("unknown field "):  # The Python client's alone: flags are all known.
+            raise BadInput(f"sampling: {fault}") from None
+        field, colon, what = fault.partition(":")
+        flag = "-n" if field == "n" else f"--{field.replace('_', '-')}"
+        raise BadInput(f"{flag}{colon}{what}\n{adapters.remark}".rstrip()) from None

@@ -81,13 +81,13 @@ def _sent(
             client.require_durability()
         for sentence in client.server_warnings():
             warn(sentence)
-        if terms.get("webhook") and not client.has_notifier():
-            warn(no_notifier(client.queue))
         with bar_for("checking") as bar:
             spool = client.prepare(shown(numbered_lines(stream), bar), name=name, **terms)
         with spool:
             if spool.refusals:
                 warn(spool.refusals)
+            if spool.webhook and not client.has_notifier():
+                warn(no_notifier(client.queue))
             _send(client, spool, timeout)
             if durable:
                 client.sync(spool)

@@ -79,7 +79,7 @@ def test_the_client_takes_sampling_fields_of_all_lines(client: Client, reader: Q
     client.submit(["a"], sampling={"presence_penalty": 0.5, "logprobs": True})
     (job,) = sent_jobs(reader)
     assert (job.presence_penalty, job.num_logprobs) == (0.5, 0)
-    with pytest.raises(BadInput, match="did you mean 'temperature'"):
+    with pytest.raises(BadInput, match=r"^sampling: .*'temprature': did you mean 'temperature'"):
         client.submit(["a"], sampling={"temprature": 1})
 
 
@@ -276,6 +276,15 @@ def test_an_unknown_adapter_of_the_option_is_told_once(
     outcome = producer("submit", prompts(tmp_path, *['"x"'] * 9), "--lora", "poetry")
     assert outcome.exit_code == 2
     assert outcome.stderr.count("--lora: unknown adapter 'poetry'") == 1
+
+
+@pytest.mark.parametrize(("flag", "value"), [("-n", "0"), ("--max-tokens", "0"), ("--top-p", "2")])
+def test_a_wrong_sampling_option_is_told_by_its_flag(
+    producer: Producer, tmp_path: Path, flag: str, value: str
+) -> None:
+    outcome = producer("submit", prompts(tmp_path, '"x"'), flag, value)
+    assert outcome.exit_code == 2
+    assert f"error: {flag}: should be " in outcome.stderr
 
 
 def test_a_wrong_adapter_name_of_the_option_is_refused(producer: Producer, tmp_path: Path) -> None:

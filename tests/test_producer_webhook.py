@@ -50,6 +50,12 @@ def test_without_a_notifier_it_is_kept_and_that_is_said(
     assert status.webhook.url == URL  # type: ignore[union-attr]
 
 
+def test_that_is_not_said_where_nothing_is_sent(producer: Producer, tmp_path: Path) -> None:
+    outcome = producer("submit", prompts(tmp_path, "{"), "--webhook", URL)
+    assert outcome.exit_code == 2
+    assert "Nobody delivers webhooks" not in outcome.stderr
+
+
 def test_with_one_nothing_is_said(producer: Producer, notices: Notices, tmp_path: Path) -> None:
     alive(notices, "example.org:8443")
     outcome = producer("submit", prompts(tmp_path, '"x"'), "--webhook", URL)
