@@ -435,6 +435,7 @@ def growth(peak: Callable[[int], int]) -> float:
     return (peak(10_000) - peak(2000)) / 8000
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_requests(
     client: Client, worker: Worker, tmp_path: Path
 ) -> None:
@@ -459,6 +460,7 @@ def test_memory_does_not_grow_with_the_number_of_requests(
 
 
 @pytest.mark.usefixtures("worker")
+@pytest.mark.slow
 def test_the_refusals_of_a_lenient_file_are_not_held_in_memory(client: Client) -> None:
     def peak(count: int) -> int:
         line = json.dumps(named(chat(), "x" * NUM_OWN_BYTES)).encode()
