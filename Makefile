@@ -26,7 +26,7 @@ demo: install ## Run real prompts through a real model and three adapters
 test: check ## Check the code and run the tests, but for the slow ones
 	$(BIN)/pytest -n 2
 
-test-slow: install ## Run the tests that take minutes: faults of a real engine, a soak, failovers, a hub
+test-slow: install ## Run the tests that take minutes: faults of a real engine, a soak, failovers, a hub, large files
 	$(BIN)/pytest -n 2 -m slow
 
 test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
