@@ -300,7 +300,8 @@ def make_suspects(client: Client, queue: JobQueue, ids: list[str]) -> str:
 def test_suspects_run_alone_and_in_turn_with_a_backlog(
     client: Client, queue: JobQueue, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.claimer._TRIAL_SECONDS", 0.05)
+    # Each suspect takes longer than that, so that after each it is the turn of others.
+    monkeypatch.setattr("worker.claimer._TRIAL_SECONDS", 0.001)
     suspects = [f"suspect-{i}" for i in range(3)]
     make_suspects(client, queue, suspects)
     client.submit([job(f"other-{i}", max_tokens=100) for i in range(100)])
