@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import structlog
@@ -32,3 +33,9 @@ def configure_logs() -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def mute_rq() -> None:
+    """Keep back what rq would say: it is in the program's own lines, one JSON object each."""
+    logging.getLogger("rq").addHandler(logging.NullHandler())
+    logging.getLogger("rq").propagate = False

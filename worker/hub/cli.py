@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -87,14 +86,12 @@ def _run(flags: argparse.Namespace) -> int:
     from worker.background import wait_for_server
     from worker.config import FetcherConfig
     from worker.hub.fetcher import Fetcher
-    from worker.logs import configure_logs, log
+    from worker.logs import configure_logs, log, mute_rq
     from worker.model.config import ModelConfig
 
     tidy_up_first()
     configure_logs()
-    # What they would say is in the fetcher's own lines, one JSON object each.
-    logging.getLogger("rq").addHandler(logging.NullHandler())
-    logging.getLogger("rq").propagate = False
+    mute_rq()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = FetcherConfig.from_flags(vars(flags))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import signal
 import sys
@@ -73,15 +72,13 @@ def _run(flags: argparse.Namespace) -> int:
     from broker.server import find_server
     from schemas.errors import LorryError
     from worker.background import wait_for_server
-    from worker.logs import configure_logs, log
+    from worker.logs import configure_logs, log, mute_rq
     from worker.webhooks.notifier import Notifier
     from worker.webhooks.signature import read_secrets
 
     tidy_up_first()
     configure_logs()
-    # What it would say is in the notifier's own lines, one JSON object each.
-    logging.getLogger("rq").addHandler(logging.NullHandler())
-    logging.getLogger("rq").propagate = False
+    mute_rq()
     try:
         hosts = _hosts(flags.webhook_hosts)
         queue = _queue(flags.queue)
