@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from schemas.errors import BadInput, JobError
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
-from worker.adapters.registry import AdapterRegistry
+from worker.adapters.registry import AdapterRegistry, load_registry
+from worker.adapters.sources import FoundAdapter
+from worker.config import WorkerConfig
 
 
 class TextLoader(AdapterLoader):
@@ -203,3 +207,55 @@ def test_only_known_names_count_as_pinned(folder: Path) -> None:
     known.pin(name for name in "az")
     assert known.pinned_names == {"a"}
     assert [adapter.name for adapter in known.pinned] == ["a"]
+
+
+# --- Several threads ----------------------------------------------------------------------------
+
+
+class MeetingLoader(TextLoader):
+    """Reads an adapter only while another one is read."""
+
+    def __init__(self, readers: int) -> None:
+        super().__init__()
+        self.__dict__["meeting"] = Barrier(readers)
+
+    def load(self, name: str, folder: Path) -> Adapter:
+        self.__dict__["meeting"].wait(timeout=60)
+        return super().load(name, folder)
+
+
+def test_reading_one_adapter_does_not_wait_for_another(folder: Path) -> None:
+    known = AdapterRegistry(MeetingLoader(2))
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda name: load(known, name, folder / name, 1), "ab"))
+    assert loaded(known) == "ab"
+
+
+def test_two_threads_that_want_an_adapter_read_it_once(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    start = Barrier(8)
+
+    def get(_: int) -> Adapter | None:
+        start.wait(timeout=60)
+        return known.get("a")
+
+    with ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(get, range(8)))
+    assert len(found) == 1
+    assert num_read(known, "a") == 2  # At first, and after its eviction.
+
+
+def test_the_first_adapter_that_cannot_be_served_is_named(folder: Path) -> None:
+    found = [FoundAdapter(name, name, folder / name, pinned=False) for name in ("a", "x", "y")]
+    config = WorkerConfig(model_path=folder)
+    with pytest.raises(BadInput, match="--lora-paths x: there is no folder"):
+        load_registry(config, found, TextLoader())
+
+
+def test_adapters_of_the_command_line_are_pinned_as_it_says(folder: Path) -> None:
+    found = [FoundAdapter(name, name, folder / name, pinned=name == "a") for name in "abc"]
+    config = WorkerConfig(model_path=folder, max_loaded_loras=2, max_loras_per_batch=2)
+    known = load_registry(config, found, TextLoader())
+    assert [adapter.name for adapter in known.pinned] == ["a"]
+    assert set(known.revisions) == set("abc")
+    assert len(known.loaded) == 2

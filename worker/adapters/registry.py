@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import structlog
+import torch
 
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, JobError
@@ -20,6 +24,9 @@ from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 
 log = structlog.get_logger()
+
+#: Threads that read the adapters of the command line, before there are batches to disturb.
+_READERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ class AdapterRegistry:
         """What the slots need done to an adapter before it is placed."""
         self._max_loaded = max_loaded
         self._policy = policy
-        #: Held while a file is read, one at a time.
-        self._reading = threading.Lock()
+        #: Held while the files of an adapter are read, so that no two threads read the same.
+        self._reading: dict[str, threading.Lock] = {}
         #: Held for a moment, while what follows is looked at or changed.
         self._lock = threading.RLock()
         self._known: dict[str, KnownAdapter] = {}
@@ -84,7 +91,7 @@ class AdapterRegistry:
         """
         if adapter := self._get_loaded(name):
             return adapter
-        with self._reading:
+        with self._reading_lock(name):
             # Another thread may have read it meanwhile.
             adapter, known = self._get_loaded(name), self.known(name)
             if adapter or known is None:
@@ -114,7 +121,7 @@ class AdapterRegistry:
         """Read an adapter, but no weights if they are those that are served; to be served by
         ``serve``. ``source`` is what the desired state calls the folder, if not by its path.
         Raises BadInput if it cannot be."""
-        with self._reading:
+        with self._reading_lock(name):
             known, source = self.known(name), source or str(folder)
             if known and known.revision == self.loader.revision(folder):
                 return ReadAdapter(KnownAdapter(source, folder, known.revision, version), None)
@@ -241,6 +248,10 @@ class AdapterRegistry:
                 self._loaded[name] = self._loaded.pop(name)
             return adapter
 
+    def _reading_lock(self, name: str) -> threading.Lock:
+        with self._lock:
+            return self._reading.setdefault(name, threading.Lock())
+
     def _read(self, name: str, folder: Path) -> Adapter:
         started = time.monotonic()
         adapter = self.loader.load(name, folder)
@@ -297,11 +308,16 @@ def load_registry(
     )
     if prepare:
         registry.prepare = prepare
-    for lora in found:
+    registry.pin(lora.name for lora in found if lora.pinned)
+
+    def serve(lora: FoundAdapter) -> None:
         try:
             read = registry.read(lora.name, lora.folder, version=0, source=lora.source)
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.name}: {error}") from error
         registry.serve(lora.name, read)
-    registry.pin(lora.name for lora in found if lora.pinned)
+
+    # Each thread computes alone: several that share the work of every operation would wait.
+    with ThreadPoolExecutor(_READERS, initializer=torch.set_num_threads, initargs=(1,)) as readers:
+        deque(readers.map(serve, found), maxlen=0)
     return registry
