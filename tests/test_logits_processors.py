@@ -100,10 +100,11 @@ def processed(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
 def by_transformers(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     """One row, in vLLM's order; transformers has no penalties by OpenAI's definition."""
     job, row = sequence.job, logits[None]
-    answer = torch.tensor([sequence.output_ids], dtype=torch.int64)
     text = torch.tensor([sequence.prompt_ids + sequence.output_ids])
     if job.metadata:
-        row = NoBadWordsLogitsProcessor(job.metadata)(answer, row)
+        # transformers 5.17 overlooks a word whose first tokens are all there is; so one is before.
+        longer = torch.tensor([[VOCABULARY - 1, *sequence.output_ids]])
+        row = NoBadWordsLogitsProcessor(job.metadata)(longer, row)
     if job.min_tokens:
         prompt_length = len(sequence.prompt_ids)
         ends = list(job.stop_token_ids)
