@@ -52,9 +52,14 @@ SIZES: dict[str, object] = {
 
 
 def make_model(folder: Path, model_type: str, **changes: object) -> Path:
-    """A random model of any family, with norms and biases that matter."""
+    """A random model of any family, with norms and biases that matter; the sizes are those of the
+    text's part, if ``changes`` tell of one."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    if "text_config" in changes:
+        settings = changes | {"text_config": SIZES | changes["text_config"]}
+    else:
+        settings = SIZES | changes
+    config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
