@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 
 from schemas.job import Job
 from worker.model.config import LINEAR_MODULES, ModelConfig
-from worker.model.weights import PARENTS, group_of
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -72,7 +71,7 @@ def make_adapter(folder: Path, model: ModelConfig, rank: int, seed: int) -> None
     for layer in range(model.num_layers):
         for module in LINEAR_MODULES:
             out_features, in_features = model.linear_shape(module)
-            place = f"base_model.model.model.layers.{layer}.{PARENTS[group_of(module)]}.{module}"
+            place = f"base_model.model.{model.family.module_name(layer, module)}"
             tensors[f"{place}.lora_A.weight"] = normal(rank, in_features)
             tensors[f"{place}.lora_B.weight"] = normal(out_features, rank)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ PEFT: tiny random models, whose prompts exceed their windows."""
 from __future__ import annotations
 
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from schemas.errors import BadInput
 from schemas.job import Job
 from tests.test_engine import make_engine
-from tests.tiny_models import Oracle, OracleOfEach, make_adapter, make_model
+from tests.tiny_models import Oracle, OracleOfEach, in_bfloat16, make_adapter, make_model
 from worker import assembly
 from worker.batch import Batch
 from worker.engine import Engine
@@ -27,6 +29,18 @@ from worker.step_graphs import Output, StepGraphs
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1000.0}
+
+GEMMA3: dict[str, Any] = {
+    "head_dim": 20,
+    "query_pre_attn_scalar": 30,
+    "sliding_window": 17,
+    "tie_word_embeddings": False,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+    },
+}
 
 #: What ``make_model`` is told: a type of transformers, and what is not as usual. Embeddings that
 #: are scaled and tied would have a random model say its last token again and again.
@@ -84,18 +98,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 5.0,
         },
     ),
-    "gemma3": (
-        "gemma3_text",
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3-with-images": (
+        "gemma3",
         {
-            "head_dim": 20,
-            "query_pre_attn_scalar": 30,
-            "sliding_window": 17,
+            "text_config": GEMMA3,
             "tie_word_embeddings": False,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
-                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            "vision_config": {
+                "hidden_size": 24,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
             },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 208,
+            "eoi_token_index": 209,
+            "image_token_index": 210,
         },
     ),
     "smollm3": (
@@ -248,6 +268,40 @@ def test_prompts_in_one_piece_are_those_of_transformers(model_folder: Path, orac
     assert_parity(make_engine(model_folder, {}, chunked_prefill_size=512), jobs, oracle)
 
 
+#: bfloat16 keeps 8 bits, and what the roundings on the way add up to differs from model to model:
+#: 0.2% to 4% of the largest logit of these. So transformers' own error in bfloat16 is the measure.
+#: Whoever rounds at the same places, in other orders of adding up, has about the same: on a CPU
+#: 0.68 to 1.05 times it was seen. Wrong frequencies of a rotary embedding, to name a small mistake,
+#: make it 8 times as large.
+BFLOAT16_ERRORS = 1.5
+
+
+def test_in_bfloat16_logits_are_as_far_from_float32_as_those_of_transformers(
+    model_folder: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Root mean squares over all logits, on weights that bfloat16 holds exactly."""
+    model = in_bfloat16(model_folder, tmp_path / "model")
+    loras = {name: in_bfloat16(adapters[name], tmp_path / name) for name in ("all", "dora")}
+    exact, rounded = Oracle(model, loras), Oracle(model, loras, torch.bfloat16)
+    engine = make_engine(model, loras, dtype="bfloat16")
+    jobs = [job.model_copy(update={"max_tokens": 40}) for job in make_jobs([None, *loras], 6)]
+    with kept_logits() as kept:
+        tokens = run(engine, jobs)
+    for lora in (None, *loras):
+        errors, errors_of_transformers = [], []
+        for job in (job for job in jobs if job.lora == lora):
+            prompt = job.prompt_token_ids or []
+            ids, own = [*prompt, *tokens[job.id]], slice(len(prompt) - 1, -1)
+            expected = exact.all_logits(ids, lora)[own]
+            errors.append(torch.stack(kept[job.id]).float() - expected)
+            errors_of_transformers.append(rounded.all_logits(ids, lora)[own].float() - expected)
+        assert rms(errors) <= BFLOAT16_ERRORS * rms(errors_of_transformers), lora
+
+
+def rms(errors: list[torch.Tensor]) -> float:
+    return float(torch.cat(errors).square().mean().sqrt())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the tests above run the kernels")
 @pytest.mark.parametrize("name", INTERPRETED, indirect=True, scope="module")
 def test_the_kernels_of_a_gpu_interpreted_give_the_same(
@@ -279,7 +333,7 @@ def test_adapters_answer_differently(adapters: dict[str, Path], oracle: Oracle) 
 ENDS = ("embed_tokens", "lm_head")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite"], indirect=True)
+@pytest.mark.parametrize("name", ["gemma2", "gemma3-with-images", "granite"], indirect=True)
 def test_embeddings_and_output_heads_of_adapters_are_scaled_and_capped_as_the_models(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -331,3 +385,72 @@ def test_all_modules_are_those_of_the_model(model_folder: Path, adapters: dict[s
     engine.adapters.serve("all", engine.adapters.read("all", adapters["all"], version=1))
     jobs = make_jobs(["all"], 1)
     assert run(engine, jobs) == run(make_engine(model_folder, {"all": adapters["all"]}), jobs)
+
+
+# --- A model of more than text ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gemma3-with-images"], indirect=True)
+def test_names_of_former_versions_are_of_the_same_modules(
+    model_folder: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers writes checkpoints of this class as before 4.52, and PEFT adapters as since."""
+    model = renamed(
+        *(model_folder, tmp_path / "model"),
+        {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."},
+    )
+    start, former = "base_model.model.model.", "base_model.model."
+    former_names = {
+        f"{start}language_model.": f"{former}language_model.model.",
+        f"{start}vision_tower.": f"{former}vision_tower.",
+    }
+    loras = {
+        kind: renamed(adapters[kind], tmp_path / kind, former_names) for kind in ("all", "dora")
+    }
+    jobs = make_jobs([None, "all", "dora"], 3)
+    own = {kind: adapters[kind] for kind in loras}
+    assert run(make_engine(model, loras), jobs) == run(make_engine(model_folder, own), jobs)
+
+
+def renamed(folder: Path, copy: Path, names: dict[str, str]) -> Path:
+    """A folder once more, with tensors whose names begin otherwise."""
+    shutil.copytree(folder, copy)
+    (file,) = copy.glob("*.safetensors")
+    tensors, is_renamed = {}, dict.fromkeys(names, False)
+    for name, tensor in load_file(file).items():
+        start = next((start for start in names if name.startswith(start)), None)
+        if start:
+            is_renamed[start] = True
+        tensors[names[start] + name.removeprefix(start) if start else name] = tensor
+    assert all(is_renamed.values())
+    save_file(tensors, file, {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("name", ["gemma3-with-images"], indirect=True)
+def test_adapters_whose_modules_cannot_be_told_are_refused_by_name(
+    model_folder: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    of_text_alone = renamed(
+        *(adapters["all"], tmp_path / "text"),
+        {"base_model.model.model.language_model.": "base_model.model.model."},
+    )
+    reason = r"layers of 'model', and this model's are of 'model.language_model'"
+    with pytest.raises(BadInput, match=reason):
+        make_engine(model_folder, {"text": of_text_alone})
+    twice = shutil.copytree(adapters["all"], tmp_path / "twice")
+    tensors = load_file(twice / "adapter_model.safetensors")
+    key = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    former = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**tensors, former: tensors[key] + 1}, twice / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match=r"q_proj.lora_A.weight are of the same module"):
+        make_engine(model_folder, {"twice": twice})
+
+
+@pytest.mark.parametrize("name", ["gemma3-with-images"], indirect=True)
+def test_an_adapter_of_images_alone_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    images = make_adapter(
+        *(model_folder, tmp_path / "images"), rank=2, seed=1, target_modules=("fc1", "fc2")
+    )
+    with pytest.raises(BadInput, match="targets nothing the model has"):
+        make_engine(model_folder, {"images": images})

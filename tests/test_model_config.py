@@ -81,7 +81,8 @@ def test_another_architecture_is_refused_with_the_supported_ones_named(
     assert refusal(tmp_path, **changes) == (
         f"--model-path {tmp_path}: architecture {name} is not supported."
         " Supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,"
-        " Phi3ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, SmolLM3ForCausalLM,"
+        " Phi3ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM,"
+        " Gemma3ForConditionalGeneration, SmolLM3ForCausalLM,"
         " GraniteForCausalLM, Olmo2ForCausalLM."
     )
 

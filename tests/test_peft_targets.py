@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_llama
 from worker.adapters.peft_config import PeftConfig, read_config
-from worker.adapters.peft_targets import Place, module_name, select
+from worker.adapters.peft_targets import Place, select
 from worker.model.config import ModelConfig
+from worker.model.families import FAMILIES
 
 #: Enough that the number of a layer may begin with that of another.
 NUM_LAYERS = 12
@@ -130,7 +131,7 @@ def test_modules_ranks_and_scalings_are_those_that_peft_gives(
     config = read_config(tmp_path)
     found = {}
     for place in select(tmp_path, config, model).places:
-        name = module_name(place)
+        name = model.family.module_name(*place)
         found[name] = (config.rank_of(name), config.scaling_of(name))
     assert found == peft_modules(tmp_path)
 
@@ -161,7 +162,7 @@ def peft_modules(folder: Path) -> dict[str, tuple[int, float]]:
 
 PLACES: list[Place] = [(layer, module) for layer in range(NUM_LAYERS) for module in ALL_MODULES]
 PLACES += [(None, "embed_tokens"), (None, "lm_head")]
-NAMES = {module_name(place): place for place in PLACES}
+NAMES = {FAMILIES["LlamaForCausalLM"].module_name(*place): place for place in PLACES}
 
 #: Pieces of names and of regular expressions, which make sense together now and then.
 REGEX = ("", ".", r"\.", "|", "^", "$", "(q|v)", "[0-9]", r"\d+", ".*", "_proj", "(", ")", "(?i)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -50,9 +52,14 @@ SIZES: dict[str, object] = {
 
 
 def make_model(folder: Path, model_type: str, **changes: object) -> Path:
-    """A random model of any family, with norms and biases that matter."""
+    """A random model of any family, with norms and biases that matter; the sizes are those of the
+    text's part, if ``changes`` tell of one."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    if "text_config" in changes:
+        settings = changes | {"text_config": SIZES | changes["text_config"]}
+    else:
+        settings = SIZES | changes
+    config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,20 +100,33 @@ def make_adapter(
     return folder
 
 
-class Oracle:
-    """transformers and PEFT, one prompt at a time, greedy, float32."""
+def in_bfloat16(folder: Path, copy: Path) -> Path:
+    """A model's or adapter's folder once more, with its tensors rounded to bfloat16."""
+    shutil.copytree(folder, copy)
+    for file in copy.glob("*.safetensors"):
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    return copy
 
-    def __init__(self, model_folder: Path, adapters: dict[str, Path]) -> None:
+
+class Oracle:
+    """transformers and PEFT, one prompt at a time, greedy."""
+
+    def __init__(
+        self, model_folder: Path, adapters: dict[str, Path], dtype: torch.dtype = torch.float32
+    ) -> None:
         # Of transformers' attentions the plain one alone knows soft caps in every version.
         base = AutoModelForCausalLM.from_pretrained(
-            model_folder, dtype=torch.float32, attn_implementation="eager"
+            model_folder, dtype=dtype, attn_implementation="eager"
         )
         self._model = base.eval()
         for number, (name, folder) in enumerate(adapters.items()):
+            # Else PEFT would compute adapters of a bfloat16 model in float32.
+            named = {"adapter_name": name, "autocast_adapter_dtype": False}
             if number == 0:
-                self._model = PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
+                self._model = PeftModel.from_pretrained(base, folder, **named).eval()
             else:
-                self._model.load_adapter(folder, adapter_name=name)
+                self._model.load_adapter(folder, **named)
 
     def generate(
         self, prompt_ids: Sequence[int], adapter: str | None, num_tokens: int, **more: object

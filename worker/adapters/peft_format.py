@@ -32,6 +32,7 @@ from worker.adapters.peft_weights import (
     StoredWeights,
     find_weights,
     weights_file,
+    with_current_names,
 )
 from worker.adapters.safetensors_file import SafetensorsFile
 from worker.model.config import TARGET_GROUPS, ModelConfig, group_of
@@ -96,7 +97,7 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     stamp = _stamp(folder)
     config = read_config(folder)
     selection = select(folder, config, model)
-    file = SafetensorsFile.open(weights_file(folder))
+    file = with_current_names(SafetensorsFile.open(weights_file(folder)), model)
     weights = find_weights(file.path, file.tensors, config, selection, model)
     return AdapterOutline(weights, file, stamp)
 

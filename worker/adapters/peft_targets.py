@@ -8,25 +8,13 @@ from pathlib import Path
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.model.config import END_MODULES, ModelConfig, group_of
-from worker.model.weights import PARENTS
+from worker.model.config import END_MODULES, ModelConfig
 
 #: A layer and one of its linear modules, or no layer and one of ``END_MODULES``.
 Place = tuple[int | None, str]
 
 #: Where ``layers_pattern`` is not given, the layer is the first number between dots.
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
-
-#: What transformers and PEFT call ``END_MODULES``.
-_END_NAMES = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
-
-
-def module_name(place: Place) -> str:
-    """What transformers and PEFT call it, ``model.layers.0.self_attn.q_proj``."""
-    layer, module = place
-    if layer is None:
-        return _END_NAMES[module]
-    return f"model.layers.{layer}.{PARENTS[group_of(module)]}.{module}"
 
 
 def all_places(model: ModelConfig) -> list[Place]:
@@ -52,8 +40,8 @@ class Selection:
 def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
     """Raises BadInput, naming the setting, if nothing is selected, or what cannot be changed."""
     path = folder / CONFIG_FILE
-    places = [place for place in all_places(model) if _selects(config, module_name(place))]
-    trained = _trained(path, config)
+    places = [place for place in all_places(model) if _selects(config, place, model)]
+    trained = _trained(path, config, model)
     is_tied = model.tie_word_embeddings and config.ensure_weight_tying
     if is_tied and trained:
         trained = [*END_MODULES]
@@ -75,20 +63,23 @@ def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
     return Selection(places, trained, is_tied)
 
 
-def _trained(path: Path, config: PeftConfig) -> list[str]:
+def _trained(path: Path, config: PeftConfig, model: ModelConfig) -> list[str]:
     """The modules that ``modules_to_save`` names, by their whole names or the ends of them."""
     names = config.modules_to_save or []
+    ends = {module: model.family.module_name(None, module) for module in END_MODULES}
     for name in names:
-        if not any(_is_named(whole, [name]) for whole in _END_NAMES.values()):
+        if not any(_is_named(whole, [name]) for whole in ends.values()):
             raise BadInput(
                 f"{path}: modules_to_save: '{name}': of fully trained modules only"
                 f" {' and '.join(END_MODULES)} can be served."
             )
-    return [module for module, whole in _END_NAMES.items() if _is_named(whole, names)]
+    return [module for module, whole in ends.items() if _is_named(whole, names)]
 
 
-def _selects(config: PeftConfig, name: str) -> bool:
+def _selects(config: PeftConfig, place: Place, model: ModelConfig) -> bool:
     """As PEFT 0.21's ``check_target_module_exists`` and ``_maybe_include_all_linear_layers``."""
+    layer, module = place
+    name = model.family.module_name(layer, module)
     targets, excluded = config.target_modules or [], config.exclude_modules or []
     if isinstance(excluded, str):
         if re.fullmatch(excluded, name):
@@ -97,7 +88,7 @@ def _selects(config: PeftConfig, name: str) -> bool:
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
-            return name not in _END_NAMES.values()
+            return layer is not None
         return re.fullmatch(targets, name) is not None
     # A whole name is selected whatever layers_to_transform says.
     return name in targets or (_is_named(name, targets) and _is_in_layers(config, name))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from schemas.errors import BadInput
 from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
-from worker.adapters.peft_targets import Place, Selection, all_places, module_name
-from worker.adapters.safetensors_file import WEIGHT_TYPES, StoredTensor
+from worker.adapters.peft_targets import Place, Selection, all_places
+from worker.adapters.safetensors_file import WEIGHT_TYPES, SafetensorsFile, StoredTensor
 from worker.model.config import END_MODULES, ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,7 +28,7 @@ _LORA_KEY = re.compile(
 
 _MAGNITUDE = "lora_magnitude_vector"
 
-_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\..+")
+_LAYER = re.compile(r"(?P<decoder>.+)\.layers\.(?P<layer>\d+)\..+")
 
 #: What a key may tell of, whatever the config says; the first that is found in it.
 _REFUSED_KEYS = {
@@ -97,14 +97,15 @@ def find_weights(
     Raises BadInput, naming the key, if one is missing, has another shape or type than config and
     model ask for, or belongs to no selected module.
     """
-    keys = sorted(tensors)
+    beside_text = tuple(_PREFIX + start for start in model.family.beside_text)
+    keys = sorted(key for key in tensors if not key.startswith(beside_text))
     inserted = _adapter_name(path, keys)
-    found = {place: _stored(config, place, inserted, keys) for place in selection.places}
-    trained = {module: _end_key(module, "weight") for module in selection.trained}
+    found = {place: _stored(config, place, inserted, keys, model) for place in selection.places}
+    trained = {module: _end_key(module, "weight", model) for module in selection.trained}
     base_copies = {
         key: module
         for module in END_MODULES
-        for key in (_end_key(module, ending) for ending in _BASE_ENDINGS)
+        for key in (_end_key(module, ending, model) for ending in _BASE_ENDINGS)
         if key in keys and key not in trained.values()
     }
     if not set(keys).difference(base_copies):
@@ -128,6 +129,22 @@ def find_weights(
     for key in (*base_copies, *trained.values()):
         _check_vocabulary(path, key, tensors[key], model)
     return StoredWeights(found, base_copies, trained, selection.is_tied)
+
+
+def with_current_names(file: SafetensorsFile, model: ModelConfig) -> SafetensorsFile:
+    """The file with keys as PEFT would write them today.
+
+    Raises BadInput if it holds a tensor under two names.
+    """
+    tensors, stored_as = dict[str, StoredTensor](), dict[str, str]()
+    for key, tensor in file.tensors.items():
+        current = key
+        if key.startswith(_PREFIX):
+            current = _PREFIX + model.family.current_name(key.removeprefix(_PREFIX))
+        if other := stored_as.get(current):
+            raise BadInput(f"{file.path}: {other} and {key} are of the same module.")
+        tensors[current], stored_as[current] = tensor, key
+    return replace(file, tensors=tensors)
 
 
 def weights_file(folder: Path) -> Path:
@@ -156,9 +173,13 @@ def _adapter_name(path: Path, keys: Collection[str]) -> str | None:
 
 
 def _stored(
-    config: PeftConfig, place: Place, adapter: str | None, keys: Collection[str]
+    config: PeftConfig,
+    place: Place,
+    adapter: str | None,
+    keys: Collection[str],
+    model: ModelConfig,
 ) -> StoredFactors:
-    name = module_name(place)
+    name = model.family.module_name(*place)
     factors, ending = ("lora_A", "lora_B"), "weight"
     if place[1] == "embed_tokens":
         factors, ending = ("lora_embedding_A", "lora_embedding_B"), ""
@@ -176,8 +197,8 @@ def _magnitude_key(name: str, adapter: str | None, keys: Collection[str]) -> str
     return whole if adapter and whole in keys else bare
 
 
-def _end_key(module: str, ending: str) -> str:
-    return f"{_PREFIX}{module_name((None, module))}.{ending}"
+def _end_key(module: str, ending: str, model: ModelConfig) -> str:
+    return f"{_PREFIX}{model.family.module_name(None, module)}.{ending}"
 
 
 def _why_not(key: str, model: ModelConfig) -> str:
@@ -189,12 +210,17 @@ def _why_not(key: str, model: ModelConfig) -> str:
             return f"{what} is not supported."
     match = _LORA_KEY.fullmatch(key)
     name = match["name"] if match else ""
-    layer = _LAYER.fullmatch(name)
+    layer, decoder = _LAYER.fullmatch(name), model.family.decoder
+    if layer and layer["decoder"] != decoder:
+        return (
+            f"it is of layers of '{layer['decoder']}', and this model's are of '{decoder}'. Was the"
+            " adapter trained on another class of the model?"
+        )
     if layer and int(layer["layer"]) >= model.num_layers:
         return (
             f"the model has only {model.num_layers} layers. Is the adapter for another base model?"
         )
-    if name in map(module_name, all_places(model)):
+    if name in (model.family.module_name(*place) for place in all_places(model)):
         return f"{CONFIG_FILE} does not select this module."
     return f"matches no module that an adapter can change here ({', '.join(model.target_modules)})."
 

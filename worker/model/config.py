@@ -85,26 +85,27 @@ class ModelConfig:
         config = _read(folder, "config.json", AutoConfig)
         eos_token_ids = _eos_token_ids(folder, config)
         try:
-            family, activation = _family(config), _activation(config)
-            head_dim = getattr(config, "head_dim", None)
-            head_dim = head_dim or config.hidden_size // config.num_attention_heads
+            family = _family(config)
+            text = config.get_text_config()  # Itself, unless it is of a model of more than text.
+            head_dim = getattr(text, "head_dim", None)
+            head_dim = head_dim or text.hidden_size // text.num_attention_heads
             return cls(
                 family=family,
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_heads=config.num_attention_heads,
-                num_kv_heads=config.num_key_value_heads,
+                vocab_size=text.vocab_size,
+                hidden_size=text.hidden_size,
+                intermediate_size=text.intermediate_size,
+                num_heads=text.num_attention_heads,
+                num_kv_heads=text.num_key_value_heads,
                 head_dim=head_dim,
-                layers=tuple(family.layers(config, head_dim)),
-                biased_modules=family.biases(config),
-                activation=activation,
-                scales=family.scales(config, head_dim),
-                rms_norm_eps=config.rms_norm_eps,
-                max_position=longest_context(config),
+                layers=tuple(family.layers(text, head_dim)),
+                biased_modules=family.biases(text),
+                activation=_activation(text),
+                scales=family.scales(text, head_dim),
+                rms_norm_eps=text.rms_norm_eps,
+                max_position=longest_context(text),
                 tie_word_embeddings=config.tie_word_embeddings,
                 # Some say -1 where there is none, or name one that was never added to the model.
-                eos_token_ids=eos_token_ids.intersection(range(config.vocab_size)),
+                eos_token_ids=eos_token_ids.intersection(range(text.vocab_size)),
                 dtype=config.dtype or torch.float32,
             )
         except BadInput as error:
@@ -180,7 +181,9 @@ def _read(folder: Path, file: str, kind: Any) -> Any:
 
 def _eos_token_ids(folder: Path, config: Any) -> frozenset[int]:
     """The generation config knows every token that ends a turn; config.json may know only one."""
-    ids = config.eos_token_id
+    ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        ids = config.get_text_config().eos_token_id
     if (folder / "generation_config.json").exists():
         generation = _read(folder, "generation_config.json", GenerationConfig)
         ids = generation.eos_token_id if generation.eos_token_id is not None else ids

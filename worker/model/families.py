@@ -140,6 +140,15 @@ _QK_NORMS: NormNames = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 # --- Families -----------------------------------------------------------------------------------
 
 
+#: What holds each linear module within a layer.
+_PARENTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"), "self_attn"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "down_proj"), "mlp"),
+}
+
+NameStarts = Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Family:
     """What the architecture's name tells; the functions read the rest from transformers' config."""
@@ -157,6 +166,28 @@ class Family:
     """Added to the stored weights of norms."""
     is_fused: bool = False
     """Whether q/k/v and gate/up are stored, and adapted, as one module each."""
+    decoder: str = "model"
+    """What transformers calls the module that holds embedding, layers and last norm."""
+    former_names: NameStarts = field(default_factory=dict)
+    """How names in checkpoints and adapters of former versions begin -> what is said instead."""
+    beside_text: tuple[str, ...] = ()
+    """How names of modules begin that text does not pass."""
+
+    def module_name(self, layer: int | None, module: str) -> str:
+        """What transformers and PEFT call a module of a layer, or one that stands before or behind
+        all: ``model.layers.0.self_attn.q_proj``, ``model.embed_tokens``, ``lm_head``."""
+        if module == "lm_head":
+            return module
+        if layer is None:
+            return f"{self.decoder}.{module}"
+        return f"{self.decoder}.layers.{layer}.{_PARENTS[module]}.{module}"
+
+    def current_name(self, name: str) -> str:
+        """What transformers calls today what a checkpoint or an adapter calls so."""
+        for former, current in self.former_names.items():
+            if name.startswith(former):
+                return current + name.removeprefix(former)
+        return name
 
 
 _GEMMA = Family(
@@ -167,6 +198,8 @@ _GEMMA = Family(
     norm_offset=1.0,
 )
 
+_GEMMA3 = replace(_GEMMA, norms={**_PRE_AND_POST_NORMS, **_QK_NORMS})
+
 #: By the name that stands under ``architectures`` in ``config.json``.
 FAMILIES = {
     "LlamaForCausalLM": Family(),
@@ -175,7 +208,19 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(layers=_layers_by_type, norms={**_PRE_NORMS, **_QK_NORMS}),
     "Phi3ForCausalLM": Family(layers=_layers_with_windows, biases=_no_biases, is_fused=True),
     "Gemma2ForCausalLM": _GEMMA,
-    "Gemma3ForCausalLM": replace(_GEMMA, norms={**_PRE_AND_POST_NORMS, **_QK_NORMS}),
+    "Gemma3ForCausalLM": _GEMMA3,
+    # transformers 4.52 gave its modules other names, and writes checkpoints with those before.
+    "Gemma3ForConditionalGeneration": replace(
+        _GEMMA3,
+        decoder="model.language_model",
+        former_names={
+            "language_model.model.": "model.language_model.",
+            "language_model.lm_head.": "lm_head.",
+            "vision_tower.": "model.vision_tower.",
+            "multi_modal_projector.": "model.multi_modal_projector.",
+        },
+        beside_text=("model.vision_tower.", "model.multi_modal_projector."),
+    ),
     "SmolLM3ForCausalLM": Family(layers=_layers_without_rope),
     "GraniteForCausalLM": Family(scales=_granite_scales),
     "Olmo2ForCausalLM": Family(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,14 +18,6 @@ from schemas.errors import BadInput
 from worker.model.config import ModelConfig, group_of
 
 log = structlog.get_logger()
-
-#: Where each fused linear stands in a Hugging Face state dict.
-PARENTS = {
-    "qkv_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_up_proj": "mlp",
-    "down_proj": "mlp",
-}
 
 #: No linear group has spare rows.
 NO_ROWS: Mapping[str, int] = MappingProxyType({})
@@ -124,18 +116,18 @@ def _allocate(
 
 
 def tensors_by_name(weights: DecoderWeights, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The memory of each tensor of the checkpoint, by its name there; one that is tied to another
-    has none."""
-    named = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
-    if not config.tie_word_embeddings:
-        named["lm_head.weight"] = weights.head
+    """The memory of each tensor of the model, by its name in transformers; one that is tied to
+    another has none."""
+    decoder = config.family.decoder
+    named = {f"{decoder}.norm.weight": weights.norm}
+    for module, weight in weights.ends().items():
+        if module == "embed_tokens" or not config.tie_word_embeddings:
+            named[f"{config.family.module_name(None, module)}.weight"] = weight
     for index, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{index}."
         for norm, name in config.family.norms.items():
-            named[f"{prefix}{name}.weight"] = layer.norms[norm]
+            named[f"{decoder}.layers.{index}.{name}.weight"] = layer.norms[norm]
         for module in config.linear_modules:
-            group = group_of(module)
-            name = f"{prefix}{PARENTS[group]}.{module}"
+            group, name = group_of(module), config.family.module_name(index, module)
             named[f"{name}.weight"] = _part(layer.linears[group], module, config)
             if module in config.biased_modules:
                 named[f"{name}.bias"] = _part(layer.biases[group], module, config)
@@ -160,18 +152,19 @@ def load_weights(
 
     Raises BadInput, with the tensor's or file's name, for whatever is missing or of another shape.
     """
-    files = _files(folder)
+    stored = {config.family.current_name(name): (file, name) for name, file in _files(folder)}
     weights = _allocate(config, device, dtype, spare_rows)
     targets = tensors_by_name(weights, config)
-    if missing := [name for name in targets if name not in files]:
+    if missing := [name for name in targets if name not in stored]:
         raise BadInput(f"--model-path {folder}: the weights lack {missing[0]}.")
-    by_file: dict[str, list[str]] = defaultdict(list)
-    for name in targets:
-        by_file[files[name]].append(name)
-    for number, (file, names) in enumerate(sorted(by_file.items()), 1):
+    by_file: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for current_name, target in targets.items():
+        file, name = stored[current_name]
+        by_file[file].append((name, target))
+    for number, (file, tensors) in enumerate(sorted(by_file.items()), 1):
         with _open(folder / file) as shard:
-            for name in names:
-                _copy(folder / file, shard, name, targets[name])
+            for name, target in tensors:
+                _copy(folder / file, shard, name, target)
         log.info("weights_read", file=file, files=f"{number} of {len(by_file)}")
     for norm in _norms(weights):
         norm.add_(config.family.norm_offset)
@@ -203,18 +196,18 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise BadInput(f"--model-path {index}: is no index of safetensors files.") from error
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, of a model in one file or several."""
+def _files(folder: Path) -> Iterable[tuple[str, str]]:
+    """Tensor names, each with its file, of a model in one file or several."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        return _weight_map(index)
+        return _weight_map(index).items()
     if not single.exists():
         raise BadInput(
             f"--model-path {folder}: holds neither {single.name} nor {index.name}. Other formats"
             " are not read; `--load-format dummy` runs on random weights."
         )
     with _open(single) as file:
-        return dict.fromkeys(file.keys(), single.name)
+        return [(name, single.name) for name in file.keys()]  # noqa: SIM118 - it is no mapping
 
 
 def _open(path: Path) -> Any:
