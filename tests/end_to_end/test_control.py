@@ -85,7 +85,7 @@ def test_a_paused_queue_finishes_what_runs_and_goes_on_when_it_is_resumed(
 ) -> None:
     start_worker()
     wait_for_workers(client, 1)
-    submission = client.submit(lines(60, max_tokens=100, ignore_eos=True))
+    submission = client.submit(lines(24, max_tokens=60, ignore_eos=True))
     wait_until_running(client, submission)
     client.pause()
     wait_until(lambda: counts(client, submission).get("running", 0) == 0)
@@ -95,14 +95,14 @@ def test_a_paused_queue_finishes_what_runs_and_goes_on_when_it_is_resumed(
     assert [result.status for result in client.follow(late)] == ["expired"]
     assert counts(client, submission) == stands_at
     client.resume()
-    assert client.wait(submission, timeout=PATIENCE).counts["done"] == 60  # type: ignore[union-attr]
+    assert client.wait(submission, timeout=PATIENCE).counts["done"] == 24  # type: ignore[union-attr]
 
 
 def test_a_small_urgent_submission_overtakes_a_large_one(
     client: Client, start_worker: StartWorker
 ) -> None:
-    large = client.submit(lines(200, max_tokens=20, ignore_eos=True))
-    small = client.submit(lines(5, max_tokens=20, priority="high"))
+    large = client.submit(lines(200, max_tokens=6, ignore_eos=True))
+    small = client.submit(lines(5, max_tokens=6, priority="high"))
     worker = start_worker("--burst")
     worker.join(PATIENCE)
     assert worker.exitcode == 0
