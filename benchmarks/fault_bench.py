@@ -5,9 +5,7 @@ The fault tests and the soak share it.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,15 +17,13 @@ import redis
 from benchmarks.ledger import Ledger
 from benchmarks.null_worker import NullSettings, NullWorkers
 from benchmarks.tcp_proxy import TcpProxy
+from benchmarks.waiting import PATIENCE, wait_until
 from broker.connection import connect
 from producer.client import Client
 from producer.client.session import RETRIES
 
-#: Seconds until an expected thing must have happened.
-PATIENCE = 60.0
-
 #: Seconds within which a queue comes to rest whose jobs are known to have ended.
-REST_SECONDS = 15.0
+REST_SECONDS = 60.0
 
 #: Of leases under test: the shortest that a worker accepts.
 LEASE_SECONDS = 1.0
@@ -129,15 +125,6 @@ def jobs(
         }
         for i in range(count)
     ]
-
-
-def wait_until(is_so: Callable[[], bool], what: str) -> None:
-    """Return once it is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.02)
 
 
 def is_stopped(process: ForkServerProcess) -> bool:

@@ -16,7 +16,6 @@ its own fault, in its metadata, which the engine meets at an exact point:
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import signal
 import sys
@@ -24,14 +23,13 @@ import threading
 import time
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field, replace
-from itertools import count
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.fork_server import ForkedProcesses
 from broker import scripts
 from broker.server import find_server
 from schemas import WIRE_VERSION
@@ -199,50 +197,20 @@ class NullEngine(Engine):
         return done
 
 
-class NullWorkers:
-    """Null workers as processes; a context manager that kills those that still run.
-
-    A fork server imports torch once for all of them, so that one is up in a fraction of a second.
-    """
+class NullWorkers(ForkedProcesses):
+    """Null workers as processes."""
 
     def __init__(self, settings: NullSettings, logs: Path) -> None:
+        super().__init__(logs)
         self._settings = settings
-        self._logs = logs
-        self._numbers = count()
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
-        self.processes: list[ForkServerProcess] = []
-
-    def __enter__(self) -> NullWorkers:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
 
     def start(self, **changes: Any) -> ForkServerProcess:
         """Start one; its log is ``null-<number>.log``."""
-        settings = replace(self._settings, **changes)
-        log = self._logs / f"null-{next(self._numbers)}.log"
-        process = self._context.Process(target=_run_and_exit, args=(settings, log))
-        process.start()
-        self.processes.append(process)
-        return process
-
-    @property
-    def alive(self) -> list[ForkServerProcess]:
-        return [process for process in self.processes if process.is_alive()]
+        return self.fork("null", run_and_exit, replace(self._settings, **changes))
 
 
-def _run_and_exit(settings: NullSettings, log: Path) -> None:
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 2)
+def run_and_exit(settings: NullSettings) -> None:
+    """Run a null worker and end this process with its exit status."""
     try:
         sys.exit(run(settings))
     except LorryError as error:

@@ -19,8 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.fault_bench import FaultBench, is_stopped, jobs, wait_until
+from benchmarks.fault_bench import FaultBench, is_stopped, jobs
 from benchmarks.own_server import OwnServer
+from benchmarks.waiting import wait_until
 from broker.claims import ClaimRequest
 from broker.connection import connect
 from broker.job_queue import JobQueue

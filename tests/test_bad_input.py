@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fault_bench import FaultBench, jobs, wait_until
+from benchmarks.fault_bench import FaultBench, jobs
+from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import Claim, Lease
 from broker.job_queue import JobQueue
 from producer.lines import parse_line
@@ -113,7 +114,7 @@ def survivor(bench: FaultBench) -> Iterator[FaultBench]:
     (worker,) = bench.workers.processes
     yield bench
     submission = bench.client.submit(["x"])
-    assert bench.client.wait(submission, timeout=30).counts["done"] == 1  # type: ignore[union-attr]
+    assert bench.client.wait(submission, timeout=PATIENCE).counts["done"] == 1  # type: ignore[union-attr]
     assert worker.is_alive()
 
 
@@ -178,7 +179,7 @@ def test_a_damaged_desired_state_is_reported_and_followed_again_once_it_is_mende
     client.hset(keys.adapters, mapping={n: t.encode(errors="replace") for n, t in damaged.items()})
     client.publish(keys.control, client.incr(keys.adapters_version))
     submission = survivor.client.submit(["x"])
-    survivor.client.wait(submission, timeout=30)
+    survivor.client.wait(submission, timeout=PATIENCE)
     client.hdel(keys.adapters, *damaged)
     version = client.incr(keys.adapters_version)
     client.publish(keys.control, version)

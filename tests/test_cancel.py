@@ -10,6 +10,7 @@ from itertools import count
 
 import pytest
 
+from benchmarks.waiting import PATIENCE
 from broker.connection import connect
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
@@ -184,7 +185,7 @@ def test_every_job_ends_once_though_claims_commits_and_releases_race_with_cancel
     threads = [run(lambda mine, name=f"w{n}": work(name, mine)) for n in range(3)]  # type: ignore[misc]
     threads += [run(lambda mine, step=step: cancel(mine, step)) for step in (2, 3)]  # type: ignore[misc]
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=PATIENCE)
     assert failures == []
     outcomes = {found.id: found.status for found in reader.results(ids)}
     states = Counter(outcomes.values())

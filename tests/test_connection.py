@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import redis
 
+from benchmarks.waiting import wait_until
 from broker import connection
 from broker.address import parse_address, resolve_url, without_password
 from broker.connection import BLOCK_SECONDS, SOCKET_TIMEOUT, connect, is_refusal, may_pass
 from producer.client import Client
 from schemas.errors import BadInput, ServerUnavailable
-from tests.servers import ValkeyServer, wait_until
+from tests.servers import ValkeyServer
 from tests.test_producer_cli import Producer, prompts
 
 

@@ -9,6 +9,7 @@ import pytest
 import redis
 from redis.crc import key_slot
 
+from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import ClaimRequest
 from broker.connection import connect
 from broker.fetches import Fetches
@@ -16,7 +17,7 @@ from broker.job_queue import JobQueue
 from producer.client import Client
 from schemas.errors import ServerUnavailable
 from schemas.result import Result, Timings
-from tests.servers import ValkeyServer, free_port, wait_until
+from tests.servers import ValkeyServer, free_port
 from worker.background import BackgroundLoop
 from worker.hub.fetch_queue import FetchQueue
 from worker.webhooks.notifier import Notifier
@@ -153,11 +154,11 @@ def test_a_queue_that_moves_to_another_node_is_followed(cluster: list[ValkeyServ
     queue = JobQueue(connect(url, QUEUE), QUEUE)
     with queue.client, Client(url, QUEUE) as client, looping(queue):
         before = client.submit(["Hello"])
-        client.wait(before, timeout=30)
+        client.wait(before, timeout=PATIENCE)
         move_queue(cluster[0], cluster[1])
         after = client.submit(["again"])
-        client.wait(after, timeout=30)
-        assert client.wait(before, timeout=30).counts["done"] == 1  # type: ignore[union-attr]
+        client.wait(after, timeout=PATIENCE)
+        assert client.wait(before, timeout=PATIENCE).counts["done"] == 1  # type: ignore[union-attr]
     with cluster[1].client() as owner:
         assert owner.exists(f"{{{QUEUE}}}:submission:{before}", f"{{{QUEUE}}}:submission:{after}")
     move_queue(cluster[1], cluster[0])
@@ -226,7 +227,7 @@ def test_a_queue_in_a_cluster_survives_a_failover(
     queue = JobQueue(connect(cluster_url(*cluster), QUEUE), QUEUE)
     with queue.client, Client(cluster_url(*cluster), QUEUE) as client, looping(queue):
         before = client.submit(["Hello"])
-        client.wait(before, timeout=30)
+        client.wait(before, timeout=PATIENCE)
         for former, new in ((cluster[0], replica), (replica, cluster[0])):
             with new.client() as promoted:
                 promoted.execute_command("CLUSTER FAILOVER")
@@ -240,7 +241,7 @@ def test_a_queue_in_a_cluster_survives_a_failover(
                     "the former master has not followed",
                 )
             after = client.submit(["again"])
-            assert client.wait(after, timeout=30).counts["done"] == 1  # type: ignore[union-attr]
+            assert client.wait(after, timeout=PATIENCE).counts["done"] == 1  # type: ignore[union-attr]
         assert client.wait(before).counts["done"] == 1  # type: ignore[union-attr]
 
 
@@ -282,12 +283,12 @@ def test_a_queue_behind_sentinels_survives_a_failover(sentinel: ValkeyServer) ->
     queue = JobQueue(connect(url, QUEUE), QUEUE)
     with queue.client, sentinel.client() as asked, Client(url, QUEUE) as client, looping(queue):
         before = client.submit(["Hello"])
-        client.wait(before, timeout=30)
+        client.wait(before, timeout=PATIENCE)
         old = asked.sentinel_get_master_addr_by_name("jobs")
         asked.sentinel_failover("jobs")
         wait_until(lambda: asked.sentinel_get_master_addr_by_name("jobs") != old, "no failover")
         after = client.submit(["again"])
-        client.wait(after, timeout=60)
+        client.wait(after, timeout=PATIENCE)
         assert client.wait(before).counts["done"] == 1  # type: ignore[union-attr]
 
 

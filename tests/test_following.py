@@ -10,13 +10,14 @@ from contextlib import contextmanager
 import pytest
 import redis
 
+from benchmarks.waiting import PATIENCE, wait_until
 from broker import queue_reader
 from broker.claims import ClaimRequest
 from broker.job_queue import JobQueue
 from producer import following
 from producer.client import Client
 from schemas.result import Result, Timings
-from tests.servers import ValkeyServer, wait_until
+from tests.servers import ValkeyServer
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_while_nothing_finishes_one_blocking_read_follows_another(
         assert set(sent) == {"xread", "hgetall"}
         assert sent["hgetall"] <= sent["xread"] + 1
         finish_all(queue)
-        assert len(found.result(timeout=30)) == 1
+        assert len(found.result(timeout=PATIENCE)) == 1
 
 
 def test_a_result_wakes_who_waits_for_it(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +102,6 @@ def test_a_result_wakes_who_waits_for_it(queue: JobQueue, monkeypatch: pytest.Mo
     with follower(queue, submission) as found:
         before = num_calls(queue.client)
         finish_all(queue)
-        assert [result.status for result in found.result(timeout=30)] == ["done"]
+        assert [result.status for result in found.result(timeout=PATIENCE)] == ["done"]
         # The read that it waited in was the one that told it.
         assert (num_calls(queue.client) - before)["xread"] <= 1

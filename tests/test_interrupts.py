@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import PATIENCE
 from tests.tiny_models import make_llama
 
 PRODUCER = ("producer", "status")
@@ -73,7 +74,7 @@ def test_whoever_lets_ctrl_c_do_nothing_is_obeyed() -> None:
         [sys.executable, "-c", IGNORING, sys.executable],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert told.returncode == 0
     assert told.stdout.startswith("lorry")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from redis import ResponseError
 
+from benchmarks.waiting import PATIENCE
 from broker.connection import connect
 from broker.job_queue import JobQueue
 from broker.outcomes import FullError, Limits, Size
@@ -144,7 +145,7 @@ def test_a_file_larger_than_the_bound_is_sent_as_there_is_room(
     with client.prepare(enumerate(["x"] * 600, 1), name="file") as spool:
         thread.start()
         client.send(spool, on_full=reasons.append)
-        status = client.wait(spool.submission, timeout=60)
+        status = client.wait(spool.submission, timeout=PATIENCE)
     stop.set()
     thread.join()
     assert status.counts["done"] == 600  # type: ignore[union-attr]

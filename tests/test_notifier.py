@@ -27,12 +27,13 @@ from structlog.testing import capture_logs
 
 import worker.webhooks.notifier
 import worker.webhooks.post
+from benchmarks.waiting import PATIENCE, wait_until
 from broker.job_queue import JobQueue
 from broker.notices import Notices
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from schemas.webhook import WEBHOOK_FUNCTION, Webhook
-from tests.servers import free_port, wait_until
+from tests.servers import free_port
 from tests.test_job_queue import claim, join, result
 from tests.webhook_receiver import (
     Answer,
@@ -591,7 +592,7 @@ def test_the_command_delivers_and_ends_in_order(
             lambda: notifying.webhook(submission).state == "delivered", "it is not delivered"
         )
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0
     lines = [json.loads(line) for line in errors.splitlines()]
     events = [line["event"] for line in lines if "notice" in line or "notifier" in line]
@@ -628,7 +629,7 @@ def test_a_wrong_flag_or_secret_is_answered_by_a_sentence(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert run.returncode == 2
     assert reason in run.stderr

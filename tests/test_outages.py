@@ -12,8 +12,9 @@ from threading import Timer
 import pytest
 from structlog.testing import capture_logs
 
+from benchmarks.waiting import PATIENCE, wait_until
 from producer.client import Client
-from tests.servers import ValkeyServer, free_port, wait_until
+from tests.servers import ValkeyServer, free_port
 from tests.tiny_models import make_llama
 from worker.batch import Batch
 from worker.config import WorkerConfig
@@ -69,7 +70,7 @@ def test_a_worker_waits_for_its_server_and_keeps_the_password_to_itself(
     try:
         with Client(server.url, password_file=password_file) as client:
             submission = client.submit([{"prompt_token_ids": [1, 2], "max_tokens": 2}])
-            assert client.wait(submission, timeout=60).counts["done"] == 1  # type: ignore[union-attr]
+            assert client.wait(submission, timeout=PATIENCE).counts["done"] == 1  # type: ignore[union-attr]
     finally:
         server.stop()
     assert PASSWORD not in Path(f"/proc/{process.pid}/cmdline").read_text()
@@ -83,7 +84,7 @@ def test_a_worker_that_waits_for_its_server_ends_when_asked_to(
     process = start_worker("--redis-url", f"redis://127.0.0.1:{free_port()}")
     wait_until(lambda: "redis_away" in log.read_text(), "the worker did not wait")
     process.terminate()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=PATIENCE) == 0
 
 
 def test_a_worker_does_not_wait_where_its_login_is_refused(
@@ -92,7 +93,7 @@ def test_a_worker_does_not_wait_where_its_login_is_refused(
     server = ValkeyServer(tmp_path / "server", "--requirepass", PASSWORD)
     try:
         process = start_worker("--redis-url", server.url)
-        assert process.wait(timeout=60) == 4
+        assert process.wait(timeout=PATIENCE) == 4
     finally:
         server.stop()
     assert "refused the login" in log.read_text()

@@ -18,6 +18,7 @@ import torch
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
 
+from benchmarks.waiting import PATIENCE
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
 from worker.adapters import device_weights
@@ -198,7 +199,7 @@ def test_a_file_that_is_written_anew_again_and_again_kills_no_reader(
     assert reader.stdout.readline() == "reads\n"
     for _ in range(1000):
         (folder / WEIGHTS).write_bytes(content)  # Empty at first.
-    out, _ = reader.communicate("enough\n", timeout=60)
+    out, _ = reader.communicate("enough\n", timeout=PATIENCE)
     assert reader.returncode == 0
     assert out == "The last one was whole.\n"
 

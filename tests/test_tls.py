@@ -14,11 +14,12 @@ import redis
 import trustme
 from structlog.testing import capture_logs
 
+from benchmarks.waiting import wait_until
 from broker.connection import connect
 from broker.server import find_server
 from producer.client import Client
 from schemas.errors import ServerUnavailable
-from tests.servers import ValkeyServer, free_port, wait_until
+from tests.servers import ValkeyServer, free_port
 from tests.test_producer_cli import Producer
 from tests.tls_proxy import tls_proxy
 from worker.background import keep_trying

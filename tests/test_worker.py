@@ -18,12 +18,12 @@ import redis
 import torch
 from structlog.testing import capture_logs
 
+from benchmarks.waiting import wait_until
 from broker.claims import ClaimRequest, Claims
 from broker.job_queue import JobQueue
 from producer.client import Client
 from schemas import WIRE_VERSION
 from schemas.job import Job
-from tests.end_to_end.at_work import wait_until
 from tests.test_job_queue import keys_left
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.waiting import PATIENCE
 from schemas.errors import BadInput
 from worker.cli import build_parser
 from worker.config import FetcherConfig, LoraPath, WorkerConfig
@@ -330,7 +331,7 @@ def run_worker(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -370,7 +371,7 @@ def test_help_does_not_import_torch() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")

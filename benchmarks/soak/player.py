@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from benchmarks.fault_bench import ADAPTERS, FaultBench, wait_until
+from benchmarks.fault_bench import ADAPTERS, FaultBench
 from benchmarks.own_server import OwnServer
 from benchmarks.soak.crew import Crew, End
 from benchmarks.soak.outcomes import wrong_outcomes
@@ -24,6 +24,7 @@ from benchmarks.soak.plan import (
     make_plan,
 )
 from benchmarks.soak.recoveries import Recoveries
+from benchmarks.waiting import wait_until
 
 QUEUE = "soak"
 

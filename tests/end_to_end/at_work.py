@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 
+from benchmarks.waiting import PATIENCE, wait_until
 from producer.adapters import AdapterStatus, Answer, Change
 from producer.client import Client
 from tests.tiny_models import Oracle
 
 PROMPT = (5, 6, 7)
 NUM_TOKENS = 12
-
-
-def wait_until(is_so: Callable[[], bool], what: str = "it did not happen") -> None:
-    """Return once it is so."""
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def wait_for_workers(client: Client, count: int) -> list[str]:
@@ -34,7 +26,7 @@ def wait_until_running(client: Client, submission: str) -> None:
 
 
 def answers(client: Client, change: Change, *, workers: int = 2) -> list[Answer]:
-    found = client.answers(change, timeout=60)
+    found = client.answers(change, timeout=PATIENCE)
     assert len(found) == workers
     return found
 
@@ -69,7 +61,7 @@ def assert_answers(
 ) -> None:
     """Jobs of each name, in one submission, are answered as the oracle's adapter answers."""
     submission = client.submit([job(name) for name in expected for _ in range(3)])
-    client.wait(submission, timeout=120)
+    client.wait(submission, timeout=PATIENCE)
     for result in client.results(submission):
         assert result.status == "done", result.error
         assert result.token_ids == expected_tokens(oracle, expected[result.lora]), result.lora

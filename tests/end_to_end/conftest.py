@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_bench import FaultBench
+from benchmarks.fault_bench import LEASE_SECONDS, FaultBench
+from benchmarks.fork_server import ForkedProcesses
+from benchmarks.null_worker import NullSettings
 from benchmarks.own_server import OwnServer
 from producer.client import Client
 from tests.end_to_end.at_work import wait_for_workers
+from tests.end_to_end.mortal_worker import run_mortal
 from tests.tiny_models import ALL_MODULES, Oracle, make_adapter, make_llama
+from worker import cli
 
 #: Starts a worker with these flags.
-StartWorker = Callable[..., subprocess.Popen[bytes]]
+StartWorker = Callable[..., ForkServerProcess]
 
 #: Starts a worker that computes nothing.
-StartMortal = Callable[[], subprocess.Popen[bytes]]
+StartMortal = Callable[[], ForkServerProcess]
 
 #: Rank and modules of each adapter: those of the page that describes SGLang's LoRA serving.
 ADAPTERS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -35,27 +39,21 @@ ADAPTERS: dict[str, tuple[int, tuple[str, ...]]] = {
 @contextmanager
 def running_workers(model_folder: Path, logs: Path) -> Iterator[StartWorker]:
     """Starts workers whose logs are ``worker-0.log`` and so on; ends those that still run."""
-    processes = []
+    with ForkedProcesses(logs) as processes:
 
-    def start(*flags: str) -> subprocess.Popen[bytes]:
-        with (logs / f"worker-{len(processes)}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "worker.cli", "--model-path", str(model_folder)),
-                    *("--device", "cpu", "--max-total-tokens", "8192", *flags),
-                ],
-                stderr=log,
+        def start(*flags: str) -> ForkServerProcess:
+            place = ("--model-path", str(model_folder), "--device", "cpu")
+            return processes.fork(
+                "worker", run_command, *place, "--max-total-tokens", "8192", *flags
             )
-        processes.append(process)
-        return process
 
-    try:
         yield start
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+
+
+def run_command(*flags: str) -> None:
+    """The command ``worker`` in this process."""
+    sys.argv = ["worker", *flags]
+    cli.main()
 
 
 @pytest.fixture(scope="session")
@@ -119,26 +117,9 @@ def bare_flags(root: Path) -> tuple[str, ...]:
 @pytest.fixture
 def start_mortal(redis_url: str, queue_name: str, tmp_path: Path) -> Iterator[StartMortal]:
     """Starts workers that the prompt "poison" kills; ends those that still run."""
-    processes = []
-
-    def start() -> subprocess.Popen[bytes]:
-        with (tmp_path / f"worker-{len(processes)}.log").open("wb") as log:
-            place = ("--queue", queue_name, "--redis-url", redis_url)
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "tests.end_to_end.mortal_worker"),
-                    *("--lease-seconds", "1", *place),
-                ],
-                stderr=log,
-            )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+    settings = NullSettings(redis_url, queue_name, lease_seconds=LEASE_SECONDS)
+    with ForkedProcesses(tmp_path) as processes:
+        yield partial(processes.fork, "worker", run_mortal, settings)
 
 
 @pytest.fixture

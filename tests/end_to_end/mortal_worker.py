@@ -1,7 +1,5 @@
 """A worker that computes nothing, and that one prompt kills as a fault of memory would.
 
-    python -m tests.end_to_end.mortal_worker --queue NAME --redis-url URL
-
 A job of the prompt "poison" ends the process by SIGKILL in the step that runs it. All others take
 as many steps as their ``max_tokens``.
 """
@@ -14,7 +12,7 @@ import time
 from collections import Counter
 
 from benchmarks import null_worker
-from benchmarks.null_worker import NullBatch, NullEngine
+from benchmarks.null_worker import NullBatch, NullEngine, NullSettings
 
 #: Seconds of a step: a batch must be there for long enough to be shared.
 STEP_SECONDS = 0.02
@@ -33,6 +31,7 @@ class MortalEngine(NullEngine):
         super().launch(NullBatch(ended, frozenset()))
 
 
-if __name__ == "__main__":
+def run_mortal(settings: NullSettings) -> None:
+    """Run such a worker and end this process with its exit status."""
     null_worker.NullEngine = MortalEngine  # type: ignore[misc]
-    null_worker.main()
+    null_worker.run_and_exit(settings)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import PATIENCE
 from producer.client import Client
 from schemas.errors import BadInput, UnknownId
 from tests.end_to_end.at_work import (
@@ -59,7 +60,7 @@ def test_a_replacement_lets_running_jobs_end_on_the_weights_they_began_with(
     succeed(client, client.load_adapter("lora0", root / "lora1"))
     assert client.status(before).counts["done"] < 8  # type: ignore[union-attr]
     assert_answers(client, oracle, {"lora0": "lora1"})
-    client.wait(before, timeout=120)
+    client.wait(before, timeout=PATIENCE)
     revisions = set()
     old, new = (expected_tokens(oracle, name, 400) for name in ("lora0", "lora1"))
     for result in client.results(before):
@@ -127,7 +128,7 @@ def test_unload_finishes_what_waits_or_by_force_fails_it(client: Client, root: P
     succeed(client, client.load_adapter("lora1", root / "lora1"))
     forced = client.submit([job("lora1", 100) for _ in range(300)])
     assert succeed(client, client.unload_adapter("lora1", force=True)) == {}
-    counts = client.wait(forced, timeout=60).counts  # type: ignore[union-attr]
+    counts = client.wait(forced, timeout=PATIENCE).counts  # type: ignore[union-attr]
     assert counts["done"] + counts["failed"] == 300
     assert counts["failed"] > 0
     codes = {result.error.code for result in client.results(forced) if result.error}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import tempfile
@@ -15,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Outcome
 
+from benchmarks.waiting import PATIENCE, wait_until
 from broker.embedded import EmbeddedServer
 from producer.cli import app
 from producer.client import Client
@@ -26,7 +26,6 @@ from tests.end_to_end.at_work import (
     status_of,
     succeed,
     wait_for_workers,
-    wait_until,
     wait_until_running,
 )
 from tests.end_to_end.conftest import StartWorker
@@ -127,7 +126,7 @@ def test_commands_that_race_a_running_batch_do_not_change_its_answers(
             assert all(answer.success for answer in answers(client, client.unload_adapter(name)))
         num_rounds += 1
     assert num_rounds > 1
-    client.wait(running, timeout=120)
+    client.wait(running, timeout=PATIENCE)
     for result in client.results(running):
         assert result.token_ids == expected_tokens(oracle, result.lora, 300)
     assert {name for worker in client.overview().workers for name in worker.adapters} == {"lora0"}
@@ -147,14 +146,15 @@ def test_workers_that_were_down_or_came_meanwhile_have_what_was_commanded(
         wait_for_workers(client, 2)
         assert status_of(client, "lora0").num_loaded == 2
 
-        os.kill(killed.pid, signal.SIGKILL)
-        stopped.send_signal(signal.SIGTERM)
+        killed.kill()
+        stopped.terminate()
         client.unload_adapter("lora0")
         change = client.load_adapter("lora1", root / "lora1")
         start_bare_worker(*place)
         start_bare_worker(*place)
-        assert killed.wait() == -signal.SIGKILL
-        assert stopped.wait(timeout=60) == 0
+        for process, status in ((killed, -signal.SIGKILL), (stopped, 0)):
+            process.join(PATIENCE)
+            assert process.exitcode == status
         wait_for_workers(client, 2)  # The killed one is forgotten after 10 seconds.
         assert set(succeed(client, change)) == {"lora1"}
         assert_answers(client, oracle, {None: None, "lora1": "lora1"})
@@ -229,7 +229,7 @@ def test_an_evicted_adapter_comes_back_as_the_same_revision_or_not_at_all(
         shutil.rmtree(folder)
         shutil.copytree(root / "lora2", folder)
         submission = client.submit([job("mine"), job("lora1"), job(None)])
-        client.wait(submission, timeout=60)
+        client.wait(submission, timeout=PATIENCE)
         refused, *others = client.results(submission)
         assert refused.error
         assert refused.error.code == "adapter_unavailable"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import PATIENCE, wait_until
 from producer.client import Client
-from tests.end_to_end.at_work import wait_for_workers, wait_until, wait_until_running
+from tests.end_to_end.at_work import wait_for_workers, wait_until_running
 from tests.end_to_end.conftest import StartWorker, running_workers
 from tests.test_job_queue import keys_left
 
@@ -55,7 +56,7 @@ def test_a_worker_whose_jobs_are_cancelled_goes_on_with_others(
     assert cancelled.running > 0
     ended = counts(client, submission)
     other = client.submit(lines(4, max_tokens=5))
-    assert client.wait(other, timeout=120).counts["done"] == 4  # type: ignore[union-attr]
+    assert client.wait(other, timeout=PATIENCE).counts["done"] == 4  # type: ignore[union-attr]
     assert counts(client, submission) == ended
     assert set(ended) <= {"cancelled", "done"}
     wait_until(lambda: client.overview().workers[0].running == 0)
@@ -74,7 +75,7 @@ def test_a_worker_that_stood_still_while_its_jobs_were_cancelled_records_nothing
     ended = counts(client, submission)
     os.kill(worker.pid, signal.SIGCONT)
     other = client.submit(lines(4, max_tokens=5))
-    client.wait(other, timeout=120)
+    client.wait(other, timeout=PATIENCE)
     assert counts(client, submission) == ended
     assert all(r.text is None for r in client.results(submission) if r.status == "cancelled")
 
@@ -84,7 +85,7 @@ def test_a_paused_queue_finishes_what_runs_and_goes_on_when_it_is_resumed(
 ) -> None:
     start_worker()
     wait_for_workers(client, 1)
-    submission = client.submit(lines(60, max_tokens=100, ignore_eos=True))
+    submission = client.submit(lines(24, max_tokens=60, ignore_eos=True))
     wait_until_running(client, submission)
     client.pause()
     wait_until(lambda: counts(client, submission).get("running", 0) == 0)
@@ -94,15 +95,17 @@ def test_a_paused_queue_finishes_what_runs_and_goes_on_when_it_is_resumed(
     assert [result.status for result in client.follow(late)] == ["expired"]
     assert counts(client, submission) == stands_at
     client.resume()
-    assert client.wait(submission, timeout=120).counts["done"] == 60  # type: ignore[union-attr]
+    assert client.wait(submission, timeout=PATIENCE).counts["done"] == 24  # type: ignore[union-attr]
 
 
 def test_a_small_urgent_submission_overtakes_a_large_one(
     client: Client, start_worker: StartWorker
 ) -> None:
-    large = client.submit(lines(200, max_tokens=20, ignore_eos=True))
-    small = client.submit(lines(5, max_tokens=20, priority="high"))
-    assert start_worker("--burst").wait(timeout=200) == 0
+    large = client.submit(lines(200, max_tokens=6, ignore_eos=True))
+    small = client.submit(lines(5, max_tokens=6, priority="high"))
+    worker = start_worker("--burst")
+    worker.join(PATIENCE)
+    assert worker.exitcode == 0
     ended = {r.id: r.timings.finished for r in client.results(large, small)}
     last_small = max(ended[r.id] or 0 for r in client.results(small))
     before = sum((ended[r.id] or 0) < last_small for r in client.results(large))

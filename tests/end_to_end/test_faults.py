@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fault_bench import LEASE_SECONDS, FaultBench, is_stopped, jobs, wait_until
+from benchmarks.fault_bench import LEASE_SECONDS, FaultBench, is_stopped, jobs
 from benchmarks.own_server import OwnServer
+from benchmarks.waiting import PATIENCE, wait_until
 from producer.client import Client
 from schemas.errors import ServerUnavailable
 from schemas.keys import Keys
@@ -41,7 +42,7 @@ def test_a_worker_that_is_killed_at_a_point_loses_nothing(bench: FaultBench, poi
         *jobs(1, "deadly", "a", at=point, do="SIGKILL", times=1),
         *jobs(20, "after", "c"),
     )
-    victim.join(30)
+    victim.join(PATIENCE)
     assert victim.exitcode == -signal.SIGKILL
     bench.start()
     assert bench.finish() == {"done": 41}
@@ -300,7 +301,7 @@ def test_workers_come_and_go_under_load(bench: FaultBench) -> None:
     wait_until(lambda: len(bench.client.overview().workers) == 5, "the workers did not come up")
     for number, process in enumerate(others):
         process.kill() if number % 2 else process.terminate()
-        process.join(30)
+        process.join(PATIENCE)
     assert [process.exitcode for process in others] == [0, -signal.SIGKILL, 0, -signal.SIGKILL]
     assert bench.finish() == {"done": 360}
     assert first.is_alive()
@@ -329,7 +330,7 @@ def test_a_cold_job_is_served_beside_a_hot_adapter(bench: FaultBench) -> None:
     hot = bench.submit(*jobs(150, "hot", "a", at="generate", do="sleep", seconds=0.02))
     wait_until(lambda: len(bench.runs()) > 5, "the jobs did not begin")
     cold = bench.submit(*jobs(1, "cold", "b"))
-    bench.client.wait(cold, timeout=60)
+    bench.client.wait(cold, timeout=PATIENCE)
     assert not bench.client.status(hot).is_complete
     assert bench.finish() == {"done": 151}
 
@@ -394,7 +395,7 @@ def test_sigterm_finishes_what_runs_and_hands_back_the_rest(bench: FaultBench) -
     bench.submit(*jobs(40, at="generate", do="sleep", seconds=0.05))
     wait_until(lambda: len(bench.runs()) > 3, "the jobs did not begin")
     first.terminate()
-    first.join(30)
+    first.join(PATIENCE)
     assert first.exitcode == 0
     assert not bench.redis.exists(Keys(bench.queue).leases)
     bench.start()
@@ -409,7 +410,7 @@ def test_a_second_sigterm_hands_back_what_runs_too(bench: FaultBench) -> None:
     for _ in range(2):
         first.terminate()
         time.sleep(0.05)
-    first.join(30)
+    first.join(PATIENCE)
     assert first.exitcode == 0
     assert not bench.redis.exists(Keys(bench.queue).leases)
     bench.start()
@@ -431,7 +432,7 @@ def test_a_client_that_is_killed_while_it_submits_leaves_whole_runs(
         held.wait()
         proxy.refuses = True
         proxy.reset()
-        sender.join(30)
+        sender.join(PATIENCE)
         held.release()
     assert not sender.is_alive()
     assert len(bench.ledger.unsure) == 1201

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.ledger import Ledger
 from benchmarks.own_server import OwnServer
 from benchmarks.tcp_proxy import TcpProxy
+from benchmarks.waiting import PATIENCE, wait_until
 from broker.connection import connect
 from producer.client import Client
 from tests.end_to_end.at_work import (
@@ -21,7 +22,6 @@ from tests.end_to_end.at_work import (
     PROMPT,
     expected_tokens,
     wait_for_workers,
-    wait_until,
     wait_until_running,
 )
 from tests.end_to_end.conftest import StartWorker, bare_flags, running_workers
@@ -79,13 +79,13 @@ def jobs(count: int, *, max_tokens: int = NUM_TOKENS) -> list[dict[str, object]]
 def finish(client: Client, ledger: Ledger, url: str, oracle: Oracle) -> None:
     """All jobs are answered, once, as PEFT answers them, and nothing is left."""
     for submission in ledger.acknowledged:
-        client.wait(submission, timeout=120)
+        client.wait(submission, timeout=PATIENCE)
         for result in client.results(submission):
             assert result.status == "done", result.error
             num_tokens = int(result.id.split("-")[1])
             assert result.token_ids == expected_tokens(oracle, result.lora, num_tokens)
     with connect(url) as connection:
-        assert ledger.check_at_rest(connection, "lorry", timeout=15) == []
+        assert ledger.check_at_rest(connection, "lorry", timeout=PATIENCE) == []
 
 
 def test_lost_replies_and_broken_connections_change_no_answer(
@@ -116,12 +116,12 @@ def test_a_worker_stopped_in_its_batch_for_longer_than_its_lease_changes_no_answ
     wait_until_running(client, submission)
     os.kill(sleeper.pid, signal.SIGSTOP)
     start("--redis-url", server.url, "--max-running-requests", "8")
-    client.wait(submission, timeout=120)
+    client.wait(submission, timeout=PATIENCE)
     ledger.note(client.results(submission))
     os.kill(sleeper.pid, signal.SIGCONT)
     ledger.submit(client, jobs(30))
     finish(client, ledger, server.url, oracle)
-    assert sleeper.poll() is None
+    assert sleeper.is_alive()
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_changes_no_answer(
@@ -135,7 +135,7 @@ def test_a_server_killed_in_the_middle_of_a_batch_changes_no_answer(
     server.kill()
     server.start()
     finish(client, ledger, server.url, oracle)
-    assert worker.poll() is None
+    assert worker.is_alive()
 
 
 def test_a_corrupt_adapter_is_refused_with_its_reason_and_the_others_go_on(
@@ -157,5 +157,5 @@ def test_a_corrupt_adapter_is_refused_with_its_reason_and_the_others_go_on(
     assert not answer.success
     assert "corrupt" in (answer.error_message or "")
     finish(client, ledger, server.url, oracle)
-    assert worker.poll() is None
+    assert worker.is_alive()
     shutil.rmtree(corrupt)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
+from benchmarks.waiting import PATIENCE, wait_until
 from broker.job_queue import JobQueue
 from producer.client import Client
-from tests.end_to_end.at_work import wait_for_workers, wait_until, wait_until_running
+from tests.end_to_end.at_work import wait_for_workers, wait_until_running
 from tests.end_to_end.conftest import StartMortal
 
 
@@ -21,7 +23,7 @@ def test_a_worker_that_wakes_after_its_leases_have_expired_changes_nothing_on_re
             [{"id": f"job-{i}", "prompt": "x", "max_tokens": 100} for i in range(6)]
         )
         wait_until_running(client, submission)
-        stopped.send_signal(signal.SIGSTOP)
+        os.kill(stopped.pid, signal.SIGSTOP)
         start_mortal()
 
         def is_taken_over() -> bool:
@@ -29,8 +31,8 @@ def test_a_worker_that_wakes_after_its_leases_have_expired_changes_nothing_on_re
             return bool(workers - {stopped_id, None})
 
         wait_until(is_taken_over)
-        stopped.send_signal(signal.SIGCONT)
-        status = client.wait(submission, timeout=120)
+        os.kill(stopped.pid, signal.SIGCONT)
+        status = client.wait(submission, timeout=PATIENCE)
         time.sleep(1)  # For what the woken worker still has to say.
         assert status.counts["done"] == 6  # type: ignore[union-attr]
         assert client.status(submission).sent == 6  # type: ignore[union-attr]

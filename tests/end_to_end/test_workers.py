@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import PATIENCE, wait_until
 from producer.client import Client
 from schemas.result import Result
 from tests.end_to_end.at_work import wait_for_workers, wait_until_running
@@ -50,12 +49,17 @@ def start_worker(
         yield partial(start, "--lora-paths", *loras, *place)
 
 
+def prompt(number: int) -> tuple[int, ...]:
+    """Of a job: one of four, for PEFT takes seconds to answer."""
+    return (number % 4, 7, 3)
+
+
 def lines(count: int, *, max_tokens: int = 12) -> list[dict[str, object]]:
     loras = (None, *ADAPTERS)
     return [
         {
             "id": f"job-{i}",
-            "prompt_token_ids": [i % 200, 7, 3],
+            "prompt_token_ids": list(prompt(i)),
             "lora": loras[i % 3],
             "max_tokens": max_tokens,
             "metadata": {"line": i},
@@ -76,10 +80,10 @@ def assert_correct(
 ) -> None:
     """Every answer is the one that PEFT gives."""
     oracle = Oracle(model_folder, adapters)
+    expected = cache(lambda prompt, lora: oracle.generate(prompt, lora, max_tokens))
     assert [result.status for result in results] == ["done"] * len(results)
     for number, result in enumerate(results):
-        prompt = [number % 200, 7, 3]
-        assert result.token_ids == oracle.generate(prompt, result.lora, max_tokens), result.id
+        assert result.token_ids == expected(prompt(number), result.lora), result.id
 
 
 def test_a_burst_worker_answers_every_job_and_ends(
@@ -87,7 +91,8 @@ def test_a_burst_worker_answers_every_job_and_ends(
 ) -> None:
     submission = client.submit(lines(30))
     worker = start_worker("--burst")
-    assert worker.wait(timeout=120) == 0
+    worker.join(PATIENCE)
+    assert worker.exitcode == 0
     results = list(client.results(submission))
     assert_correct(results, model_folder, adapters, 12)
     assert [result.metadata for result in results] == [{"line": i} for i in range(30)]
@@ -109,8 +114,8 @@ def test_killing_a_worker_loses_no_job(
     wait_for_workers(client, 2)
     submission = client.submit(lines(40, max_tokens=100))
     wait_for_a_result(client, submission, victim_id)
-    os.kill(victim.pid, signal.SIGKILL)
-    status = client.wait(submission, timeout=200)
+    victim.kill()
+    status = client.wait(submission, timeout=PATIENCE)
     assert status.counts["done"] == 40  # type: ignore[union-attr]
     results = list(client.results(submission))
     assert len({result.id for result in results}) == 40
@@ -126,16 +131,17 @@ def test_sigterm_ends_a_worker_in_order_and_the_rest_of_the_work_goes_on_elsewhe
 ) -> None:
     first = start_worker("--max-running-requests", "4")
     wait_for_workers(client, 1)
-    submission = client.submit(lines(60, max_tokens=100))
+    submission = client.submit(lines(60, max_tokens=40))
     wait_for_a_result(client, submission)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=60) == 0
+    first.terminate()
+    first.join(PATIENCE)
+    assert first.exitcode == 0
     counts = client.status(submission).counts  # type: ignore[union-attr]
     assert counts["running"] == 0
     assert counts["done"] + counts["waiting"] == 60
     assert counts["waiting"] > 0
     start_worker("--burst")
-    assert client.wait(submission, timeout=120).counts["done"] == 60  # type: ignore[union-attr]
+    assert client.wait(submission, timeout=PATIENCE).counts["done"] == 60  # type: ignore[union-attr]
 
 
 def test_a_second_sigterm_hands_everything_back_at_once(
@@ -145,10 +151,11 @@ def test_a_second_sigterm_hands_everything_back_at_once(
     wait_for_workers(client, 1)
     submission = client.submit(lines(6, max_tokens=500))
     wait_until_running(client, submission)
-    worker.send_signal(signal.SIGTERM)
+    worker.terminate()
     time.sleep(0.2)
-    worker.send_signal(signal.SIGTERM)
-    assert worker.wait(timeout=30) == 0
+    worker.terminate()
+    worker.join(PATIENCE)
+    assert worker.exitcode == 0
     assert client.status(submission).counts["running"] == 0  # type: ignore[union-attr]
 
 
@@ -165,7 +172,9 @@ def test_a_bad_job_fails_with_its_reason_and_no_other(
             {"prompt_token_ids": [1, 2], "max_tokens": 3},
         ]
     )
-    assert start_worker("--burst").wait(timeout=120) == 0
+    worker = start_worker("--burst")
+    worker.join(PATIENCE)
+    assert worker.exitcode == 0
     results = list(client.results(submission))
     assert [result.error.code if result.error else result.status for result in results] == [
         *("done", "no_tokenizer", "bad_prompt"),
@@ -179,19 +188,18 @@ def test_a_batch_holds_no_more_adapters_than_allowed(
 ) -> None:
     start_worker("--max-loras-per-batch", "1", "--lora-target-modules", "all")
     submission = client.submit(lines(30))
-    client.wait(submission, timeout=120)
-    deadline = time.monotonic() + 10
-    while (state := client.overview().workers[0]).output_tokens < 360:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert state.max_adapters_in_batch == 1
+    client.wait(submission, timeout=PATIENCE)
+    wait_until(lambda: client.overview().workers[0].output_tokens == 360)
+    assert client.overview().workers[0].max_adapters_in_batch == 1
 
 
 def test_logs_are_json_and_hold_no_prompt(
     client: Client, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     client.submit([{"prompt": "a secret recipe"}, {"prompt_token_ids": [1, 2], "max_tokens": 3}])
-    assert start_worker("--burst").wait(timeout=120) == 0
+    worker = start_worker("--burst")
+    worker.join(PATIENCE)
+    assert worker.exitcode == 0
     log = (tmp_path / "worker-0.log").read_text()
     events = [json.loads(line)["event"] for line in log.splitlines()]
     started = [event for event in events if event not in ("adapter_read", "weights_read")]
