@@ -118,6 +118,34 @@ def test_fewer_slots_than_adapters_change_no_token(
     assert engine.counters.max_adapters_in_batch == 2
 
 
+def test_an_adapter_pinned_while_others_hold_all_slots_gets_the_next_free_one(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    engine = make_engine(model_folder, adapters, max_loras_per_batch=2)
+    lengths = {"sixty-four": 30, "three": 12, "eight": 5, "one": 5}
+    jobs = {
+        name: Job(id=name, lora=name, prompt_token_ids=[5, 6, 7], max_tokens=length)
+        for name, length in lengths.items()
+    }
+    finished: list[Sequence] = []
+
+    def begin(*names: str) -> None:
+        for name in names:
+            engine.add(engine.sequence_of(jobs[name]))
+        finished.extend(engine.step())
+
+    begin("sixty-four", "three")
+    engine.adapters.pin(["eight"])
+    begin("one", "eight")
+    assert engine.resident == ["sixty-four", "three"]
+    while len(finished) < len(jobs):
+        finished += engine.step()
+    assert [sequence.job.id for sequence in finished] == ["three", "eight", "sixty-four", "one"]
+    assert {s.job.id: s.output_ids for s in finished} == expected(oracle, list(jobs.values()))
+    assert engine.counters.max_adapters_in_batch == 2
+    assert "eight" in engine.resident
+
+
 def test_preempted_sequences_come_to_the_same_tokens(
     model_folder: Path, adapters: dict[str, Path], oracle: Oracle
 ) -> None:
