@@ -106,16 +106,14 @@ class Worker:
     def submit(self, name: str) -> None:
         """A job for one or two answers; it fails at once if its adapter is not served, or was
         evicted and has changed since."""
-        known = self.registry.known(name)
+        known, reason, adapter = self.registry.known(name), "", None
         try:
             adapter = self.registry.get(name)
         except JobError as error:
-            assert known
-            assert f"({known.revision}); load it again" in error.message
-            assert known.revision != self.memory.revision(Path(name))
-            return
-        assert (adapter is None) == (known is None)
-        if adapter is None or known is None:
+            reason = error.message
+        if known is None or adapter is None:
+            assert known is None or f"({known.revision}); load it again" in reason
+            assert known is None or known.revision != self.memory.revision(Path(name))
             return
         assert adapter.revision == known.revision
         self.num_jobs += 1
