@@ -146,6 +146,22 @@ def test_an_adapter_pinned_while_others_hold_all_slots_gets_the_next_free_one(
     assert "eight" in engine.resident
 
 
+def test_jobs_and_tokens_of_an_adapter_are_counted(
+    model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    engine = make_engine(model_folder, adapters)
+    ids = {"prompt_token_ids": [5, 6, 7], "max_tokens": 5}
+    jobs = [
+        Job(id="one-answer", lora="one", **ids),
+        Job(id="three", lora="one", n=3, temperature=1.0, **ids),
+        Job(id="of-the-base-model", **ids),
+    ]
+    run(engine, jobs)
+    (counts,) = [c for c in engine.adapters.counts.values() if c.requests]
+    assert counts == engine.adapters.counts["one"]
+    assert (counts.requests, counts.output_tokens, counts.loads) == (2, 20, 1)
+
+
 def test_preempted_sequences_come_to_the_same_tokens(
     model_folder: Path, adapters: dict[str, Path], oracle: Oracle
 ) -> None:
