@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -239,6 +241,38 @@ def test_forgotten_names_are_unknown(folder: Path) -> None:
     assert known.revisions == {"b": "first b"}
     assert known.errors == {}
     assert loaded(known) == "b"
+
+
+def test_counts_go_with_their_names(folder: Path) -> None:
+    known = registry(folder, "ab")
+    for name in "ab":
+        known.count(name, output_tokens=5)
+    known.keep_only({"b"})
+    known.count("a", output_tokens=7)  # It ran when its adapter was unloaded.
+    assert {name: c.output_tokens for name, c in known.counts.items()} == {"b": 5}
+    load(known, "a", folder / "a", 3)
+    assert (known.counts["a"].loads, known.counts["a"].requests) == (1, 0)
+
+
+def test_what_was_replaced_or_unloaded_a_hundred_times_leaves_nothing_in_memory(
+    folder: Path,
+) -> None:
+    known = registry(folder, "b", max_loaded=2)
+    held = []
+    for number in range(100):
+        (folder / "a" / "weights").write_text(f"a {number}")
+        load(known, "a", folder / "a", number)
+        adapter = known.get("a")
+        assert adapter
+        held.append(weakref.ref(adapter))
+        if number % 3 == 0:
+            known.keep_only({"b"})
+    del adapter
+    gc.collect()
+    assert [number for number, ref in enumerate(held) if ref()] == []
+    assert loaded(known) == "b"
+    assert set(known.counts) == {"b"}
+    assert len(known._alive) == 1
 
 
 def test_only_known_names_count_as_pinned(folder: Path) -> None:

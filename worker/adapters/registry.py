@@ -155,11 +155,12 @@ class AdapterRegistry:
                 log.info("adapter_unloaded", adapter=name)
 
     def keep_only(self, names: Collection[str]) -> None:
-        """``forget`` every other name, and its error."""
+        """``forget`` every other name, its error and its counts."""
         with self._lock:
             for name in self._known.keys() - set(names):
                 self.forget(name)
             self._errors = {name: error for name, error in self._errors.items() if name in names}
+            self._counts = {name: count for name, count in self._counts.items() if name in names}
 
     def pin(self, names: Iterable[str]) -> None:
         """These adapters, and no others, hold a slot whether jobs use them or not; those of them
@@ -184,8 +185,10 @@ class AdapterRegistry:
         return self._known.get(name)
 
     def count(self, name: str, *, output_tokens: int) -> None:
-        """Count a job that was answered."""
+        """Count a job that was answered, unless its adapter has been forgotten meanwhile."""
         with self._lock:
+            if name not in self._known:
+                return
             counts = self._counts_of(name)
             self._counts[name] = counts.model_copy(
                 update={
