@@ -205,8 +205,8 @@ class DesiredStateFollower:
         return HubRepository(repository).folder()
 
     def _pin(self, records: Mapping[str, AdapterRecord]) -> None:
-        # Too many can be wanted by commands given at the same moment, or where this worker has fewer
-        # slots than others: those that have a slot keep it.
+        # Two commands at one moment may want too many, and other workers may have more slots: those
+        # that are pinned stay so.
         wanted = (name for name, record in records.items() if record.pinned)
         kept = self._registry.pinned_names
         pinned = sorted(wanted, key=lambda name: (name not in kept, name))
