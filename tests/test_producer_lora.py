@@ -605,6 +605,22 @@ def test_the_list_is_a_table_for_a_person(producer: Producer, queue: JobQueue) -
     assert "`producer lora unload NAME` forgets it" in rows[-1]
 
 
+@pytest.mark.parametrize("record", ["", "{", "7", '"x"', '{"source": 7}', '{"unknown": 1}'])
+def test_a_damaged_record_is_told_with_the_remedy_which_works(
+    producer: Producer, queue: JobQueue, record: str
+) -> None:
+    queue.announce({"sql": AdapterRecord(source="/sql", revision="r")})
+    queue.client.hset(queue.keys.adapters, "chat", record)
+    for command in (("list",), ("pin", "sql")):
+        outcome = producer("lora", *command)
+        assert outcome.exit_code == 1
+        assert "error: The record of adapter 'chat' is damaged: " in outcome.stderr
+        assert ". `producer lora load chat PATH` writes it anew." in outcome.stderr
+    assert producer("lora", "load", "chat", "/chat", "--no-wait").exit_code == 0
+    assert desired(queue)["chat"] == AdapterRecord(source="/chat", version=2)
+    assert producer("lora", "unload", "chat", "--no-wait").exit_code == 0
+
+
 def test_a_long_error_has_the_whole_width(producer: Producer, queue: JobQueue) -> None:
     queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
     error = "a word " * 20 + "end."
