@@ -14,6 +14,7 @@ from schemas.adapter import AdapterRecord
 from schemas.job import Job
 from tests.test_adapter_registry import TextLoader, load
 from worker.adapters.follower import DesiredStateFollower
+from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
 
 
@@ -236,14 +237,37 @@ def test_a_worker_that_starts_after_a_failed_replacement_serves_what_the_others_
         assert worker.registry.errors == {"sql": f"there is no folder {root / 'later'}."}
 
 
-def test_what_was_replaced_in_vain_is_not_served_from_files_that_have_changed(
-    queue: JobQueue, make_follower: MakeFollower, root: Path
+@pytest.mark.parametrize("content", ["trained on", None])
+def test_what_was_replaced_in_vain_is_not_served_from_files_that_have_changed_or_gone(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, content: str | None
 ) -> None:
     replaced_by_nothing(queue, root, make_follower())
-    (root / "sql" / "weights").write_text("trained on")
+    weights = root / "sql" / "weights"
+    weights.write_text(content) if content else weights.unlink()
     later = make_follower()
     later.follow()
     assert later.registry.revisions == {}
+    assert later.registry.errors == {"sql": f"there is no folder {root / 'later'}."}
+
+
+def test_an_adapter_that_is_loaded_anew_while_it_is_read_is_served_as_it_was_loaded_last(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    reads = []
+
+    def load_anew(adapter: Adapter) -> None:
+        reads.append(adapter.revision)
+        if len(reads) == 1:
+            queue.set_adapter("sql", str(root / "new"), pinned=False)
+
+    follower.registry.prepare = load_anew
+    follower.load("sql", root / "sql")
+    assert follower.registry.revisions == {}
+    follower.follow()
+    assert reads == ["sql weights", "new weights"]
+    assert follower.registry.revisions == {"sql": "new weights"}
+    assert record(queue, "sql").revision == "new weights"
 
 
 def test_once_one_worker_has_read_the_replacement_none_serves_what_it_replaces(

@@ -22,7 +22,7 @@ from producer.advice import unserved
 from producer.cli import app
 from producer.client import Client
 from schemas.adapter import AdapterRecord
-from schemas.errors import UnknownId
+from schemas.errors import BadInput, UnknownId
 from schemas.job import Job
 from schemas.result import Result, Timings
 from schemas.worker_state import AdapterCounts, WorkerState
@@ -491,6 +491,23 @@ def test_an_adapter_that_is_loaded_again_while_it_drains_is_not_unloaded(
     outcome = producer("lora", "unload", "sql")
     assert outcome.exit_code == 1
     assert "it was loaded again meanwhile" in outcome.stdout
+
+
+def test_an_adapter_that_is_unloaded_while_a_load_is_waited_for_is_no_success(
+    client: Client, queue: JobQueue, start_worker: StartWorker
+) -> None:
+    start_worker()
+    change = client.load_adapter("sql", "/adapters/sql")
+    client.answers(client.unload_adapter("sql"))
+    (answer,) = client.answers(change)
+    assert (answer.success, answer.error_message) == (False, "it was unloaded meanwhile")
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_program_is_told_of_a_timeout_that_is_none(client: Client, timeout: float) -> None:
+    change = client.load_adapter("sql", "/adapters/sql")
+    with pytest.raises(BadInput, match=f"A timeout is a number of seconds, not {timeout}"):
+        client.answers(change, timeout=timeout)
 
 
 def test_ctrl_c_while_waiting_says_that_the_command_is_kept(
