@@ -26,7 +26,10 @@ def read_record(model: type[Record], text: str, what: str) -> Record:
 
 def read_adapter(name: str, text: str) -> AdapterRecord:
     """One adapter of the desired state; raises LorryError for a damaged record."""
-    return read_record(AdapterRecord, text, f"The record of adapter '{name}'")
+    try:
+        return read_record(AdapterRecord, text, f"The record of adapter '{name}'")
+    except LorryError as error:
+        raise LorryError(f"{error}. `producer lora load {name} PATH` writes it anew.") from error
 
 
 def read_adapters(records: dict[str, str]) -> dict[str, AdapterRecord]:

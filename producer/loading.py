@@ -18,6 +18,7 @@ from producer.hub import describe
 from producer.messages import notice, say, warn
 from producer.place import Place
 from schemas.errors import LorryError, NotFinished, NoWorker
+from schemas.hub import HUB_PREFIX
 
 #: Seconds between two lines about a download.
 _DOWNLOAD_LINE_SECONDS = 5.0
@@ -122,7 +123,10 @@ class FetchLines:
 def load(place: Place, name: str, path: str, *, pinned: bool, report: Report) -> None:
     """Load an adapter on all workers."""
     with place.client() as client:
-        report.tell(client, client.load_adapter(name, path, pinned=pinned))
+        change = client.load_adapter(name, path, pinned=pinned)
+        if change.fetch and not path.startswith(HUB_PREFIX):
+            notice(f"There is no folder {path} here, so it is fetched from the hub.")
+        report.tell(client, change)
 
 
 def unload(place: Place, name: str, *, force: bool, report: Report) -> None:

@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class AdapterCounts(BaseModel):
-    """What one adapter has done on one worker since that started."""
+    """What one adapter has done on one worker since that started, or since it was loaded after an
+    unload."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

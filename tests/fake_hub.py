@@ -90,13 +90,16 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
+            asked = _INFO.fullmatch(path) or _FILE.fullmatch(path)
+            if not asked:
+                # Once a process huggingface_hub asks which agents there are.
+                return self._fail(404, "")
             hub.requests.append(f"{self.command} {path}")
             hub.tokens.add(self.headers.get("Authorization"))
             if hub.failures:
                 return self._fail(hub.failures.pop(0), "")
-            asked = _INFO.fullmatch(path) or _FILE.fullmatch(path)
-            repository = hub.repositories.get(asked["repo"]) if asked else None
-            if not asked or repository is None:
+            repository = hub.repositories.get(asked["repo"])
+            if repository is None:
                 return self._fail(401, "RepoNotFound")
             if repository.error:
                 return self._fail(*repository.error)

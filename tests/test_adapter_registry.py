@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,6 +139,49 @@ def test_an_evicted_adapter_whose_files_are_gone_fails_its_jobs(folder: Path) ->
         known.get("a")
 
 
+def test_that_an_evicted_adapter_cannot_come_back_is_told_until_it_does(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    weights = folder / "a" / "weights"
+    for content in ("second a", None):
+        weights.write_text(content) if content else weights.unlink()
+        with pytest.raises(JobError) as error:
+            known.get("a")
+        assert error.value.message == f"adapter 'a': {known.errors['a']}"
+        # It is no load that failed: the desired state was followed.
+        assert known.seen_version("a") == 1
+    weights.write_text("first a")
+    assert known.get("a")
+    assert known.errors == {}
+
+
+def test_what_could_not_come_back_and_is_loaded_again_or_forgotten_is_told_no_more(
+    folder: Path,
+) -> None:
+    known = registry(folder, "abc", max_loaded=1)
+    for name in "ab":
+        (folder / name / "weights").write_text("changed")
+        with pytest.raises(JobError):
+            known.get(name)
+    load(known, "a", folder / "a", 4)
+    known.forget("b")
+    assert known.errors == {}
+
+
+def test_an_evicted_adapter_that_is_pinned_comes_back(folder: Path) -> None:
+    known = registry(folder, "abc", max_loaded=2)
+    assert loaded(known) == "bc"
+    known.pin("a")
+    assert [adapter.name for adapter in known.pinned] == ["a"]
+    assert loaded(known) == "ac"
+
+
+def test_an_evicted_adapter_that_is_pinned_and_has_gone_is_told(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    (folder / "a" / "weights").unlink()
+    known.pin("a")
+    assert known.errors == {"a": f"there is no folder {folder / 'a'}."}
+
+
 def test_an_adapter_unloaded_while_it_is_read_again_does_not_come_back(folder: Path) -> None:
     known = registry(folder, "ab", max_loaded=1)
     known.prepare = lambda adapter: known.keep_only({"b"})
@@ -200,6 +245,38 @@ def test_forgotten_names_are_unknown(folder: Path) -> None:
     assert known.revisions == {"b": "first b"}
     assert known.errors == {}
     assert loaded(known) == "b"
+
+
+def test_counts_go_with_their_names(folder: Path) -> None:
+    known = registry(folder, "ab")
+    for name in "ab":
+        known.count(name, output_tokens=5)
+    known.keep_only({"b"})
+    known.count("a", output_tokens=7)  # It ran when its adapter was unloaded.
+    assert {name: c.output_tokens for name, c in known.counts.items()} == {"b": 5}
+    load(known, "a", folder / "a", 3)
+    assert (known.counts["a"].loads, known.counts["a"].requests) == (1, 0)
+
+
+def test_what_was_replaced_or_unloaded_a_hundred_times_leaves_nothing_in_memory(
+    folder: Path,
+) -> None:
+    known = registry(folder, "b", max_loaded=2)
+    held = []
+    for number in range(100):
+        (folder / "a" / "weights").write_text(f"a {number}")
+        load(known, "a", folder / "a", number)
+        adapter = known.get("a")
+        assert adapter
+        held.append(weakref.ref(adapter))
+        if number % 3 == 0:
+            known.keep_only({"b"})
+    del adapter
+    gc.collect()
+    assert [number for number, ref in enumerate(held) if ref()] == []
+    assert loaded(known) == "b"
+    assert set(known.counts) == {"b"}
+    assert len(known._alive) == 1
 
 
 def test_only_known_names_count_as_pinned(folder: Path) -> None:

@@ -85,7 +85,11 @@ def random_adapter(
 
 
 def make_slots(
-    num_slots: int, modules: Collection[str] = LINEAR_MODULES, *, stacked: bool = False
+    num_slots: int,
+    modules: Collection[str] = LINEAR_MODULES,
+    *,
+    stacked: bool = False,
+    policy: str = "lru",
 ) -> AdapterSlots:
     spare = spare_rows(MODEL, modules, rank_capacity(num_slots, MAX_RANK))
     weights = random_weights(MODEL, torch.device("cpu"), torch.float32, spare)
@@ -97,6 +101,7 @@ def make_slots(
         device=torch.device("cpu"),
         dtype=torch.float32,
         stacked=weights if stacked else None,
+        policy=policy,
     )
 
 
@@ -196,6 +201,15 @@ def test_the_least_recently_used_adapter_is_evicted() -> None:
     for adapter in (a, b, a, c):
         slots.place(adapter, ())
     assert sorted(slots.resident) == ["a", "c"]
+
+
+def test_by_fifo_the_first_one_that_came_is_evicted() -> None:
+    slots, (a, b, c, d) = make_slots(2, policy="fifo"), map(random_adapter, "abcd")
+    for adapter in (a, b, a, c):
+        slots.place(adapter, ())
+    assert sorted(slots.resident) == ["b", "c"]
+    slots.place(d, in_use={b})
+    assert sorted(slots.resident) == ["b", "d"]
 
 
 def test_an_adapter_in_use_is_not_evicted() -> None:

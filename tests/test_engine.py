@@ -118,6 +118,62 @@ def test_fewer_slots_than_adapters_change_no_token(
     assert engine.counters.max_adapters_in_batch == 2
 
 
+@pytest.mark.parametrize(("policy", "left"), [("lru", "eight one"), ("fifo", "eight three")])
+def test_the_policy_says_which_adapter_leaves_its_slot(
+    model_folder: Path, adapters: dict[str, Path], policy: str, left: str
+) -> None:
+    # Of one size in the slots: smaller ones would share the place of a larger one.
+    small = {name: adapters[name] for name in ("one", "three", "eight")}
+    engine = make_engine(model_folder, small, max_loras_per_batch=2, lora_eviction_policy=policy)
+    for number, name in enumerate(("one", "three", "one", "eight")):
+        run(engine, [Job(id=f"{number}", lora=name, prompt_token_ids=[5], max_tokens=1)])
+    assert " ".join(sorted(engine.resident)) == left
+
+
+def test_an_adapter_pinned_while_others_hold_all_slots_gets_the_next_free_one(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    engine = make_engine(model_folder, adapters, max_loras_per_batch=2)
+    lengths = {"sixty-four": 30, "three": 12, "eight": 5, "one": 5}
+    jobs = {
+        name: Job(id=name, lora=name, prompt_token_ids=[5, 6, 7], max_tokens=length)
+        for name, length in lengths.items()
+    }
+    finished: list[Sequence] = []
+
+    def begin(*names: str) -> None:
+        for name in names:
+            engine.add(engine.sequence_of(jobs[name]))
+        finished.extend(engine.step())
+
+    begin("sixty-four", "three")
+    engine.adapters.pin(["eight"])
+    begin("one", "eight")
+    assert sorted(engine.resident) == ["sixty-four", "three"]
+    while len(finished) < len(jobs):
+        finished += engine.step()
+    assert [sequence.job.id for sequence in finished] == ["three", "eight", "sixty-four", "one"]
+    assert {s.job.id: s.output_ids for s in finished} == expected(oracle, list(jobs.values()))
+    assert engine.counters.max_adapters_in_batch == 2
+    assert "eight" in engine.resident
+
+
+def test_jobs_and_tokens_of_an_adapter_are_counted(
+    model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    engine = make_engine(model_folder, adapters)
+    ids = {"prompt_token_ids": [5, 6, 7], "max_tokens": 5}
+    jobs = [
+        Job(id="one-answer", lora="one", **ids),
+        Job(id="three", lora="one", n=3, temperature=1.0, **ids),
+        Job(id="of-the-base-model", **ids),
+    ]
+    run(engine, jobs)
+    (counts,) = [c for c in engine.adapters.counts.values() if c.requests]
+    assert counts == engine.adapters.counts["one"]
+    assert (counts.requests, counts.output_tokens, counts.loads) == (2, 20, 1)
+
+
 def test_preempted_sequences_come_to_the_same_tokens(
     model_folder: Path, adapters: dict[str, Path], oracle: Oracle
 ) -> None:

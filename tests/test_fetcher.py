@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import redis
 from rq import Queue
 from rq.job import Job
 from rq.serializers import DefaultSerializer, JSONSerializer
+from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
 import broker.fetches
@@ -259,6 +261,23 @@ def test_what_will_not_change_is_given_up_at_once_with_the_reason(
     assert not any("evil" in line for line in hub.requests)
     # Asked again, it is tried again.
     assert fetching.ask("sql", source) != id_
+
+
+def test_weights_that_are_not_finite_are_found_by_the_fetcher(
+    fetching: Fetching, hub: FakeHub, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(adapters["sql"], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = sorted(tensors)[0]
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    hub.push("acme/broken", folder)
+    fetching.ask("sql", "acme/broken")
+    failed = fetching.until("sql", "failed", "retrying")
+    assert failed.state == "failed"
+    assert f"{key} holds NaN or infinite values" in (failed.reason or "")
+    assert fetching.desired() == {}
 
 
 def test_what_may_pass_is_tried_again_and_then_succeeds(fetching: Fetching, hub: FakeHub) -> None:

@@ -14,6 +14,7 @@ from schemas.adapter import AdapterRecord
 from schemas.job import Job
 from tests.test_adapter_registry import TextLoader, load
 from worker.adapters.follower import DesiredStateFollower
+from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
 
 
@@ -236,14 +237,37 @@ def test_a_worker_that_starts_after_a_failed_replacement_serves_what_the_others_
         assert worker.registry.errors == {"sql": f"there is no folder {root / 'later'}."}
 
 
-def test_what_was_replaced_in_vain_is_not_served_from_files_that_have_changed(
-    queue: JobQueue, make_follower: MakeFollower, root: Path
+@pytest.mark.parametrize("content", ["trained on", None])
+def test_what_was_replaced_in_vain_is_not_served_from_files_that_have_changed_or_gone(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, content: str | None
 ) -> None:
     replaced_by_nothing(queue, root, make_follower())
-    (root / "sql" / "weights").write_text("trained on")
+    weights = root / "sql" / "weights"
+    weights.write_text(content) if content else weights.unlink()
     later = make_follower()
     later.follow()
     assert later.registry.revisions == {}
+    assert later.registry.errors == {"sql": f"there is no folder {root / 'later'}."}
+
+
+def test_an_adapter_that_is_loaded_anew_while_it_is_read_is_served_as_it_was_loaded_last(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    reads = []
+
+    def load_anew(adapter: Adapter) -> None:
+        reads.append(adapter.revision)
+        if len(reads) == 1:
+            queue.set_adapter("sql", str(root / "new"), pinned=False)
+
+    follower.registry.prepare = load_anew
+    follower.load("sql", root / "sql")
+    assert follower.registry.revisions == {}
+    follower.follow()
+    assert reads == ["sql weights", "new weights"]
+    assert follower.registry.revisions == {"sql": "new weights"}
+    assert record(queue, "sql").revision == "new weights"
 
 
 def test_once_one_worker_has_read_the_replacement_none_serves_what_it_replaces(
@@ -384,10 +408,13 @@ def test_a_name_that_a_command_gave_other_weights_keeps_them_when_a_worker_start
     assert follower.registry.revisions == {"sql": "new weights"}
 
 
-def start_with(make_follower: MakeFollower, folder: Path) -> list[MutableMapping[str, object]]:
+def start_with(
+    make_follower: MakeFollower, folder: Path, *, pinned: bool = False
+) -> list[MutableMapping[str, object]]:
     """What a worker logs that joins the queue with an adapter `sql` on its command line."""
     follower = make_follower(own_folders=[folder])
     load(follower.registry, "sql", folder, version=0)
+    follower.registry.pin(["sql"] if pinned else [])
     with capture_logs() as logs:
         follower.announce()
         follower.follow()
@@ -410,6 +437,27 @@ def test_a_worker_says_which_of_its_adapters_a_command_has_overruled(
         }
     ]
     assert start_with(make_follower, root / "new") == []
+
+
+def test_a_worker_says_that_one_of_its_adapters_is_not_pinned_as_it_was_told(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    def start_pinned() -> list[MutableMapping[str, object]]:
+        return start_with(make_follower, root / "sql", pinned=True)
+
+    (told,) = start_pinned()
+    assert told["event"] == "adapter_announced"
+    assert start_pinned() == []
+    queue.pin_adapter("sql", False)
+    assert start_pinned() == [
+        {
+            "event": "lora_path_not_pinned",
+            "log_level": "warning",
+            "adapter": "sql",
+            "remedy": "producer lora pin sql",
+        }
+    ]
+    assert not record(queue, "sql").pinned
 
 
 def test_a_load_that_nobody_can_read_does_not_take_a_workers_own_adapter_out_of_service(
@@ -530,3 +578,31 @@ def test_no_more_adapters_are_pinned_than_leave_a_slot(
     queue.unload_adapter("sql", "drain")
     follower.follow()
     assert follower.registry.pinned_names == set()
+
+
+def test_an_adapter_pinned_beyond_the_limit_takes_no_slot_from_one_pinned_before(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower(max_pinned=1)
+    follower.load("sql", root / "sql", pinned=True)
+    follower.load("chat", root / "chat", pinned=True)
+    assert follower.registry.pinned_names == {"sql"}
+    queue.pin_adapter("sql", False)
+    follower.follow()
+    assert follower.registry.pinned_names == {"chat"}
+
+
+def test_an_evicted_adapter_is_read_again_when_it_is_pinned(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    follower.registry._max_loaded = 1
+    for name in ("sql", "chat"):
+        follower.load(name, root / name)
+    queue.pin_adapter("sql", True)
+    follower.follow()
+    assert [adapter.name for adapter in follower.registry.pinned] == ["sql"]
+    (root / "chat" / "weights").write_text("others")
+    queue.pin_adapter("chat", True)
+    follower.follow()
+    assert "chat holds another revision now (others)" in follower.registry.errors["chat"]

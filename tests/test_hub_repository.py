@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, scan_cache_dir
+from structlog.testing import capture_logs
 
 from schemas.errors import BadInput
 from schemas.hub import HubSource
@@ -200,6 +201,23 @@ def test_no_hub_at_all_may_pass(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubUnavailable, match=r"the download from http://127\.0\.0\.1:9 failed"):
         at("acme/sql").download()
+
+
+def test_what_an_operator_named_is_taken_from_the_cache_while_the_hub_is_unavailable(
+    hub: FakeHub, adapter: Path
+) -> None:
+    commit = hub.push("acme/sql", adapter)
+    hub.failures = [503]
+    with pytest.raises(HubUnavailable, match="503"):
+        at("acme/sql").download_or_find()  # The cache has nothing yet.
+    assert at("acme/sql").download_or_find()[0].revision == commit
+    hub.failures = [503]
+    with capture_logs() as logs:
+        source, folder = at("acme/sql").download_or_find()
+    assert source.revision == commit
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    (told,) = logs
+    assert (told["event"], told["used"]) == ("hub_unavailable", f"hf:acme/sql@{commit}")
 
 
 def test_content_that_is_not_what_was_announced_is_deleted_and_loaded_anew(

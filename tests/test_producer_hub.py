@@ -263,7 +263,10 @@ def test_a_folder_that_exists_wins_over_a_repository(
 ) -> None:
     (tmp_path / "here" / "sql").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert producer("lora", "load", "x", typed, "--no-wait").exit_code == 0
+    outcome = producer("lora", "load", "x", typed, "--no-wait")
+    assert outcome.exit_code == 0
+    sentence = f"There is no folder {typed} here, so it is fetched from the hub."
+    assert (sentence in outcome.stderr) == (folder is None and not typed.startswith("hf:"))
     sources = {name: record.source for name, record in desired(queue).items()}
     assert sources == ({"x": folder.format(cwd=tmp_path.resolve())} if folder else {})
     requests = {name: record.source for name, record in fetches.records().items()}

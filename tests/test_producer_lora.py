@@ -22,10 +22,11 @@ from producer.advice import unserved
 from producer.cli import app
 from producer.client import Client
 from schemas.adapter import AdapterRecord
-from schemas.errors import UnknownId
+from schemas.errors import BadInput, UnknownId
 from schemas.job import Job
 from schemas.result import Result, Timings
 from schemas.worker_state import AdapterCounts, WorkerState
+from tests.servers import wait_until
 from tests.test_producer_cli import Producer, prompts
 
 
@@ -452,8 +453,7 @@ def test_a_timeout_bounds_the_wait_for_a_drain_that_goes_on(
     assert "3 jobs of it left after 0.3 s" in outcome.stdout
     assert "'sql' takes no new jobs, but is not unloaded yet" in outcome.stderr
     worker.serves_jobs = True
-    assert producer("lora", "unload", "sql").exit_code == 0
-    assert desired(queue) == {}
+    wait_until(lambda: desired(queue) == {}, "the adapter was not unloaded")
 
 
 def test_force_fails_the_waiting_jobs_with_a_reason(
@@ -491,6 +491,23 @@ def test_an_adapter_that_is_loaded_again_while_it_drains_is_not_unloaded(
     outcome = producer("lora", "unload", "sql")
     assert outcome.exit_code == 1
     assert "it was loaded again meanwhile" in outcome.stdout
+
+
+def test_an_adapter_that_is_unloaded_while_a_load_is_waited_for_is_no_success(
+    client: Client, queue: JobQueue, start_worker: StartWorker
+) -> None:
+    start_worker()
+    change = client.load_adapter("sql", "/adapters/sql")
+    client.answers(client.unload_adapter("sql"))
+    (answer,) = client.answers(change)
+    assert (answer.success, answer.error_message) == (False, "it was unloaded meanwhile")
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_program_is_told_of_a_timeout_that_is_none(client: Client, timeout: float) -> None:
+    change = client.load_adapter("sql", "/adapters/sql")
+    with pytest.raises(BadInput, match=f"A timeout is a number of seconds, not {timeout}"):
+        client.answers(change, timeout=timeout)
 
 
 def test_ctrl_c_while_waiting_says_that_the_command_is_kept(
@@ -603,6 +620,22 @@ def test_the_list_is_a_table_for_a_person(producer: Producer, queue: JobQueue) -
         assert all(word in told for word in words.split())
     assert "json on w2: its rank is too large" in rows
     assert "`producer lora unload NAME` forgets it" in rows[-1]
+
+
+@pytest.mark.parametrize("record", ["", "{", "7", '"x"', '{"source": 7}', '{"unknown": 1}'])
+def test_a_damaged_record_is_told_with_the_remedy_which_works(
+    producer: Producer, queue: JobQueue, record: str
+) -> None:
+    queue.announce({"sql": AdapterRecord(source="/sql", revision="r")})
+    queue.client.hset(queue.keys.adapters, "chat", record)
+    for command in (("list",), ("pin", "sql")):
+        outcome = producer("lora", *command)
+        assert outcome.exit_code == 1
+        assert "error: The record of adapter 'chat' is damaged: " in outcome.stderr
+        assert ". `producer lora load chat PATH` writes it anew." in outcome.stderr
+    assert producer("lora", "load", "chat", "/chat", "--no-wait").exit_code == 0
+    assert desired(queue)["chat"] == AdapterRecord(source="/chat", version=2)
+    assert producer("lora", "unload", "chat", "--no-wait").exit_code == 0
 
 
 def test_a_long_error_has_the_whole_width(producer: Producer, queue: JobQueue) -> None:

@@ -479,15 +479,6 @@ def test_a_pinned_adapter_holds_its_slot_while_nothing_uses_it() -> None:
     assert scheduler.running == [b]
 
 
-def test_an_adapter_pinned_while_others_hold_all_slots_lets_no_other_begin() -> None:
-    scheduler = make_scheduler(max_adapters=2)
-    add(scheduler, make_sequence(3, 5, B), make_sequence(3, 5, C))
-    step(scheduler)
-    scheduler.pinned = frozenset({A})
-    add(scheduler, make_sequence(3, 5, D), make_sequence(3, 5, E))
-    assert {item.sequence.adapter for item in step(scheduler)} == {B, C}
-
-
 def test_a_long_prompt_goes_in_by_chunks_of_the_limit() -> None:
     scheduler = make_scheduler(max_prefill_tokens=32)
     add(scheduler, make_sequence(70, 5))

@@ -92,5 +92,6 @@ def load_weights_and_slots(
         device=device,
         dtype=dtype,
         stacked=weights if is_stacked else None,
+        policy=config.lora_eviction_policy,
     )
     return weights, slots

@@ -78,7 +78,8 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
     )
     lora.add_argument(
         "--lora-eviction-policy",
-        help="which leaves host memory first: lru, the least recently used (default), or fifo",
+        help="which leaves its slot, or host memory first: lru, the least recently used (default),"
+        " or fifo, the first that came",
     )
     lora.add_argument(
         "--lora-root",

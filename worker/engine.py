@@ -246,12 +246,12 @@ class Engine:
         if sequence.error:
             first.error = sequence.error
             self.drop(first)
-        elif sequence.adapter:
-            num_tokens = len(sequence.output_ids)
-            self.adapters.count(sequence.adapter.name, output_tokens=num_tokens)
         if any(answer.phase is not Phase.FINISHED for answer in first.answers):
             return []
         first.finished = now
+        if first.adapter and not first.error:
+            num_tokens = sum(len(answer.output_ids) for answer in first.answers)
+            self.adapters.count(first.adapter.name, output_tokens=num_tokens)
         return [first]
 
     def drop(self, sequence: Sequence) -> None:

@@ -55,8 +55,8 @@ class Scheduler:
         patience: float = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``pinned`` adapters hold a slot even when no sequence uses them; fewer than
-        ``max_adapters`` are. ``patience`` is in seconds of ``clock``."""
+        """``pinned`` adapters hold a slot even when no sequence uses them; one may be added when
+        ``has_slot_for`` says so. ``patience`` is in seconds of ``clock``."""
         self.pool = pool
         self.waiting = Waiting()
         self.running: list[Sequence] = []
@@ -106,6 +106,11 @@ class Scheduler:
         """Adapters that hold a slot: the pinned ones and those of running sequences."""
         return self._num_running.keys() | self.pinned
 
+    def has_slot_for(self, adapter: Adapter | None) -> bool:
+        """Whether it needs none, holds one or finds one free."""
+        in_use = self.adapters_in_use
+        return adapter is None or adapter in in_use or len(in_use) < self._max_adapters
+
     def next_adapters(self, count: int = 2) -> list[Adapter]:
         """Adapters that wait for a slot: at most ``count``, the next to get one first."""
         slotless = self._slotless(self._clock())[:count]
@@ -146,14 +151,9 @@ class Scheduler:
         found = self._find_prefix(sequence)
         wanted = num_pages(sequence.num_tokens) - len(found) + bool(self.running)
         has_pages = wanted <= self.pool.num_free_without(found)
-        may_run = self._has_slot(sequence.adapter) and not sequence.num_in_flight
+        # Of those that were preempted, one that was pinned meanwhile may have taken their slot.
+        may_run = self.has_slot_for(sequence.adapter) and not sequence.num_in_flight
         return self._has_row(budget) and has_pages and may_run
-
-    def _has_slot(self, adapter: Adapter | None) -> bool:
-        """Whether it needs none, has one or finds one free: of those that were preempted, one that
-        was pinned meanwhile may have taken theirs."""
-        in_use = self.adapters_in_use
-        return adapter is None or adapter in in_use or len(in_use) < self._max_adapters
 
     def _begin(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
         """Let a sequence run; returns what it takes of the budget."""
@@ -201,8 +201,7 @@ class Scheduler:
 
     def _groups_with_slot(self, now: float) -> list[Group]:
         """Groups whose sequences may begin, longest unserved first; some get their slot now."""
-        # Below 0 after one was pinned while others hold all slots.
-        num_free = max(0, self._max_adapters - len(self.adapters_in_use))
+        num_free = self._max_adapters - len(self.adapters_in_use)
         slotless = self._slotless(now)
         left_out = set(slotless[num_free:])
         self._drain_for(slotless[num_free:], now)

@@ -456,9 +456,10 @@ local function first_suspect(worker, reserved_before)
 end
 
 -- An adapter's record in the desired state, nil if there is none. A null in it is cjson.null.
+-- Nil too if another program has left something else there, which a load then replaces.
 local function read_record(name)
-  local record = redis.call('HGET', ADAPTERS, name)
-  return record and cjson.decode(record) or nil
+  local is_json, record = pcall(cjson.decode, redis.call('HGET', ADAPTERS, name) or '')
+  return is_json and type(record) == 'table' and record or nil
 end
 
 local function write_record(name, record)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -132,34 +131,6 @@ def test_commands_that_race_a_running_batch_do_not_change_its_answers(
     assert {name for worker in client.overview().workers for name in worker.adapters} == {"lora0"}
 
 
-def test_workers_that_were_down_or_came_meanwhile_have_what_was_commanded(
-    redis_url: str,
-    queue_name: str,
-    start_bare_worker: StartWorker,
-    root: Path,
-    oracle: Oracle,
-) -> None:
-    place = ("--redis-url", redis_url, "--queue", queue_name)
-    with Client(redis_url, queue_name) as client:
-        client.load_adapter("lora0", root / "lora0", pinned=True)  # While nobody is there.
-        killed, stopped = start_bare_worker(*place), start_bare_worker(*place)
-        wait_for_workers(client, 2)
-        assert status_of(client, "lora0").num_loaded == 2
-
-        killed.kill()
-        stopped.terminate()
-        client.unload_adapter("lora0")
-        change = client.load_adapter("lora1", root / "lora1")
-        start_bare_worker(*place)
-        start_bare_worker(*place)
-        for process, status in ((killed, -signal.SIGKILL), (stopped, 0)):
-            process.join(PATIENCE)
-            assert process.exitcode == status
-        wait_for_workers(client, 2)  # The killed one is forgotten after 10 seconds.
-        assert set(succeed(client, change)) == {"lora1"}
-        assert_answers(client, oracle, {None: None, "lora1": "lora1"})
-
-
 @pytest.fixture
 def server_folder() -> Iterator[Path]:
     # Not tmp_path: the path of a Unix socket must be short.
@@ -186,6 +157,8 @@ def test_a_server_that_is_restarted_between_commands_knows_them_or_is_told_them_
 
             restart()
             assert status_of(client, "lora0").pinned
+            for change in (client.unpin_adapter, client.pin_adapter):
+                assert set(succeed(client, change("lora0"))) == {"lora0"}
             assert set(succeed(client, client.load_adapter("lora1", root / "lora1"))) == {
                 *("lora0", "lora1")
             }
@@ -203,6 +176,7 @@ def test_a_server_that_is_restarted_between_commands_knows_them_or_is_told_them_
             }
             names: dict[str | None, str | None] = {n: n for n in ("lora0", "lora1", "lora2")}
             assert_answers(client, oracle, {None: None, **names})
+            assert set(succeed(client, client.unload_adapter("lora0"))) == {"lora1", "lora2"}
 
 
 def test_an_evicted_adapter_comes_back_as_the_same_revision_or_not_at_all(

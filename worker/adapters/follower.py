@@ -76,6 +76,10 @@ class DesiredStateFollower:
                     unloading=record.unloading,
                     remedy=f"producer lora load {name} {announced.source}",
                 )
+            elif announced.pinned and not record.pinned:
+                log.warning(
+                    "lora_path_not_pinned", adapter=name, remedy=f"producer lora pin {name}"
+                )
 
     def turn(self) -> None:
         """Wait for a change, and follow it."""
@@ -201,7 +205,11 @@ class DesiredStateFollower:
         return HubRepository(repository).folder()
 
     def _pin(self, records: Mapping[str, AdapterRecord]) -> None:
-        pinned = sorted(name for name, record in records.items() if record.pinned)
+        # Two commands at one moment may want too many, and other workers may have more slots: those
+        # that are pinned stay so.
+        wanted = (name for name, record in records.items() if record.pinned)
+        kept = self._registry.pinned_names
+        pinned = sorted(wanted, key=lambda name: (name not in kept, name))
         for name in pinned[self._max_pinned :]:
             log.warning("adapter_not_pinned", adapter=name, max_pinned=self._max_pinned)
         self._registry.pin(pinned[: self._max_pinned])

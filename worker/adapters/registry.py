@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -78,6 +79,8 @@ class AdapterRegistry:
         self._alive: WeakValueDictionary[tuple[str, str], Adapter] = WeakValueDictionary()
         self._pinned_names: frozenset[str] = frozenset()
         self._errors: dict[str, tuple[int, str]] = {}
+        #: Why what was evicted could not be read again.
+        self._unavailable_for: dict[str, str] = {}
         self._counts: dict[str, AdapterCounts] = {}
         self.in_use: Callable[[], Collection[str]] = frozenset
         """Names of the adapters of the jobs that this worker holds."""
@@ -87,7 +90,7 @@ class AdapterRegistry:
     def get(self, name: str) -> Adapter | None:
         """The adapter, read from its source if it was evicted; None if the name is unknown.
 
-        Raises JobError if its source has gone or changed since.
+        Raises JobError, of which ``errors`` tells too, if its source has gone or changed since.
         """
         if adapter := self._get_loaded(name):
             return adapter
@@ -99,16 +102,13 @@ class AdapterRegistry:
             try:
                 adapter = self._alive.get((name, known.revision)) or self._read(name, known.folder)
             except BadInput as error:
-                raise JobError(
-                    "adapter_unavailable", f"adapter '{name}': {error}", may_heal=True
-                ) from error
+                raise self._unavailable(name, known, str(error), may_heal=True) from error
             if adapter.revision != known.revision:
-                raise JobError(
-                    "adapter_unavailable",
-                    f"adapter '{name}': {known.source} holds another revision now"
-                    f" ({adapter.revision}) than when it was loaded ({known.revision});"
-                    " load it again",
+                reason = (
+                    f"{known.source} holds another revision now ({adapter.revision}) than when it"
+                    f" was loaded ({known.revision}); load it again"
                 )
+                raise self._unavailable(name, known, reason, may_heal=False)
             with self._lock:
                 # Else it was unloaded while it was read; the job at hand still runs with it.
                 if self._known.get(name) is known:
@@ -132,6 +132,7 @@ class AdapterRegistry:
         """Serve what was read, in place of what was served under the name."""
         with self._lock:
             self._errors.pop(name, None)
+            self._unavailable_for.pop(name, None)
             self._known[name] = read.known
             if read.adapter:
                 self._loaded.pop(name, None)
@@ -156,23 +157,29 @@ class AdapterRegistry:
             if name in self._known:
                 del self._known[name]
                 self._loaded.pop(name, None)
+                self._unavailable_for.pop(name, None)
                 self.generation += 1
                 log.info("adapter_unloaded", adapter=name)
 
     def keep_only(self, names: Collection[str]) -> None:
-        """``forget`` every other name, and its error."""
+        """``forget`` every other name, its error and its counts."""
         with self._lock:
             for name in self._known.keys() - set(names):
                 self.forget(name)
             self._errors = {name: error for name, error in self._errors.items() if name in names}
+            self._counts = {name: count for name, count in self._counts.items() if name in names}
 
     def pin(self, names: Iterable[str]) -> None:
-        """These adapters, and no others, hold a slot whether jobs use them or not."""
+        """These adapters, and no others, hold a slot whether jobs use them or not; those of them
+        that were evicted are read again."""
         pinned = frozenset(names)
         with self._lock:
             if pinned != self._pinned_names:
                 self._pinned_names = pinned
                 self.generation += 1
+        for name in sorted(pinned):
+            with suppress(JobError):  # ``errors`` tells of it.
+                self.get(name)
 
     def seen_version(self, name: str) -> int:
         """Version of the desired state in which the name was loaded or refused; 0 if in none."""
@@ -185,8 +192,10 @@ class AdapterRegistry:
         return self._known.get(name)
 
     def count(self, name: str, *, output_tokens: int) -> None:
-        """Count a job that was answered."""
+        """Count a job that was answered, unless its adapter has been forgotten meanwhile."""
         with self._lock:
+            if name not in self._known:
+                return
             counts = self._counts_of(name)
             self._counts[name] = counts.model_copy(
                 update={
@@ -203,9 +212,10 @@ class AdapterRegistry:
 
     @property
     def errors(self) -> dict[str, str]:
-        """Name -> why it is not served."""
+        """Name -> why it cannot be served as the desired state says."""
         with self._lock:
-            return {name: reason for name, (_, reason) in self._errors.items()}
+            refused = {name: reason for name, (_, reason) in self._errors.items()}
+            return self._unavailable_for | refused
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
@@ -271,7 +281,17 @@ class AdapterRegistry:
         )
         return adapter
 
+    def _unavailable(
+        self, name: str, known: KnownAdapter, reason: str, *, may_heal: bool
+    ) -> JobError:
+        with self._lock:
+            if self._known.get(name) is known:
+                self._unavailable_for[name] = reason
+        log.warning("adapter_unavailable", adapter=name, reason=reason)
+        return JobError("adapter_unavailable", f"adapter '{name}': {reason}", may_heal=may_heal)
+
     def _keep(self, name: str, adapter: Adapter) -> None:
+        self._unavailable_for.pop(name, None)
         self._loaded[name] = adapter
         self._alive[name, adapter.revision] = adapter
         self.generation += 1

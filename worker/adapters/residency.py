@@ -23,7 +23,8 @@ class AdapterResidency:
 
     def follow(self) -> None:
         """Pin, and let go of, what the registry says. What sequences still use goes after them, and
-        an adapter that was pinned while others hold all slots gets the next free one."""
+        an adapter that was pinned while others hold all slots gets the next free one: until then
+        its sequences wait for a slot as any others."""
         if self._seen_generation == self._registry.generation and not self._is_behind:
             return
         self._seen_generation = self._registry.generation
@@ -31,10 +32,12 @@ class AdapterResidency:
         sequences = chain(scheduler.running, scheduler.waiting)
         in_use = {sequence.adapter for sequence in sequences if sequence.adapter}
         loaded, pinned = self._registry.loaded, frozenset(self._registry.pinned)
-        slots.pinned = scheduler.pinned = pinned
+        slots.pinned = scheduler.pinned = scheduler.pinned & pinned
         slots.forget_all_but(loaded | in_use)
-        have_slots = [slots.bring(adapter, scheduler.adapters_in_use) for adapter in pinned]
-        self._is_behind = not (in_use <= loaded and all(have_slots))
+        for adapter in pinned - scheduler.pinned:
+            if scheduler.has_slot_for(adapter) and slots.bring(adapter, scheduler.adapters_in_use):
+                slots.pinned = scheduler.pinned = scheduler.pinned | {adapter}
+        self._is_behind = not (in_use <= loaded and scheduler.pinned == pinned)
 
     def prefetch(self) -> None:
         """Send the weights of the adapters that are next to get a slot on their way."""

@@ -102,9 +102,11 @@ class AdapterSlots:
         device: torch.device,
         dtype: torch.dtype,
         stacked: DecoderWeights | None = None,
+        policy: str = "lru",
     ) -> None:
         """``stacked``: base weights with ``spare_rows`` behind them for A; without it, A has memory
-        of its own."""
+        of its own. ``policy``: whether the least recently used (``lru``) or the first that came
+        (``fifo``) makes room."""
         self.num_slots = num_slots
         self.capacity = rank_capacity(num_slots, max_rank)
         #: Only where A is part of the base product do ranks cost time that nobody uses.
@@ -113,6 +115,8 @@ class AdapterSlots:
         self._device = device
         self._dtype = dtype
         self._first_ranks: dict[Adapter, int] = {}
+        self._policy = policy
+        #: Or came last, by ``fifo``.
         self._last_used: dict[Adapter, int] = {}
         self._clock = 0
         self.num_loads = 0
@@ -227,7 +231,8 @@ class AdapterSlots:
 
         It is the last one used from now on.
         """
-        if adapter not in self._first_ranks:
+        is_new = adapter not in self._first_ranks
+        if is_new:
             first = self._make_room(_rank_class(adapter.rank), in_use)
             if first is None:
                 return False
@@ -236,8 +241,9 @@ class AdapterSlots:
             self._first_ranks[adapter] = first
             megabytes = round(self.num_bytes(adapter) / 1e6, 1)
             log.info("adapter_loads", adapter=adapter.name, rank=adapter.rank, megabytes=megabytes)
-        self._clock += 1
-        self._last_used[adapter] = self._clock
+        if is_new or self._policy == "lru":
+            self._clock += 1
+            self._last_used[adapter] = self._clock
         return True
 
     def _make_room(self, size: int, in_use: Collection[Adapter]) -> int | None:
