@@ -27,8 +27,9 @@ from tests.end_to_end.at_work import wait_until
 from tests.test_job_queue import keys_left
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.lora_path import LoraPath
 from worker.sequence import Sequence
 from worker.worker import Worker
 
