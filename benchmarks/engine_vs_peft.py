@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.smollm2 import model_folder
 from schemas.job import Job
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
 from worker.host_memory import keep_freed_memory
+from worker.lora_path import LoraPath
 
 ADAPTERS = {
     path.name: path

@@ -25,8 +25,9 @@ from producer.lines import numbered_lines, parse_line
 from producer.problems import Problems
 from schemas.errors import BadInput, LorryError
 from schemas.job import Job
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine, EngineCounters
+from worker.lora_path import LoraPath
 
 
 def read_jobs(path: Path) -> list[Job]:

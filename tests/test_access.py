@@ -27,9 +27,10 @@ from tests.test_producer_cli import Producer, prompts
 from tests.tiny_models import make_adapter, make_llama
 from tests.webhook_receiver import run_receiver
 from worker.adapters.loader import AdapterChecker
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
 from worker.hub.fetcher import Fetcher
+from worker.lora_path import LoraPath
 from worker.model.config import ModelConfig
 from worker.webhooks.notifier import Notifier
 from worker.worker import Worker

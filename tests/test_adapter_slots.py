@@ -27,8 +27,9 @@ from worker.adapters.peft_targets import Place
 from worker.adapters.registry import AdapterRegistry, load_registry
 from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
 from worker.adapters.sources import find_adapters
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.lora_path import LoraPath
 from worker.model.config import (
     END_MODULES,
     LINEAR_GROUPS,

@@ -14,8 +14,9 @@ import torch
 from schemas.errors import JobError
 from schemas.job import Job
 from tests.tiny_models import Oracle, make_adapter, make_llama
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.lora_path import LoraPath
 from worker.sequence import Sequence
 from worker.step_graphs import Output, StepGraphs
 

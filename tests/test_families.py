@@ -72,6 +72,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {"head_dim": 20, "tie_word_embeddings": True, "attention_bias": True}),
     "phi3": ("phi3", {"sliding_window": 21, "num_key_value_heads": 6}),
+    "phi3-partial": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "phi4": (
         "phi3",
         {

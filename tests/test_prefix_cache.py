@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from schemas.job import Job
 from tests.tiny_models import Oracle, make_adapter, make_llama
 from worker.adapters.peft_format import Adapter
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
 from worker.kv_cache import PAGE_SIZE
+from worker.lora_path import LoraPath
 from worker.page_pool import PagePool, prefix_keys
 from worker.scheduler import Scheduler
 from worker.sequence import Phase, Sequence

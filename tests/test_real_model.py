@@ -13,8 +13,9 @@ from benchmarks.engine_vs_peft import ADAPTERS, make_jobs
 from examples.smollm2 import model_folder
 from schemas.job import Job
 from tests.tiny_models import Oracle
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.lora_path import LoraPath
 from worker.sequence import Sequence
 
 NUM_TOKENS = 16

@@ -18,8 +18,9 @@ from schemas.job import Job
 from tests.tiny_models import ALL_MODULES, Oracle, OracleOfEach, make_adapter, make_llama
 from worker import assembly
 from worker.adapters.slots import rank_levels
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.lora_path import LoraPath
 from worker.model_runner import ModelRunner
 from worker.sequence import Sequence
 from worker.step_graphs import Output, StepGraphs

@@ -27,8 +27,9 @@ from schemas.job import Job
 from tests.test_job_queue import keys_left
 from tests.tiny_models import make_adapter, make_llama
 from worker.batch import Batch
-from worker.config import LoraPath, WorkerConfig
+from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.lora_path import LoraPath
 from worker.sequence import Sequence
 from worker.worker import Worker
 
@@ -482,3 +483,24 @@ def test_a_worker_waits_for_a_server_that_refuses_writes(
     assert exit_status == 0
     assert ("redis_away", "publish") in {(entry["event"], entry.get("at")) for entry in logs}
     assert client.status(submission).counts["done"] == 40
+
+
+def test_results_tell_that_a_common_beginning_was_computed_once_an_adapter(
+    client: Client, make_worker: MakeWorker
+) -> None:
+    beginning = [token % 200 for token in range(80)]
+    jobs = [
+        job(f"{lora}-{i}", lora) | {"prompt_token_ids": [*beginning, i + 1]}
+        for lora in (None, "a", "b")
+        for i in range(5)
+    ]
+    submission = client.submit(jobs)
+    worker = make_worker()
+    assert worker.run() == 0
+    cached: dict[str | None, list[int]] = {}
+    for result in client.results(submission):
+        cached.setdefault(result.lora, []).append(result.usage.cached_tokens)
+    assert cached.keys() == {None, "a", "b"}
+    assert all(sorted(numbers) == [0, 80, 80, 80, 80] for numbers in cached.values())
+    # A last token that is left alone is computed, and counted, as one of the answer.
+    assert worker._engine.counters.prompt_tokens == 3 * 81

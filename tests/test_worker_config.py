@@ -14,7 +14,8 @@ import torch
 from benchmarks.waiting import PATIENCE
 from schemas.errors import BadInput
 from worker.cli import build_parser
-from worker.config import FetcherConfig, LoraPath, WorkerConfig
+from worker.config import FetcherConfig, WorkerConfig
+from worker.lora_path import LoraPath
 
 ROOT = Path(__file__).parents[1]
 
@@ -303,6 +304,7 @@ def test_the_parser_knows_exactly_the_documented_flags() -> None:
 
 def test_every_flag_is_a_setting() -> None:
     settings = {f"--{name.replace('_', '-')}" for name in WorkerConfig.model_fields}
+    settings.remove("--repository")  # What --model-path stands for.
     assert settings == FLAGS
 
 
@@ -337,7 +339,7 @@ def run_worker(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_wrong_flag_ends_the_worker_with_status_2_and_one_line() -> None:
-    ended = run_worker("--model-path", "m", "--dtype", "float64")
+    ended = run_worker("--model-path", ".", "--dtype", "float64")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
         "worker: error: --dtype \"float64\": should be 'auto', 'float32', 'float16' or 'bfloat16'\n"

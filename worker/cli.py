@@ -7,8 +7,12 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from broker.interrupts import INTERRUPTED, end_at_once, tidy_up_first
+
+if TYPE_CHECKING:
+    from worker.model_place import ModelPlace
 
 DESCRIPTION = """\
 Claims jobs from a queue, runs them in batches over many LoRA adapters, and writes one result a job
@@ -36,10 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument(
         "--model-path",
-        type=Path,
         required=True,
-        metavar="DIR",
-        help="folder with config.json, safetensors and tokenizer",
+        metavar="MODEL",
+        help="folder with config.json, safetensors and tokenizer; where no folder MODEL exists,"
+        " OWNER/NAME[@REVISION] is a repository of the Hugging Face hub (hf:OWNER/NAME always is)",
     )
     model.add_argument("--device", help="cpu or cuda; left out: cuda if there is one")
     model.add_argument(
@@ -184,41 +188,55 @@ def main() -> None:
         end_at_once()
 
 
-def _run(flags: dict[str, object]) -> int:
-    # Only now, since importing torch takes seconds and --help should not.
+def _run(flags: dict[str, Any]) -> int:
+    # Only now, for --help does without; and without torch, which takes seconds: a mistyped name is
+    # told before.
+    from schemas.errors import LorryError
+    from worker.logs import configure_logs
+    from worker.lora_path import check_folders
+    from worker.model_place import find_model
+
+    tidy_up_first()
+    configure_logs()
+    try:
+        check_folders(flags.get("lora_paths", ()))
+        return _serve(flags, find_model(flags["model_path"]))
+    except LorryError as error:
+        print(f"worker: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _serve(flags: dict[str, Any], model: ModelPlace) -> int:
     from broker.address import has_password
     from broker.connection import server_errors
     from broker.server import find_server
-    from schemas.errors import LorryError
     from worker.background import change_threads_often, wait_for_server
     from worker.config import WorkerConfig
     from worker.engine import Engine
     from worker.host_memory import keep_freed_memory, leave_alone_what_stays
     from worker.hub.fetcher_process import FetcherProcess
-    from worker.logs import configure_logs, log
+    from worker.logs import log
     from worker.worker import Worker
 
-    tidy_up_first()
-    configure_logs()
     keep_freed_memory()
-    try:
-        config = WorkerConfig.from_flags(flags)
-        with find_server(config.redis_url, config.redis_password_file) as server:
-            if has_password(config.redis_url):
-                log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
-            wait_for_server(server)
-            engine = Engine(config)
-            worker = Worker(config, engine, server.url)
-            leave_alone_what_stays()
-            change_threads_often()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: worker.stop())
-            fetcher = FetcherProcess(config, engine.adapters.loader.limits, server.url)
-            with server_errors(server.url), fetcher if config.with_fetcher else nullcontext():
-                return worker.run()
-    except LorryError as error:
-        print(f"worker: error: {error}", file=sys.stderr)
-        return error.exit_code
+    config = WorkerConfig.from_flags(
+        {**flags, "model_path": model.folder, "repository": model.repository}
+    )
+    with find_server(config.redis_url, config.redis_password_file) as server:
+        if has_password(config.redis_url):
+            log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
+        wait_for_server(server)
+        if config.load_format != "dummy":
+            model.fetch_weights()
+        engine = Engine(config)
+        worker = Worker(config, engine, server.url)
+        leave_alone_what_stays()
+        change_threads_often()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: worker.stop())
+        fetcher = FetcherProcess(config, engine.adapters.loader.limits, server.url)
+        with server_errors(server.url), fetcher if config.with_fetcher else nullcontext():
+            return worker.run()
 
 
 if __name__ == "__main__":

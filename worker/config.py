@@ -18,11 +18,11 @@ from pydantic import (
     model_validator,
 )
 
-from schemas.adapter import AdapterName
 from schemas.errors import BadInput
-from schemas.faults import first_fault, plain
-from schemas.hub import HUB_PREFIX, HubSource
+from schemas.faults import plain
+from schemas.hub import HubSource
 from schemas.keys import QUEUE_NAME
+from worker.lora_path import LoraPath
 from worker.model.config import TARGET_MODULES
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,59 +30,6 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 #: Seconds for which who waits unserved has patience: an adapter until one with a slot makes room
 #: for it, jobs of a low priority until they get a turn beside the highest.
 PATIENCE = 30.0
-
-
-class LoraPath(BaseModel):
-    """One value of ``--lora-paths``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    lora_name: AdapterName
-    lora_path: str = Field(min_length=1)
-    pinned: bool = False
-
-    @property
-    def folder(self) -> Path:
-        return Path(os.path.realpath(self.lora_path))
-
-    @property
-    def repository(self) -> HubSource | None:
-        """The repository of the hub that the path means; None for a folder.
-
-        A folder of that name wins; with ``hf:`` before it, it is the repository.
-        """
-        if self.lora_path.startswith(HUB_PREFIX) or not os.path.isdir(self.folder):
-            return HubSource.parse(self.lora_path)
-        return None
-
-    @model_validator(mode="after")
-    def _names_a_source(self) -> LoraPath:
-        if self.lora_path.startswith(HUB_PREFIX) and not self.repository:
-            raise ValueError(f"{self.lora_path} is not hf:OWNER/NAME[@REVISION]")
-        return self
-
-    @classmethod
-    def parse(cls, text: str) -> LoraPath:
-        """Read ``PATH``, ``NAME=PATH`` or ``{"lora_name", "lora_path", "pinned"}``; a path may be a
-        repository of the hub, ``OWNER/NAME[@REVISION]``.
-
-        A bare path gets its last component as its name, a bare repository its name.
-        """
-        try:
-            if text.lstrip().startswith("{"):
-                return cls.model_validate_json(text)
-            name, separator, path = text.partition("=")
-            if not separator:
-                source = HubSource.parse(text)
-                name, path = source.name if source else Path(text).name, text
-            return cls(lora_name=name, lora_path=path)
-        except ValidationError as error:
-            raise BadInput(
-                f"--lora-paths {text}: {first_fault(error)}."
-                " Give PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned, with a folder"
-                " or OWNER/NAME[@REVISION] of the hub as the path; a name begins with a letter or"
-                " digit and goes on with those and . _ - /"
-            ) from error
 
 
 def _known_modules(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -151,6 +98,8 @@ class WorkerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_path: Path
+    repository: str | None = None
+    """That of the hub that the folder holds, by its name."""
     enable_lora: bool = False
     lora_paths: tuple[LoraPath, ...] = ()
     lora_root: tuple[Path, ...] = ()
@@ -224,6 +173,11 @@ class WorkerConfig(BaseModel):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device; leave it out, or use cpu")
         return self
+
+    @property
+    def model_name(self) -> str:
+        """What the base model is called in a queue."""
+        return self.repository or str(self.model_path)
 
     @property
     def has_lora(self) -> bool:

@@ -109,7 +109,7 @@ class Engine:
             self._residency.follow()
         log.info(
             "engine_ready",
-            model=str(config.model_path),
+            model=config.model_name,
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),
             context_length=self.context_length,

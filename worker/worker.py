@@ -136,7 +136,7 @@ class Worker:
             return  # Asked to end while Redis was away.
         if self._config.max_attempts is not None:
             self._set_max_attempts(self._config.max_attempts)
-        self._queue.set_model(str(self._config.model_path))
+        self._queue.set_model(self._config.model_name)
         self._follower.announce()
         self._follower.follow()
         self._keeper.report()
@@ -294,7 +294,7 @@ class Worker:
         engine, counters = self._engine, self._engine.counters
         return WorkerState(
             id=self.id,
-            model=str(self._config.model_path),
+            model=self._config.model_name,
             device=engine.device.type,
             started=self._started,
             adapters=engine.adapters.revisions,

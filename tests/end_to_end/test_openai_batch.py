@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as Chat
@@ -18,6 +19,7 @@ from producer.client import Client
 from producer.openai_requests import CHAT, COMPLETIONS
 from tests.end_to_end.at_work import wait_for_workers
 from tests.end_to_end.conftest import running_workers
+from tests.fake_hub import run_fake_hub
 from tests.test_producer_cli import Producer
 from tests.test_text import make_tokenizer
 from tests.tiny_models import Oracle, make_adapter, make_llama
@@ -52,8 +54,8 @@ def chat(model: str, **fields: Any) -> Chat:
     }
 
 
-def text(model: str) -> Text:
-    return {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+def text(model: str, **fields: Any) -> Text:
+    return {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0, **fields}
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
@@ -125,3 +127,67 @@ def test_a_file_of_the_official_clients_types_comes_back_by_them(
         "long": "context_length_exceeded",
     }
     assert "body.response_format: not supported" in told["bad"].message
+
+
+def test_answers_and_log_probabilities_of_a_model_of_the_hub_come_back_by_the_types(
+    redis_url: str,
+    queue_name: str,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapters = {"sql": make_adapter(model_folder, tmp_path / "sql", rank=4, seed=1)}
+    file, out = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
+    drawn = {"n": 2, "temperature": 0.8, "seed": 7, "logprobs": True, "top_logprobs": 3}
+    file.write_text(
+        request("chat", CHAT, chat("acme/tiny", **drawn))
+        + request("chat-sql", CHAT, chat("acme/tiny:sql", logprobs=True, top_logprobs=3))
+        + request("text", COMPLETIONS, text("tiny", logprobs=2))
+        + request("text-sql", COMPLETIONS, text("sql", logprobs=2, n=2))
+    )
+    producer = Producer(redis_url, queue_name)
+    with (
+        run_fake_hub() as hub,
+        Client(redis_url, queue_name) as client,
+        running_workers(Path("acme/tiny@v1"), tmp_path) as start,
+    ):
+        hub.push("acme/tiny", model_folder, "v1")
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        place = ("--redis-url", redis_url, "--queue", queue_name)
+        start(*place, "--lora-paths", f"sql={adapters['sql']}")
+        wait_for_workers(client, 1)
+        assert [worker.model for worker in client.overview().workers] == ["acme/tiny"]
+        outcome = producer(
+            *("submit", str(file), "--wait", "--timeout", "120"),
+            *("--format", "openai", "-o", str(out)),
+        )
+    assert outcome.exit_code == 0, outcome.stderr
+
+    bodies = {name: line["response"]["body"] for name, line in read(out).items()}
+    for name, count in (("chat", 2), ("chat-sql", 1)):
+        answer = ChatCompletion.model_validate(bodies[name], strict=True)
+        assert [choice.index for choice in answer.choices] == list(range(count))
+        for choice in answer.choices:
+            assert choice.logprobs
+            tokens = choice.logprobs.content or []
+            assert len(tokens) == 6
+            assert [len(token.top_logprobs) for token in tokens] == [3] * 6
+            spelled = bytes(byte for token in tokens for byte in token.bytes or [])
+            assert spelled.decode(errors="replace") == choice.message.content
+
+    oracle, tokenizer = Oracle(model_folder, adapters), make_tokenizer(model_folder)
+    for name, adapter, count in (("text", None, 1), ("text-sql", "sql", 2)):
+        completion = Completion.model_validate(bodies[name], strict=True)
+        ids = oracle.generate(PROMPT, adapter, 6)
+        rows = oracle.all_logits([*PROMPT, *ids], adapter)[len(PROMPT) - 1 : -1].log_softmax(-1)
+        expected = rows.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+        assert len(completion.choices) == count
+        for choice in completion.choices:
+            assert choice.text == tokenizer.decode(ids)
+            assert choice.logprobs
+            found = torch.tensor(choice.logprobs.token_logprobs)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+            for likely, row in zip(choice.logprobs.top_logprobs or [], rows, strict=True):
+                # Tokens of one text, of which there may be two, are one entry.
+                assert max(likely.values()) == pytest.approx(float(row.max()), abs=1e-4)

@@ -126,6 +126,36 @@ def test_killing_a_worker_loses_no_job(
     assert not {name for name in left if name.startswith(("stream:", "ready", "leases"))}
 
 
+def test_a_seeded_job_draws_the_same_tokens_after_its_worker_was_killed(
+    client: Client, start_worker: StartWorker
+) -> None:
+    def drawing(prefix: str) -> list[dict[str, object]]:
+        """Jobs of the same content, called otherwise."""
+        fields = {"temperature": 1.2, "presence_penalty": 0.5, "min_p": 0.02, "n": 2}
+        return [
+            {**line, **fields, "id": f"{prefix}-{i}", "seed": i}
+            for i, line in enumerate(lines(12, max_tokens=150))
+        ]
+
+    flags = ("--lease-seconds", "1", "--max-running-requests", "12")
+    victim = start_worker(*flags)
+    wait_for_workers(client, 1)
+    interrupted = client.submit(drawing("interrupted"))
+    wait_until_running(client, interrupted)
+    os.kill(victim.pid, signal.SIGKILL)
+    start_worker(*flags)
+    client.wait(interrupted, timeout=200)
+    assert any(client.attempts(f"interrupted-{i}") for i in range(12)), "none was run twice"
+    calm = client.submit(drawing("calm"))
+    client.wait(calm, timeout=200)
+    once, twice = (
+        [[choice.token_ids for choice in result.choices or []] for result in client.results(each)]
+        for each in (calm, interrupted)
+    )
+    assert once == twice
+    assert len({tuple(ids) for answers in once for ids in answers}) == 24
+
+
 def test_sigterm_ends_a_worker_in_order_and_the_rest_of_the_work_goes_on_elsewhere(
     client: Client, start_worker: StartWorker
 ) -> None:

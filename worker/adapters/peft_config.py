@@ -16,7 +16,7 @@ from schemas.faults import first_fault
 
 Number = TypeVar("Number", int, float)
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 #: How PEFT 0.21 reads a key of ``rank_pattern`` and ``alpha_pattern`` (``get_pattern_key``), and an
 #: entry of ``layers_pattern`` (``check_target_module_exists``).

@@ -17,7 +17,7 @@ import torch
 
 from schemas.errors import BadInput
 from worker.adapters.device_weights import DeviceWeights, stack_gains
-from worker.adapters.peft_config import CONFIG_FILE, read_config, read_settings
+from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_config, read_settings
 from worker.adapters.peft_targets import Place, select
 from worker.adapters.peft_tensors import (
     check_base_copy,
@@ -27,7 +27,6 @@ from worker.adapters.peft_tensors import (
     place_trained,
 )
 from worker.adapters.peft_weights import (
-    WEIGHTS_FILE,
     LoraFactors,
     StoredWeights,
     find_weights,

@@ -10,12 +10,10 @@ from pathlib import Path
 import torch
 
 from schemas.errors import BadInput
-from worker.adapters.peft_config import CONFIG_FILE, PeftConfig
+from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from worker.adapters.peft_targets import Place, Selection, all_places
 from worker.adapters.safetensors_file import WEIGHT_TYPES, SafetensorsFile, StoredTensor
 from worker.model.config import END_MODULES, ModelConfig
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 

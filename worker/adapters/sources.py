@@ -8,8 +8,8 @@ from pathlib import Path
 
 from schemas.errors import BadInput, LorryError
 from schemas.hub import HUB_PREFIX
-from worker.config import LoraPath
 from worker.hub.repository import HubRepository
+from worker.lora_path import LoraPath
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fetcher", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "--model-path",
-        type=Path,
         required=True,
-        metavar="DIR",
-        help="folder of the base model; its config.json is enough",
+        metavar="MODEL",
+        help="folder of the base model, of which config.json is enough, or its repository on the"
+        " hub, OWNER/NAME[@REVISION]",
     )
     parser.add_argument(
         "--hub-owners",
@@ -88,13 +88,15 @@ def _run(flags: argparse.Namespace) -> int:
     from worker.hub.fetcher import Fetcher
     from worker.logs import configure_logs, log, mute_rq
     from worker.model.config import ModelConfig
+    from worker.model_place import find_model
 
     tidy_up_first()
     configure_logs()
     mute_rq()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        config = FetcherConfig.from_flags(vars(flags))
+        model = find_model(flags.model_path)
+        config = FetcherConfig.from_flags({**vars(flags), "model_path": model.folder})
         checker = AdapterChecker(
             ModelConfig.from_folder(config.model_path),
             config.max_lora_rank,

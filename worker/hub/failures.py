@@ -9,7 +9,6 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -28,26 +27,24 @@ class HubUnavailable(LorryError):
     """The hub, the network or the disk failed in a way that may pass."""
 
 
-def not_cached(source: HubSource) -> BadInput:
+def not_cached(source: HubSource, remedy: str) -> BadInput:
     """The hub cache lacks it, and the hub is not asked."""
     offline = " and HF_HUB_OFFLINE forbids to ask the hub" if constants.is_offline_mode() else ""
     return BadInput(
         f"{source} is not in the hub cache {constants.HF_HUB_CACHE} of this machine{offline}."
-        " `producer lora load` lets a fetcher bring it, if that shares the cache (HF_HOME)."
+        f" {remedy}"
     )
 
 
 def explained(source: HubSource, error: Exception) -> LorryError:
     """What huggingface_hub raised: BadInput for what stays as it is until a person changes
     something, HubUnavailable for what may pass."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return not_cached(source)
     if isinstance(error, HfHubHTTPError):
         return _answered(source, error)
     if isinstance(error, OSError) and error.errno in _READ_ONLY:
         return BadInput(
             f"{source}: the hub cache cannot be written: {error.strerror} ({error.filename})."
-            " Let it be writable for the fetcher, or name another by HF_HOME."
+            " Let this user write it, or name another by HF_HOME."
         )
     if isinstance(error, OSError) and error.errno in _FULL:
         return HubUnavailable(
@@ -63,13 +60,13 @@ def _answered(source: HubSource, error: HfHubHTTPError) -> LorryError:
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
         return BadInput(
-            f"{source}: the repository is gated. Accept its terms on the hub, and give the fetcher"
-            " a token of that account (HF_TOKEN)."
+            f"{source}: the repository is gated. Accept its terms on the hub, and give a token"
+            " of that account (HF_TOKEN)."
         )
     if isinstance(error, RevisionNotFoundError):
         return BadInput(f"{source}: the repository has no revision '{source.revision or 'main'}'.")
     if isinstance(error, EntryNotFoundError):
-        return BadInput(f"{source}: a file of the adapter is missing in the repository.")
+        return BadInput(f"{source}: a file is missing in the repository.")
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
         return BadInput(
             f"{source}: the hub at {constants.ENDPOINT} has no such repository, or it is private"

@@ -1,4 +1,4 @@
-"""Adapters in repositories of the hub: downloaded into its cache folder, and found there.
+"""Repositories of the hub: downloaded into its cache folder, and found there.
 
 The cache is huggingface_hub's own (``HF_HOME``, ``HF_HUB_CACHE``), shared with every other program
 that uses it; endpoint, token and offline mode are those of its environment variables too.
@@ -22,14 +22,10 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from schemas.errors import BadInput
 from schemas.hub import HubSource
-from worker.adapters.peft_config import CONFIG_FILE
-from worker.adapters.peft_weights import WEIGHTS_FILE
+from worker.hub.contents import ADAPTER, Contents
 from worker.hub.failures import HubUnavailable, explained, not_cached
 
 log = structlog.get_logger()
-
-#: All that is ever taken from a repository: neither pickles nor code.
-FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 _DEFAULT_REVISION = "main"
 
@@ -43,35 +39,36 @@ OnBytes = Callable[[int, int], None]
 
 
 class HubRepository:
-    """One adapter's repository at one revision.
+    """One repository at one revision.
 
     Methods raise BadInput for what stays as it is until a person changes something, and
     HubUnavailable for what may pass.
     """
 
-    def __init__(self, source: HubSource) -> None:
+    def __init__(self, source: HubSource, contents: Contents = ADAPTER) -> None:
         self.source = source
+        self._contents = contents
         self._revision = source.revision or _DEFAULT_REVISION
         self._cache = Path(constants.HF_HUB_CACHE)
         self._storage = self._cache / f"models--{source.owner}--{source.name}"
 
     def download(self, on_bytes: OnBytes | None = None) -> tuple[HubSource, Path]:
-        """The adapter's files in the cache, and the source that names their commit.
+        """The folder in the cache with the files, and the source that names their commit.
 
-        What the cache holds already is not loaded again. Every file's content is held against the
-        hash by which the hub names it. In offline mode the cache has to have them.
+        What the cache holds already is not loaded again. A file's content is held against the hash
+        by which the hub names it. In offline mode the cache has to have them.
         """
         if constants.is_offline_mode():
             return self.find_cached()
         sizes, commit = self._ask_hub()
         source = self.source.at(commit)
         self._download_files(commit, sizes, on_bytes or _ignore_bytes)
-        return source, HubRepository(source).folder()
+        return source, self._at(source).folder()
 
-    def download_or_find(self) -> tuple[HubSource, Path]:
+    def download_or_find(self, on_bytes: OnBytes | None = None) -> tuple[HubSource, Path]:
         """``download``, or what the cache holds of the revision while the hub is unavailable."""
         try:
-            return self.download()
+            return self.download(on_bytes)
         except HubUnavailable as error:
             try:
                 found, folder = self.find_cached()
@@ -87,22 +84,33 @@ class HubRepository:
             try:
                 commit = (self._storage / "refs" / self._revision).read_text("utf-8").strip()
             except (OSError, ValueError):
-                raise not_cached(self.source) from None
+                raise self._not_cached() from None
         source = self.source.at(commit)
         if not source.is_commit:
-            raise not_cached(self.source)
-        return source, HubRepository(source).folder()
+            raise self._not_cached()
+        folder = self._at(source).folder()
+        try:
+            self._contents.choose(source, os.listdir(folder))
+        except BadInput as error:  # A download was broken off.
+            raise self._not_cached() from error
+        return source, folder
 
     def folder(self) -> Path:
         """The folder in the cache that holds the files of the source, which names a commit."""
         folder = self._storage / "snapshots" / self._revision
         if not self.source.is_commit or not folder.is_dir():
-            raise not_cached(self.source)
+            raise self._not_cached()
         cache = self._cache.resolve()
-        for path in (folder, *(folder / file for file in FILES)):
+        for path in (folder, *folder.iterdir()):
             if not Path(os.path.realpath(path)).is_relative_to(cache):
                 raise BadInput(f"{path} leads out of the hub cache {cache}, and is not read.")
         return folder
+
+    def _at(self, source: HubSource) -> HubRepository:
+        return HubRepository(source, self._contents)
+
+    def _not_cached(self) -> BadInput:
+        return not_cached(self.source, self._contents.remedy)
 
     def _ask_hub(self) -> tuple[dict[str, int], str]:
         """The sizes in bytes of the files that are wanted, by name, and the commit."""
@@ -113,32 +121,25 @@ class HubRepository:
         except Exception as error:
             raise explained(self.source, error) from error
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        if CONFIG_FILE not in sizes:
-            raise BadInput(f"{self.source} is no PEFT adapter: it lacks {CONFIG_FILE}.")
-        if WEIGHTS_FILE not in sizes:
-            pickles = [name for name in sizes if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-            hint = (
-                f" {pickles[0]} is a pickle, which can run code when it is read and is never"
-                " loaded; save the adapter anew with PEFT's save_pretrained."
-                if pickles
-                else ""
-            )
-            raise BadInput(f"{self.source} lacks {WEIGHTS_FILE}.{hint}")
+        chosen = self._contents.choose(self.source, sizes)
         if not info.sha or not self.source.at(info.sha).is_commit:
             raise HubUnavailable(f"{self.source}: the hub names no commit.")
-        return {name: sizes[name] for name in FILES}, info.sha
+        return {name: sizes[name] for name in chosen}, info.sha
 
     def _download_files(self, commit: str, sizes: dict[str, int], on_bytes: OnBytes) -> None:
         total, done = sum(sizes.values()), 0
         on_bytes(0, total)
         self._drop_leftovers()
+        folder = self._storage / "snapshots" / commit
         for name, size in sizes.items():
+            is_new = not (folder / name).exists()
             counter = _byte_counter(partial(_tell, on_bytes, done, total))
             try:
                 path = hf_hub_download(self.source.repo, name, revision=commit, tqdm_class=counter)
             except Exception as error:
                 raise explained(self.source, error) from error
-            self._check_content(Path(path))
+            if is_new or not self._contents.trusts_cache:
+                self._check_content(Path(path))
             done += size
             on_bytes(done, total)
         self._note_revision(commit)
