@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-from schemas.errors import BadInput, ServerUnavailable
+from schemas.errors import BadInput
 
 #: What a URL names: one server, or who knows where the server is at the moment.
 Kind = Literal["server", "socket", "sentinel", "cluster"]
@@ -59,7 +59,7 @@ class Address:
 
 
 def parse_address(url: str) -> Address:
-    """The parts of a URL; raises ServerUnavailable, which shows nothing secret, if it is none."""
+    """The parts of a URL; raises BadInput, which shows nothing secret, if it is none."""
     try:
         parts = urlsplit(url)
         kind, is_encrypted = _SCHEMES[parts.scheme]
@@ -70,7 +70,7 @@ def parse_address(url: str) -> Address:
         options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
     except (ValueError, KeyError):
         # Not `from error`: the words of the library may quote a part of the password.
-        raise ServerUnavailable(
+        raise BadInput(
             "What --redis-url or REDIS_URL gives is not the URL of a Redis server. One looks like"
             f" {_FORMS}; in a password, write / ? # @ : % as %2F %3F %23 %40 %3A %25."
         ) from None
@@ -80,12 +80,12 @@ def parse_address(url: str) -> Address:
         *(("db",) if kind == "socket" else ()),
     ]
     if any(name not in allowed for name in options):
-        raise ServerUnavailable(
+        raise BadInput(
             "The URL in --redis-url or REDIS_URL has an option behind its ? that has no meaning"
             f" there. With {parts.scheme}:// there {_may_be(allowed)}."
         )
     if kind == "socket" and not options.get("db", "0").isdecimal():
-        raise ServerUnavailable("In the URL of the Redis server, db is not a number.")
+        raise BadInput("In the URL of the Redis server, db is not a number.")
     return Address(
         kind=kind,
         nodes=nodes,
@@ -171,7 +171,7 @@ def _tls(options: dict[str, str]) -> dict[str, object]:
         try:
             open(options[name], "rb").close()
         except OSError as error:
-            raise ServerUnavailable(
+            raise BadInput(
                 f"In the URL of the Redis server, {name}={options[name]} cannot be read:"
                 f" {error.strerror}."
             ) from error
@@ -180,7 +180,7 @@ def _tls(options: dict[str, str]) -> dict[str, object]:
         if name not in options:
             continue
         if options[name].lower() not in choices:
-            raise ServerUnavailable(
+            raise BadInput(
                 f"In the URL of the Redis server, {name} is one of {', '.join(choices)}."
             )
         settings[name] = choices[options[name].lower()]

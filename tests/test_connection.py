@@ -150,7 +150,7 @@ def test_a_url_names_one_server_a_socket_sentinels_or_a_cluster() -> None:
     ],
 )
 def test_a_wrong_url_is_refused_with_what_it_may_be(url: str, remedy: str) -> None:
-    with pytest.raises(ServerUnavailable) as error:
+    with pytest.raises(BadInput) as error:
         parse_address(url)
     assert remedy in str(error.value)
 
