@@ -89,8 +89,8 @@ class QueueReader:
             return False
         raise UnknownId(
             f"Queue '{self.name}' holds no job and no submission with the id '{id_}'."
-            " `producer status` lists the submissions; --queue names another queue; results expire"
-            " some time after their submission has ended, see `submit --result-ttl`."
+            " `producer status --queue NAME` lists the submissions of a queue; results expire some"
+            " time after their submission has ended, see `producer submit --result-ttl`."
         )
 
     def num_set_aside(self) -> dict[float, int]:
@@ -158,8 +158,8 @@ class QueueReader:
             raise UnknownId(
                 f"The results of submission '{submission}' ({status.name}) are no longer kept: they"
                 f" expired at {_moment(status.expired)}, {_duration(status.result_ttl)} after its"
-                " last job had ended. `producer status` shows its counts; `submit --result-ttl`"
-                " keeps results longer."
+                " last job had ended. `producer status` shows its counts; `producer submit"
+                " --result-ttl` keeps results longer."
             )
 
     def job_ids(self, submission: str) -> Iterator[str]:

@@ -34,7 +34,7 @@ from producer.options import (
     TopK,
     TopP,
 )
-from schemas.errors import BadInput, LorryError
+from schemas.errors import BadInput, BadParameter, LorryError
 from schemas.faults import plain
 
 EXIT_CODES = """\
@@ -87,6 +87,10 @@ class Commands(TyperGroup):
         except typer.BadParameter as error:
             error.message = plain(error.message)
             raise
+        except BadParameter as error:
+            flag = "-n" if error.name == "n" else f"--{error.name.replace('_', '-')}"
+            fail(f"{flag}: {error.fault}")
+            raise typer.Exit(error.exit_code) from None
         except LorryError as error:
             fail(str(error))
             raise typer.Exit(error.exit_code) from None

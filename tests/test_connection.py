@@ -210,7 +210,7 @@ def test_a_wrong_password_file_is_refused_with_its_name(tmp_path: Path) -> None:
         (binary, "cannot be read: it is not UTF-8"),
         (empty, "is empty"),
     ):
-        with pytest.raises(BadInput, match=f"--redis-password-file {file} {reason}"):
+        with pytest.raises(BadInput, match=f"The password file {file} {reason}"):
             resolve_url("redis://h", file)
 
 

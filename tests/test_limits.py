@@ -104,7 +104,7 @@ def test_a_file_that_does_not_fit_is_refused_before_any_of_it_is_sent(client: Cl
         "0 jobs of 0 bytes wait, and at most 900 jobs may, so there is no room for 1000 jobs ("
     )
     assert str(refused.value).endswith(
-        "; nothing was sent. `--when-full wait` sends them as there is room."
+        "; nothing was sent. `wait` instead of `refuse` sends them as there is room."
     )
     assert client.overview().num_submissions == 0
     client.submit(["x"] * 900, when_full="refuse")
@@ -280,7 +280,7 @@ def test_a_record_that_no_script_could_use_is_refused_whole(
 
 
 def test_another_way_with_a_full_queue_than_the_two_is_refused(client: Client) -> None:
-    with pytest.raises(BadInput, match="--when-full is 'wait' or 'refuse', not 'maybe'"):
+    with pytest.raises(BadInput, match=r"^when_full: should be 'wait' or 'refuse' "):
         client.submit(["x"], when_full="maybe")  # type: ignore[arg-type]
 
 

@@ -477,7 +477,10 @@ def test_an_adapter_that_nobody_serves_cannot_drain_and_that_is_said(
     send(queue, 2)
     outcome = producer("lora", "unload", "sql")
     assert outcome.exit_code == 1
-    assert "2 jobs of it left, and no worker serves it; --force lets them fail" in outcome.stdout
+    assert (
+        "2 jobs of it left, and no worker serves it; an unload by force lets them fail"
+        in outcome.stdout
+    )
     assert producer("lora", "unload", "sql", "--force").exit_code == 0
 
 

@@ -171,7 +171,7 @@ def test_an_unknown_id_ends_with_3_and_a_remedy(producer: Producer, command: str
     outcome = producer(command, "nowhere")
     assert outcome.exit_code == 3
     assert "no job and no submission with the id 'nowhere'" in outcome.stderr
-    assert "`producer status` lists the submissions" in outcome.stderr
+    assert "`producer status --queue NAME` lists the submissions" in outcome.stderr
 
 
 def test_one_unknown_id_among_others_prints_nothing(
