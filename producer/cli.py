@@ -140,12 +140,9 @@ _FORMATS = (
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from broker.release import release
 
-    try:
-        typer.echo(f"lorry {version('lorry')}")
-    except PackageNotFoundError:
-        typer.echo("lorry, not installed as a package")
+    typer.echo(release())
     raise typer.Exit
 
 

@@ -124,6 +124,13 @@ class Engine:
             slots=self.slots.num_slots if self.slots else 0,
             slot_ranks=self.slots.capacity if self.slots else 0,
         )
+        if self.kv_capacity < self.context_length:
+            log.warning(
+                "kv_cache_below_context",
+                problem=f"a job whose prompt and max_tokens come to more than {self.kv_capacity}"
+                " tokens fails",
+                remedy="--max-total-tokens, or --mem-fraction-static",
+            )
 
     def sequence_of(self, job: Job) -> Sequence:
         """Prepare a job to run; raises JobError if it cannot. Safe to call from another thread.
