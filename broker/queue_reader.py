@@ -113,6 +113,10 @@ class QueueReader:
             num_suspects, num_delayed = pipeline.execute()
         return num_suspects, num_delayed
 
+    def num_running(self) -> int:
+        """Jobs that a worker has a lease of; one that died has it until somebody sweeps."""
+        return int(self.client.zcard(self.keys.leases))
+
     def num_dead(self) -> int:
         """Jobs given up on that were neither replayed nor dropped."""
         return int(self.client.xlen(self.keys.dead))
@@ -246,9 +250,14 @@ class QueueReader:
             read_record(WorkerState, state, "The state of a worker") for state in states if state
         ]
 
+    def model(self) -> str | None:
+        """What the worker that joined last calls its base model; None if none ever has."""
+        name: str | None = self.client.hget(self.keys.settings, "model")
+        return name
+
     def models(self) -> set[str]:
         """What living workers, and the one that joined last, call their base model."""
-        last = self.client.hget(self.keys.settings, "model")
+        last = self.model()
         return {worker.model for worker in self.workers()} | ({last} if last else set())
 
     def paused(self) -> dict[str, float]:

@@ -212,6 +212,11 @@ def _out_of_turn(found: Overview) -> RenderableType | None:
         )
     if found.num_delayed:
         sentences.append(f"{counted(found.num_delayed)} to be tried again later.")
+    if found.num_abandoned:
+        sentences.append(
+            f"{counted(found.num_abandoned)} left running by workers that are gone: the next worker"
+            " lets them run again."
+        )
     if found.num_dead:
         sentences.append(
             f"{counted(found.num_dead)} given up on: `producer dead list` says why,"

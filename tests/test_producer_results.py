@@ -566,6 +566,18 @@ def test_the_overview_shows_submissions_workers_and_waiting_adapters(
         assert word in shown
 
 
+def test_the_overview_says_whose_running_jobs_nobody_runs(
+    producer: Producer, client: Client, worker: Worker
+) -> None:
+    client.submit(["x", "y"])
+    worker.claim()
+    told = "2 jobs left running by workers that are gone: the next worker lets them run again."
+    assert told not in producer("status").stdout
+    worker.leave()
+    assert told in producer("status").stdout
+    assert json.loads(producer("status", "--json").stdout)["abandoned"] == 2
+
+
 def test_more_adapters_may_stand_in_slots_than_a_batch_holds(
     producer: Producer, queue: JobQueue
 ) -> None:
