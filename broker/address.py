@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-from schemas.errors import BadInput, ServerUnavailable
+from schemas.errors import BadInput
 
 #: What a URL names: one server, or who knows where the server is at the moment.
 Kind = Literal["server", "socket", "sentinel", "cluster"]
@@ -27,6 +27,9 @@ _FORMS = (
     "redis://[user:password@]host[:port][/database], rediss://... with TLS, unix:///path,"
     " redis+sentinel://host[:port][,...]/service or redis+cluster://host[:port][,...]"
 )
+
+#: What is wrong where a URL is: commands take it by a flag, the Python client as ``url``.
+_NAMED = "What --redis-url, url or REDIS_URL gives"
 
 #: Files that an encrypted connection may need, by the names that redis-py gives them.
 _TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -59,7 +62,7 @@ class Address:
 
 
 def parse_address(url: str) -> Address:
-    """The parts of a URL; raises ServerUnavailable, which shows nothing secret, if it is none."""
+    """The parts of a URL; raises BadInput, which shows nothing secret, if it is none."""
     try:
         parts = urlsplit(url)
         kind, is_encrypted = _SCHEMES[parts.scheme]
@@ -70,8 +73,8 @@ def parse_address(url: str) -> Address:
         options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
     except (ValueError, KeyError):
         # Not `from error`: the words of the library may quote a part of the password.
-        raise ServerUnavailable(
-            "What --redis-url or REDIS_URL gives is not the URL of a Redis server. One looks like"
+        raise BadInput(
+            f"{_NAMED} is not the URL of a Redis server. One looks like"
             f" {_FORMS}; in a password, write / ? # @ : % as %2F %3F %23 %40 %3A %25."
         ) from None
     allowed = [
@@ -80,12 +83,12 @@ def parse_address(url: str) -> Address:
         *(("db",) if kind == "socket" else ()),
     ]
     if any(name not in allowed for name in options):
-        raise ServerUnavailable(
-            "The URL in --redis-url or REDIS_URL has an option behind its ? that has no meaning"
-            f" there. With {parts.scheme}:// there {_may_be(allowed)}."
+        raise BadInput(
+            f"{_NAMED} has an option behind its ? that has no meaning there. With"
+            f" {parts.scheme}:// there {_may_be(allowed)}."
         )
     if kind == "socket" and not options.get("db", "0").isdecimal():
-        raise ServerUnavailable("In the URL of the Redis server, db is not a number.")
+        raise BadInput("In the URL of the Redis server, db is not a number.")
     return Address(
         kind=kind,
         nodes=nodes,
@@ -112,11 +115,11 @@ def resolve_url(url: str | None, password_file: Path | None = None) -> str | Non
     url = url or os.environ.get("REDIS_URL") or None
     if url is None:
         if password_file:
-            raise BadInput("--redis-password-file needs a server: --redis-url or REDIS_URL.")
+            raise BadInput("A password file needs a server: give its URL too, or set REDIS_URL.")
         return None
     if parse_address(url).password:
         if password_file:
-            raise BadInput("The URL has a password, and so has --redis-password-file: give one.")
+            raise BadInput("The URL has a password, and so has the password file: give one.")
         return url
     password = _password(password_file)
     return url if password is None else _with_password(url, password)
@@ -171,7 +174,7 @@ def _tls(options: dict[str, str]) -> dict[str, object]:
         try:
             open(options[name], "rb").close()
         except OSError as error:
-            raise ServerUnavailable(
+            raise BadInput(
                 f"In the URL of the Redis server, {name}={options[name]} cannot be read:"
                 f" {error.strerror}."
             ) from error
@@ -180,7 +183,7 @@ def _tls(options: dict[str, str]) -> dict[str, object]:
         if name not in options:
             continue
         if options[name].lower() not in choices:
-            raise ServerUnavailable(
+            raise BadInput(
                 f"In the URL of the Redis server, {name} is one of {', '.join(choices)}."
             )
         settings[name] = choices[options[name].lower()]
@@ -195,7 +198,7 @@ def _password(file: Path | None) -> str | None:
     named = os.environ.get("REDIS_PASSWORD_FILE")
     if file is None and not named:
         return os.environ.get("REDIS_PASSWORD") or None
-    name = "--redis-password-file" if file else "REDIS_PASSWORD_FILE"
+    name = "The password file" if file else "REDIS_PASSWORD_FILE"
     file = file or Path(named or "")
     try:
         password = file.read_text("utf-8").rstrip("\r\n")

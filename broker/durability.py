@@ -102,6 +102,6 @@ def _writes_before_it_answers(settings: ServerSettings) -> bool:
 
 def _refusal(reason: str, remedy: str) -> ServerUnavailable:
     return ServerUnavailable(
-        f"--durable: the server cannot promise to keep jobs: {reason}. Nothing was sent."
-        f" It needs {remedy}; or send them without --durable."
+        f"The server cannot promise to keep jobs: {reason}. Nothing was sent."
+        f" It needs {remedy}; or leave durable out."
     )

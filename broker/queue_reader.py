@@ -89,8 +89,8 @@ class QueueReader:
             return False
         raise UnknownId(
             f"Queue '{self.name}' holds no job and no submission with the id '{id_}'."
-            " `producer status` lists the submissions; --queue names another queue; results expire"
-            " some time after their submission has ended, see `submit --result-ttl`."
+            " `producer status --queue NAME` lists the submissions of a queue; results expire some"
+            " time after their submission has ended, see `producer submit --result-ttl`."
         )
 
     def num_set_aside(self) -> dict[float, int]:
@@ -112,6 +112,10 @@ class QueueReader:
             pipeline.zcard(self.keys.delayed)
             num_suspects, num_delayed = pipeline.execute()
         return num_suspects, num_delayed
+
+    def num_running(self) -> int:
+        """Jobs that a worker has a lease of; one that died has it until somebody sweeps."""
+        return int(self.client.zcard(self.keys.leases))
 
     def num_dead(self) -> int:
         """Jobs given up on that were neither replayed nor dropped."""
@@ -158,8 +162,8 @@ class QueueReader:
             raise UnknownId(
                 f"The results of submission '{submission}' ({status.name}) are no longer kept: they"
                 f" expired at {_moment(status.expired)}, {_duration(status.result_ttl)} after its"
-                " last job had ended. `producer status` shows its counts; `submit --result-ttl`"
-                " keeps results longer."
+                " last job had ended. `producer status` shows its counts; `producer submit"
+                " --result-ttl` keeps results longer."
             )
 
     def job_ids(self, submission: str) -> Iterator[str]:
@@ -246,9 +250,14 @@ class QueueReader:
             read_record(WorkerState, state, "The state of a worker") for state in states if state
         ]
 
+    def model(self) -> str | None:
+        """What the worker that joined last calls its base model; None if none ever has."""
+        name: str | None = self.client.hget(self.keys.settings, "model")
+        return name
+
     def models(self) -> set[str]:
         """What living workers, and the one that joined last, call their base model."""
-        last = self.client.hget(self.keys.settings, "model")
+        last = self.model()
         return {worker.model for worker in self.workers()} | ({last} if last else set())
 
     def paused(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ def find_server(url: str | None, password_file: Path | None = None) -> Iterator[
     one while in use.
 
     ``password_file`` holds the password that does not stand in the URL. Raises BadInput if it
-    cannot be read, ServerUnavailable for what is no URL.
+    cannot be read, and for what is no URL.
     """
     url = resolve_url(url, password_file)
     if url is None:

@@ -268,7 +268,7 @@ def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool) ->
     left = f"{counted(num_jobs)} of it left"
     if is_served:
         return f"{left} after {timeout:g} s"
-    return f"{left}, and no worker serves it; --force lets them fail"
+    return f"{left}, and no worker serves it; an unload by force lets them fail"
 
 
 def require_name(name: str) -> None:

@@ -94,6 +94,14 @@ def counted(number: int, noun: str = "job") -> str:
     return f"1 {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def counted_bytes(number: int) -> str:
+    """ "812 bytes", "5 MB", "1.2 GB": powers of 1000, as `producer limits` reads them."""
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + f" {unit}"
+    return counted(number, "byte")
+
+
 def listed(names: Sequence[str]) -> str:
     """The names with commas; a long list is cut."""
     more = len(names) - MAX_LISTED

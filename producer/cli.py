@@ -16,25 +16,14 @@ import typer
 from typer.core import TyperGroup
 
 from broker.interrupts import INTERRUPTED, end_at_once
+from producer import submit_options
 from producer.controls import app as controls_app
 from producer.dead import app as dead_app
 from producer.lora import app as lora_app
 from producer.messages import fail
-from producer.options import (
-    Json,
-    MaxTokens,
-    MinP,
-    NumAnswers,
-    Queue,
-    RedisPasswordFile,
-    RedisUrl,
-    Seed,
-    Stop,
-    Temperature,
-    TopK,
-    TopP,
-)
-from schemas.errors import BadInput, LorryError
+from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
+from producer.submit_options import PriorityName, WhenFullName
+from schemas.errors import BadInput, BadParameter, LorryError
 from schemas.faults import plain
 
 EXIT_CODES = """\
@@ -67,17 +56,6 @@ class LineFormat(StrEnum):
     openai = "openai"
 
 
-class PriorityName(StrEnum):
-    high = "high"
-    normal = "normal"
-    low = "low"
-
-
-class WhenFullName(StrEnum):
-    wait = "wait"
-    refuse = "refuse"
-
-
 class Commands(TyperGroup):
     """Answers a person's mistake, or the world's, with a sentence instead of a traceback."""
 
@@ -87,6 +65,10 @@ class Commands(TyperGroup):
         except typer.BadParameter as error:
             error.message = plain(error.message)
             raise
+        except BadParameter as error:
+            flag = "-n" if error.name == "n" else f"--{error.name.replace('_', '-')}"
+            fail(f"{flag}: {error.fault}")
+            raise typer.Exit(error.exit_code) from None
         except LorryError as error:
             fail(str(error))
             raise typer.Exit(error.exit_code) from None
@@ -136,12 +118,9 @@ _FORMATS = (
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from broker.release import release
 
-    try:
-        typer.echo(f"lorry {version('lorry')}")
-    except PackageNotFoundError:
-        typer.echo("lorry, not installed as a package")
+    typer.echo(release())
     raise typer.Exit
 
 
@@ -159,93 +138,30 @@ def _main(
 
 @app.command()
 def submit(
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="Prompts, one JSON object or string a line, or one of OpenAI's batch files; - is"
-            " stdin.",
-        ),
-    ],
-    lora: Annotated[
-        str | None,
-        typer.Option("--lora", metavar="NAME", help="Adapter for the lines that name none."),
-    ] = None,
-    priority: Annotated[
-        PriorityName,
-        typer.Option("--priority", help="Which jobs go first, for the lines that give none."),
-    ] = PriorityName.normal,
-    deadline: Annotated[
-        str | None,
-        typer.Option(
-            "--deadline",
-            metavar="WHEN",
-            help="Until when jobs must have begun: how long from now (600, 15m, 2h, 1d), or a"
-            " moment (2026-12-24T18:00). One that has not begun by then is not run.",
-        ),
-    ] = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    stop: Stop = None,
-    n: NumAnswers = None,
-    result_ttl: Annotated[
-        str,
-        typer.Option(
-            "--result-ttl",
-            metavar="TIME",
-            help="How long results are kept once the last job has ended (3600, 12h, 30d).",
-        ),
-    ] = "7d",
-    when_full: Annotated[
-        WhenFullName,
-        typer.Option(
-            "--when-full",
-            help="Where `producer limits` leaves no room: wait for it, or send nothing.",
-        ),
-    ] = WhenFullName.wait,
-    webhook: Annotated[
-        str | None,
-        typer.Option(
-            "--webhook",
-            metavar="URL",
-            help="Tell this http(s) address, by a signed POST, once all jobs have ended; a notifier"
-            " delivers it.",
-        ),
-    ] = None,
-    lenient: Annotated[
-        bool,
-        typer.Option(
-            "--lenient",
-            help="Send the other lines of a file with bad ones, which end as failed and say why.",
-        ),
-    ] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Wait, and write the results in input order.")
-    ] = False,
-    timeout: Annotated[
-        float | None,
-        typer.Option(
-            "--timeout",
-            metavar="SECONDS",
-            min=0,
-            help="With --wait: give up after this time, and after as long without room.",
-        ),
-    ] = None,
+    file: submit_options.File,
+    lora: submit_options.Lora = None,
+    priority: submit_options.Priority = PriorityName.normal,
+    deadline: submit_options.Deadline = None,
+    max_tokens: submit_options.MaxTokens = None,
+    temperature: submit_options.Temperature = None,
+    top_p: submit_options.TopP = None,
+    top_k: submit_options.TopK = None,
+    min_p: submit_options.MinP = None,
+    seed: submit_options.Seed = None,
+    stop: submit_options.Stop = None,
+    n: submit_options.NumAnswers = None,
+    result_ttl: submit_options.ResultTtl = "7d",
+    when_full: submit_options.WhenFull = WhenFullName.wait,
+    webhook: submit_options.Webhook = None,
+    lenient: submit_options.Lenient = False,
+    wait: submit_options.Wait = False,
+    timeout: submit_options.Timeout = None,
     output: OutputFile = None,
     format_: Annotated[
         LineFormat | None,
         typer.Option("--format", help=f"With --wait: {_FORMATS} Default: jsonl."),
     ] = None,
-    durable: Annotated[
-        bool,
-        typer.Option(
-            "--durable", help="Say that they are submitted once the server has them on disk."
-        ),
-    ] = False,
+    durable: submit_options.Durable = False,
     json: Json = False,
     redis_url: RedisUrl = None,
     redis_password_file: RedisPasswordFile = None,
@@ -290,12 +206,7 @@ def submit(
         lenient=lenient,
     )
     if not wait:
-        if format_:
-            raise BadInput("--format is that of results, and only --wait brings them.")
-        if output:
-            raise BadInput("-o takes results, and only --wait brings them.")
-        if timeout is not None:
-            raise BadInput("--timeout bounds a wait, and only --wait waits.")
+        _refuse_what_only_waits(format_, output, timeout)
         submitting.submit(place, file, terms, durable=durable, json_wanted=json)
         return
     if timeout is not None and not timeout >= 0:  # NaN, which is not below the least.
@@ -309,6 +220,17 @@ def submit(
         durable=durable,
         json_wanted=json,
     )
+
+
+def _refuse_what_only_waits(
+    format_: LineFormat | None, output: Path | None, timeout: float | None
+) -> None:
+    if format_:
+        raise BadInput("--format is that of results, and only --wait brings them.")
+    if output:
+        raise BadInput("-o takes results, and only --wait brings them.")
+    if timeout is not None:
+        raise BadInput("--timeout bounds a wait, and only --wait waits.")
 
 
 @app.command()

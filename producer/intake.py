@@ -11,13 +11,13 @@ from broker.notices import Notices
 from broker.queue_reader import QueueReader
 from broker.submissions import JobRecord
 from producer.checks import AdapterCheck, IdCheck
-from producer.lines import Defaults, make_job, read_line
+from producer.lines import Defaults, make_job, read_line, shown
 from producer.openai_requests import is_request, job_fields, origin
 from producer.problems import Problems
 from producer.spool import Spool
 from producer.terms import Terms, WhenFull
 from producer.webhooks import check_webhook
-from schemas.errors import BadInput, LorryError
+from schemas.errors import BadInput, BadParameter, LorryError
 from schemas.job import Job, RefusedJob
 from schemas.result import RESULT_TTL
 
@@ -52,12 +52,13 @@ def prepare(
     _check_defaults(adapters, defaults)
     result_ttl = terms.get("result_ttl", RESULT_TTL)
     if not 0 < result_ttl <= MAX_RESULT_TTL:
-        raise BadInput(
-            f"--result-ttl is a time of more than 0 and at most ten years, not {result_ttl:g} s."
+        raise BadParameter(
+            "result_ttl",
+            f"should be more than 0 s and at most ten years (found {result_ttl:g} s)",
         )
     when_full = terms.get("when_full", "wait")
     if when_full not in get_args(WhenFull):
-        raise BadInput(f"--when-full is 'wait' or 'refuse', not '{when_full}'.")
+        raise BadParameter("when_full", f"should be 'wait' or 'refuse' (found {shown(when_full)})")
     if webhook := terms.get("webhook"):
         check_webhook(notices, webhook)
     problems = Problems(name)
@@ -129,7 +130,6 @@ def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:
     except BadInput as error:
         fault = str(error)
         if fault.startswith("unknown field "):  # The Python client's alone: flags are all known.
-            raise BadInput(f"sampling: {fault}") from None
-        field, colon, what = fault.partition(":")
-        flag = "-n" if field == "n" else f"--{field.replace('_', '-')}"
-        raise BadInput(f"{flag}{colon}{what}\n{adapters.remark}".rstrip()) from None
+            raise BadParameter("sampling", fault) from None
+        field, _, what = fault.partition(": ")
+        raise BadParameter(field, f"{what}\n{adapters.remark}".rstrip()) from None

@@ -143,12 +143,13 @@ def _describe(error: ValidationError) -> str:
 def _fault(fault: ErrorDetails) -> str:
     """pydantic's account of one fault as "field: what is wrong"."""
     place, kind = fault["loc"], fault["type"]
-    if kind == "value_error":
-        return plain(fault["msg"])
+    if kind == "value_error":  # Of ours: it says by itself what was found.
+        return ": ".join([*([_place(place)] if place else []), plain(fault["msg"])])
     if kind == "extra_forbidden":
         return _unknown_field(place)
     what = _PATTERNS[str(place[0])] if kind == "string_pattern_mismatch" else plain(fault["msg"])
-    found = "" if kind == "missing" else f" (found {shown(fault['input'])})"
+    says_itself = kind in ("missing", "too_short", "too_long")  # "..., not 0"
+    found = "" if says_itself else f" (found {shown(fault['input'])})"
     return f"{_place(place)}: {what}{found}"
 
 

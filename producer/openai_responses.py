@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from producer.openai_requests import COMPLETIONS
-from schemas.keys import BASE
 from schemas.result import Choice, LikelyToken, Result, TokenLogprob
 
 #: What OpenAI's API answers where a job fails with a code: HTTP status, type and code of the error.
@@ -30,11 +29,11 @@ _SERVER_ERROR = (500, "server_error", "server_error")
 _NOT_RUN = {"cancelled": "batch_cancelled", "expired": "batch_expired"}
 
 
-def line(result: Result) -> dict[str, Any]:
+def line(result: Result, base_model: str) -> dict[str, Any]:
     """The line of a result.
 
-    Of a job that was not sent as a request its id serves as ``custom_id``, and its answer is that
-    of a chat.
+    Of a job that was not sent as a request its id serves as ``custom_id``, its adapter or
+    ``base_model`` as ``model``, and its answer is that of a chat.
     """
     asked = _asked(result)
     response, error = None, None
@@ -42,7 +41,9 @@ def line(result: Result) -> dict[str, Any]:
         message = result.error.message if result.error else ""
         error = {"code": _NOT_RUN[result.status], "message": message}
     else:
-        status, body = (200, _body(result, asked)) if result.status == "done" else _failure(result)
+        status, body = (
+            (200, _body(result, asked, base_model)) if result.status == "done" else _failure(result)
+        )
         response = {"status_code": status, "request_id": result.id, "body": body}
     return {
         "id": f"batch_req_{result.id}",
@@ -65,14 +66,14 @@ def _failure(result: Result) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": None, "code": openai_code}}
 
 
-def _body(result: Result, asked: dict[str, str]) -> dict[str, Any]:
+def _body(result: Result, asked: dict[str, str], base_model: str) -> dict[str, Any]:
     is_chat = asked.get("url") != COMPLETIONS
     choice_of = _chat_choice if is_chat else _completion_choice
     return {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{result.id}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(result.timings.finished or result.timings.queued),
-        "model": asked.get("model", result.lora or BASE),
+        "model": asked.get("model", result.lora or base_model),
         "choices": [choice_of(choice) for choice in _choices(result)],
         "usage": {
             "prompt_tokens": result.usage.prompt_tokens,

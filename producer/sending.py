@@ -87,10 +87,12 @@ def _require_smaller(full: FullError, spool: Spool, job: JobRecord, num_sent: in
 
 
 def _refusal(full: FullError, spool: Spool, num_sent: int) -> str:
-    size = f"{advice.counted(spool.num_jobs)} ({spool.num_bytes} bytes)"
+    size = f"{advice.counted(spool.num_jobs)} ({advice.counted_bytes(spool.num_bytes)})"
     reason = f"{describe(full.waiting, full.limits)}, so there is no room for {size}"
     if not num_sent:
-        return f"{reason}; nothing was sent. `--when-full wait` sends them as there is room."
+        return (
+            f"{reason}; nothing was sent. `wait` instead of `refuse` sends them as there is room."
+        )
     return (
         f"{reason}: others sent meanwhile. {sent(spool, num_sent)}"
         f" `producer cancel {spool.submission}` takes them back."

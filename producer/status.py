@@ -35,6 +35,8 @@ class Overview:
     """Waiting jobs whose worker died or failed; each is tried again alone."""
     num_delayed: int
     """Waiting jobs that failed in a way that may heal, and are tried again later."""
+    num_abandoned: int
+    """Jobs that count as running though no worker is alive."""
     num_dead: int
     """Jobs given up on."""
     num_set_aside: dict[str, int]
@@ -50,14 +52,16 @@ class Overview:
 def read_overview(reader: QueueReader) -> Overview:
     num_suspects, num_delayed = reader.num_out_of_turn()
     set_aside = {f"{version:g}": number for version, number in reader.num_set_aside().items()}
+    workers = reader.workers()
     return Overview(
         reader.num_submissions(),
         reader.submissions(MAX_LISTED),
-        reader.workers(),
+        workers,
         list(reader.adapters()),
         reader.unfinished_by_adapter(),
         num_suspects,
         num_delayed,
+        0 if workers else reader.num_running(),
         reader.num_dead(),
         set_aside,
         reader.backlog(),
@@ -129,6 +133,7 @@ def as_json(found: Status | Overview) -> str:
             "unfinished": found.unfinished,
             "suspects": found.num_suspects,
             "delayed": found.num_delayed,
+            "abandoned": found.num_abandoned,
             "dead": found.num_dead,
             "set_aside": found.num_set_aside,
             "backlog": found.backlog._asdict(),

@@ -22,8 +22,9 @@ from schemas import WIRE_VERSION
 from schemas.keys import BASE
 from schemas.result import Result
 
-#: Columns where there is no terminal to ask.
-WIDTH_WITHOUT_TERMINAL = 160
+#: Columns where there is no terminal to ask. A table of results has to share some out before it
+#: knows its rows; in others nothing is folded, since whoever reads a pipe may look for a word.
+RESULTS_WIDTH, UNBOUNDED_WIDTH = 160, 1_000_000
 
 #: Characters of a prompt or an answer that a row shows.
 MAX_SHOWN = 300
@@ -48,7 +49,7 @@ class ResultTable:
     """A table of results that grows at its end: every column has its width from the start."""
 
     def __init__(self, *, for_terminal: bool) -> None:
-        self._console = _console(for_terminal)
+        self._console = _console(for_terminal, RESULTS_WIDTH)
         self._has_head = False
 
     def rows(self, results: Sequence[Result], payloads: Sequence[str | None]) -> str:
@@ -211,6 +212,11 @@ def _out_of_turn(found: Overview) -> RenderableType | None:
         )
     if found.num_delayed:
         sentences.append(f"{counted(found.num_delayed)} to be tried again later.")
+    if found.num_abandoned:
+        sentences.append(
+            f"{counted(found.num_abandoned)} left running by workers that are gone: the next worker"
+            " lets them run again."
+        )
     if found.num_dead:
         sentences.append(
             f"{counted(found.num_dead)} given up on: `producer dead list` says why,"
@@ -244,7 +250,7 @@ def _fields(rows: Iterable[tuple[str, str | None]]) -> str:
 
 def printed(parts: Iterable[RenderableType]) -> str:
     """The parts as stdout can show them."""
-    return _rendered(_console(sys.stdout.isatty()), parts)
+    return _rendered(_console(sys.stdout.isatty(), UNBOUNDED_WIDTH), parts)
 
 
 def new_table(*columns: str) -> Table:
@@ -260,11 +266,11 @@ def new_table(*columns: str) -> Table:
     return table
 
 
-def _console(for_terminal: bool) -> Console:
+def _console(for_terminal: bool, width_elsewhere: int) -> Console:
     """Rich's idea of the output: as wide as the terminal, and without colour elsewhere."""
     return Console(
         force_terminal=for_terminal,
-        width=None if for_terminal else WIDTH_WITHOUT_TERMINAL,
+        width=None if for_terminal else width_elsewhere,
         highlight=False,
         markup=False,
         emoji=False,

@@ -6,23 +6,24 @@ from datetime import datetime
 
 from broker.notices import Notices
 from producer.advice import counted
-from schemas.errors import BadInput
+from schemas.errors import BadParameter
 from schemas.webhook import Webhook, WebhookUrl
 
 
 def check_webhook(notices: Notices, url: str) -> None:
-    """Raises BadInput for what is no URL of a webhook, or is none of the hosts that a living
+    """Raises BadParameter for what is no URL of a webhook, or is none of the hosts that a living
     notifier may tell; and ServerUnavailable if there cannot be a notifier on this server."""
     notices.require_rq()
     try:
         parts = WebhookUrl.parse(url)
     except ValueError as error:
-        raise BadInput(f"--webhook {url}: {error}. Give https://HOST[:PORT]/PATH.") from None
+        raise BadParameter("webhook", f"{url}: {error}. Give https://HOST[:PORT]/PATH.") from None
     hosts = notices.allowed_hosts()
     if hosts is not None and not parts.is_among(hosts):
-        raise BadInput(
-            f"--webhook {url}: {parts.netloc} is not among the hosts that the notifier's"
-            f" --webhook-hosts names ({', '.join(hosts)})."
+        raise BadParameter(
+            "webhook",
+            f"{parts.netloc} is not among the hosts that the notifier's --webhook-hosts names"
+            f" ({', '.join(hosts)}).",
         )
 
 

@@ -28,20 +28,24 @@ def writer(form: ResultFormat, client: Client, outputs: Outputs) -> WriteResults
     """Writes results in this form."""
     if form == "table":
         return _table_writer(client, outputs)
-    return _openai_writer(outputs) if form == "openai" else _line_writer(outputs)
+    return _openai_writer(client, outputs) if form == "openai" else _line_writer(outputs)
 
 
 def _line_writer(outputs: Outputs) -> WriteResults:
     return lambda found: outputs.results.write("".join(f"{r.model_dump_json()}\n" for r in found))
 
 
-def _openai_writer(outputs: Outputs) -> WriteResults:
+def _openai_writer(client: Client, outputs: Outputs) -> WriteResults:
+    base_model = client.base_model()
+
     def output_of(result: Result) -> Output:
         return outputs.results if result.status == "done" else outputs.errors
 
     def write(found: Sequence[Result]) -> None:
         for output, run in groupby(found, output_of):
-            output.write("".join(f"{json.dumps(line(r), ensure_ascii=False)}\n" for r in run))
+            output.write(
+                "".join(f"{json.dumps(line(r, base_model), ensure_ascii=False)}\n" for r in run)
+            )
 
     return write
 

@@ -2,6 +2,7 @@
 
 LorryError                    exit code of the command line
 |- BadInput                   2   a flag, a file or a line is wrong; says where and what to do
+|  `- BadParameter            2   the value of a parameter of the Python client, or a flag
 |- UnknownId                  3   no such job, submission or adapter on this queue
 |- ServerUnavailable          4   the Redis server cannot be reached or used
 |- NotFinished                5   results are not complete yet
@@ -23,6 +24,15 @@ class BadInput(LorryError):
     """What the caller gave is wrong; nothing was sent or started."""
 
     exit_code = 2
+
+
+class BadParameter(BadInput):
+    """The value of one named parameter is wrong. A command line knows it by another name."""
+
+    def __init__(self, name: str, fault: str) -> None:
+        super().__init__(f"{name}: {fault}")
+        self.name = name
+        self.fault = fault
 
 
 class UnknownId(LorryError):

@@ -46,10 +46,10 @@ def _as_list(value: object) -> object:
 def _with_numbers_as_keys(value: object) -> object:
     """JSON writes the keys of an object as strings, also those that are token ids."""
     if not isinstance(value, Mapping):
-        raise ValueError("logit_bias: should be an object of token ids and numbers")
+        raise ValueError(f"should be an object of token ids and numbers (found {value!r:.40})")
     found = {_token_id(key): number for key, number in value.items()}
     if len(found) < len(value):
-        raise ValueError("logit_bias: a token is named twice")
+        raise ValueError("a token is named twice")
     return found
 
 
@@ -58,7 +58,7 @@ def _token_id(key: object) -> int:
         key = int(key)
     if isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 2**31:
         return key
-    raise ValueError(f"logit_bias: should have token ids as keys (found {str(key)[:40]!r})")
+    raise ValueError(f"should have token ids as keys (found {str(key)[:40]!r})")
 
 
 def _as_number(value: object) -> object:
@@ -92,8 +92,8 @@ def _check_deadline(value: object) -> object:
     elif value is None:
         return value
     raise ValueError(
-        "deadline: should be a number of seconds, more than 0 and at most ten years, or a moment"
-        " such as '2026-12-24T18:00:00+01:00'"
+        "should be a number of seconds, more than 0 and at most ten years, or a moment such as"
+        f" '2026-12-24T18:00:00+01:00' (found {value!r:.40})"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from schemas.errors import JobError
 from schemas.job import Job
@@ -453,6 +454,16 @@ def test_a_job_larger_than_the_whole_cache_is_refused(model_folder: Path) -> Non
     with pytest.raises(JobError, match=r"come to 110 tokens.*holds 64") as error:
         engine.sequence_of(Job(id="a", prompt_token_ids=[1] * 10, max_tokens=100))
     assert error.value.code == "kv_cache_too_small"
+
+
+def test_a_cache_that_does_not_hold_the_models_context_brings_a_warning(model_folder: Path) -> None:
+    with capture_logs() as logs:
+        make_engine(model_folder, {}, max_total_tokens=4)
+    (warning,) = (line for line in logs if line["event"] == "kv_cache_below_context")
+    assert "come to more than 16 tokens fails" in warning["problem"]
+    with capture_logs() as logs:
+        make_engine(model_folder, {}, max_total_tokens=512, context_length=512)
+    assert not [line for line in logs if line["log_level"] == "warning"]
 
 
 def test_a_job_that_fills_the_whole_cache_runs(model_folder: Path) -> None:

@@ -16,6 +16,7 @@ from broker.connection import connect
 from broker.job_queue import JobQueue
 from broker.outcomes import FullError, Limits, Size
 from broker.queue_reader import QueueReader
+from producer.advice import counted_bytes
 from producer.client import Client
 from producer.quantities import parse_size
 from schemas.errors import BadInput, QueueFull
@@ -105,7 +106,7 @@ def test_a_file_that_does_not_fit_is_refused_before_any_of_it_is_sent(client: Cl
         "0 jobs of 0 bytes wait, and at most 900 jobs may, so there is no room for 1000 jobs ("
     )
     assert str(refused.value).endswith(
-        "; nothing was sent. `--when-full wait` sends them as there is room."
+        "; nothing was sent. `wait` instead of `refuse` sends them as there is room."
     )
     assert client.overview().num_submissions == 0
     client.submit(["x"] * 900, when_full="refuse")
@@ -238,12 +239,12 @@ def test_the_command_sets_shows_and_lifts_bounds(
     queue = f"Queue '{producer.queue}': "
     assert producer("limits").stdout == f"{queue}0 jobs of 0 bytes wait, and any number may.\n"
     told = producer("limits", "--jobs", "2", "--bytes", "5M").stdout
-    assert told == f"{queue}0 jobs of 0 bytes wait, and at most 2 jobs and 5000000 bytes may.\n"
+    assert told == f"{queue}0 jobs of 0 bytes wait, and at most 2 jobs and 5 MB may.\n"
     file = prompts(tmp_path, '"a"', '"b"', '"c"')
     refused = producer("submit", file, "--when-full", "refuse")
     assert refused.exit_code == 7
     assert "so there is no room for 3 jobs" in refused.stderr
-    assert "at most 2 jobs and 5000000 bytes may." in producer("status").stdout
+    assert "at most 2 jobs and 5 MB may." in producer("status").stdout
     producer("limits", "--jobs", "none")
     shown = json.loads(producer("limits", "--json").stdout)
     assert shown == {
@@ -257,6 +258,11 @@ def test_the_command_sets_shows_and_lifts_bounds(
 def test_a_wrong_bound_is_refused(producer: Producer, reader: QueueReader, value: str) -> None:
     assert producer("limits", "--jobs", value).exit_code == 2
     assert reader.limits() == Limits()
+
+
+def test_bytes_are_told_in_the_units_that_bounds_are_typed_in() -> None:
+    told = [counted_bytes(n) for n in (0, 1, 999, 1000, 2_000_000_000, 1_250_000, 999_999)]
+    assert told == ["0 bytes", "1 byte", "999 bytes", "1 kB", "2 GB", "1.2 MB", "1000 kB"]
 
 
 def test_sizes_are_numbers_that_may_have_a_unit() -> None:
@@ -281,7 +287,7 @@ def test_a_record_that_no_script_could_use_is_refused_whole(
 
 
 def test_another_way_with_a_full_queue_than_the_two_is_refused(client: Client) -> None:
-    with pytest.raises(BadInput, match="--when-full is 'wait' or 'refuse', not 'maybe'"):
+    with pytest.raises(BadInput, match=r"^when_full: should be 'wait' or 'refuse' "):
         client.submit(["x"], when_full="maybe")  # type: ignore[arg-type]
 
 

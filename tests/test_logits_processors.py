@@ -250,6 +250,15 @@ def test_logits_that_are_not_finite_give_no_token_and_spoil_no_neighbour() -> No
     assert tokens[0] == tokens[2] != NO_TOKEN
 
 
+def test_what_is_banned_depends_on_the_answers_length_and_its_last_tokens() -> None:
+    fields = {"stop_token_ids": [4], "min_tokens": 2, "logit_bias": {"7": -100.0}}
+    assert sequence(0, metadata=BAD_WORDS, **fields).banned_token_ids == {4, 11}
+    for answer, banned in (([1], {4, 11}), ([9, 1, 2], {11, 3}), ([12], {4, 11, 13})):
+        asked = sequence(0, answer=answer, metadata=BAD_WORDS, **fields)
+        assert asked.banned_token_ids == banned
+    assert sequence(0).banned_token_ids == set()
+
+
 def test_few_lines_take_little_memory_and_none_asked_for_none() -> None:
     counts = TokenCounts(max_lines=20, vocab_size=VOCABULARY, device=CPU)
     assert counts.num_lines == 0

@@ -15,9 +15,9 @@ from openai.types.shared import ErrorObject
 
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
+from producer import openai_responses
 from producer.client import Client
 from producer.openai_requests import CHAT, COMPLETIONS
-from producer.openai_responses import line as line_of
 from producer.output import open_outputs
 from producer.writers import writer
 from schemas.errors import BadInput
@@ -323,6 +323,10 @@ def done(**fields: Any) -> Result:
     return Result(**(settings | fields))
 
 
+def line_of(result: Result) -> dict[str, Any]:
+    return openai_responses.line(result, "tiny-llama")
+
+
 def failed(status: str, code: str) -> dict[str, Any]:
     return line_of(done(status=status, error=ErrorInfo(code=code, message="Why.")))
 
@@ -389,10 +393,23 @@ def test_a_body_tells_when_and_how_much() -> None:
 
 def test_a_job_that_was_sent_otherwise_is_told_as_a_chat_by_its_id() -> None:
     for metadata in (None, [1], {"custom_id": 5}):
-        found = line_of(done(metadata=metadata, lora="sql"))
-        assert found["custom_id"] == "sub-1.1"
-        body = ChatCompletion.model_validate(found["response"]["body"], strict=True)
-        assert (body.model, body.choices[0].message.content) == ("sql", "Hi!")
+        for lora, model in (("sql", "sql"), (None, "tiny-llama")):
+            found = line_of(done(metadata=metadata, lora=lora))
+            assert found["custom_id"] == "sub-1.1"
+            body = ChatCompletion.model_validate(found["response"]["body"], strict=True)
+            assert (body.model, body.choices[0].message.content) == (model, "Hi!")
+
+
+def test_the_base_model_is_told_as_requests_may_name_it(
+    producer: Producer, client: Client, queue: JobQueue, worker: Worker
+) -> None:
+    assert client.base_model() == "tiny-llama"
+    submission = client.submit(["x"])
+    worker.finish_all()
+    queue.set_model("/models/other")
+    (found,) = producer("results", submission, "--format", "openai").stdout.splitlines()
+    assert json.loads(found)["response"]["body"]["model"] == "other"
+    client.submit([named(chat(), "a", "other")])
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,17 @@ def test_a_job_that_is_not_dead_is_refused_and_nothing_is_replayed(
         client.drop_dead("nobody")
 
 
+def test_what_is_no_job_is_not_shown_and_a_remedy_is(producer: Producer, client: Client) -> None:
+    submission = send(client, "one")
+    for id_, remedy in (
+        ("nobody", "`producer status --queue NAME` lists the submissions"),
+        (submission, f"`producer results {submission}` and"),
+    ):
+        outcome = producer("dead", "show", id_)
+        assert outcome.exit_code == 3
+        assert remedy in outcome.stderr
+
+
 @pytest.mark.parametrize("command", ["replay", "drop"])
 @pytest.mark.parametrize("args", [[], ["--all", "job"]])
 def test_ids_and_all_exclude_each_other(

@@ -175,6 +175,13 @@ def test_a_wrong_value_is_refused_with_its_field_and_what_was_found(
     assert refusal(f"{{{fields}}}").startswith(message)
 
 
+def test_what_was_found_is_told_once() -> None:
+    assert refusal('{"messages": []}') == "messages: should have at least 1 item, not 0"
+    assert refusal('{"prompt": "x", "deadline": "soon"}').endswith("+01:00' (found 'soon')")
+    assert refusal('{"prompt": "x", "deadline": -1}').endswith("+01:00' (found -1)")
+    assert refusal('{"prompt": "x", "deadline": -1}').startswith("deadline: should be a number")
+
+
 @pytest.mark.parametrize(
     ("fields", "found"),
     [

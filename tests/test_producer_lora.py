@@ -477,7 +477,10 @@ def test_an_adapter_that_nobody_serves_cannot_drain_and_that_is_said(
     send(queue, 2)
     outcome = producer("lora", "unload", "sql")
     assert outcome.exit_code == 1
-    assert "2 jobs of it left, and no worker serves it; --force lets them fail" in outcome.stdout
+    assert (
+        "2 jobs of it left, and no worker serves it; an unload by force lets them fail"
+        in outcome.stdout
+    )
     assert producer("lora", "unload", "sql", "--force").exit_code == 0
 
 
@@ -611,15 +614,24 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
 
 def test_the_list_is_a_table_for_a_person(producer: Producer, queue: JobQueue) -> None:
     listed_queue(queue)
-    head, *rows = producer("lora", "list").stdout.splitlines()
+    head, json_row, sql_row, *rest = producer("lora", "list").stdout.splitlines()
     assert head.split()[:4] == ["name", "source", "revision", "pinned"]
-    told = " ".join(" ".join(rows).split())
-    assert "sql /adapters/sql 01234567 yes" in told
-    assert "0.250" in told
-    for words in ("unloading (drain)", "failed on 1", "in a slot on 1"):
-        assert all(word in told for word in words.split())
-    assert "json on w2: its rank is too large" in rows
-    assert "`producer lora unload NAME` forgets it" in rows[-1]
+    assert sql_row.split()[:4] == ["sql", "/adapters/sql", "01234567", "yes"]
+    assert "loaded on 2 of 2 workers, in a slot on 1" in sql_row
+    assert sql_row.endswith("0.250")
+    assert "unloading (drain), loaded on 1 of 2 workers, failed on 1" in json_row
+    assert "json on w2: its rank is too large" in rest
+    assert "`producer lora unload NAME` forgets it" in rest[-1]
+
+
+def test_a_pipe_gets_every_path_and_name_whole(producer: Producer, queue: JobQueue) -> None:
+    path, names = "/adapters" + "/folder" * 30, [f"adapter-{number}" for number in range(20)]
+    queue.announce({name: AdapterRecord(source=path, revision="r") for name in names})
+    beat(queue, id="w1", adapters=dict.fromkeys(names, "r"))
+    _, *rows = producer("lora", "list").stdout.splitlines()
+    assert len(rows) == len(names)
+    assert all(f" {path} " in row for row in rows)
+    assert ", ".join(sorted(names)) in producer("status").stdout
 
 
 @pytest.mark.parametrize("record", ["", "{", "7", '"x"', '{"source": 7}', '{"unknown": 1}'])

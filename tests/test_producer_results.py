@@ -171,7 +171,7 @@ def test_an_unknown_id_ends_with_3_and_a_remedy(producer: Producer, command: str
     outcome = producer(command, "nowhere")
     assert outcome.exit_code == 3
     assert "no job and no submission with the id 'nowhere'" in outcome.stderr
-    assert "`producer status` lists the submissions" in outcome.stderr
+    assert "`producer status --queue NAME` lists the submissions" in outcome.stderr
 
 
 def test_one_unknown_id_among_others_prints_nothing(
@@ -564,6 +564,18 @@ def test_the_overview_shows_submissions_workers_and_waiting_adapters(
     shown = producer("status").stdout
     for word in (submission, "mine.jsonl", worker.id, "tiny-llama", "json, sql", "(base model)"):
         assert word in shown
+
+
+def test_the_overview_says_whose_running_jobs_nobody_runs(
+    producer: Producer, client: Client, worker: Worker
+) -> None:
+    client.submit(["x", "y"])
+    worker.claim()
+    told = "2 jobs left running by workers that are gone: the next worker lets them run again."
+    assert told not in producer("status").stdout
+    worker.leave()
+    assert told in producer("status").stdout
+    assert json.loads(producer("status", "--json").stdout)["abandoned"] == 2
 
 
 def test_more_adapters_may_stand_in_slots_than_a_batch_holds(

@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from broker.queue_reader import QueueReader
 from broker.submissions import JobRecord
 from producer.client import Client
 from producer.spool import MAX_RUN_BYTES, Spool, new_submission_id
-from schemas.errors import BadInput, LorryError
+from schemas.errors import BadInput, BadParameter, LorryError
 from schemas.job import Job, RefusedJob
 from tests.test_producer_cli import Producer, Worker, prompts
 
@@ -278,8 +279,11 @@ def test_an_unknown_adapter_of_the_option_is_told_once(
     assert outcome.stderr.count("--lora: unknown adapter 'poetry'") == 1
 
 
-@pytest.mark.parametrize(("flag", "value"), [("-n", "0"), ("--max-tokens", "0"), ("--top-p", "2")])
-def test_a_wrong_sampling_option_is_told_by_its_flag(
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("-n", "0"), ("--max-tokens", "0"), ("--top-p", "2"), ("--result-ttl", "0")],
+)
+def test_a_wrong_option_is_told_by_its_flag(
     producer: Producer, tmp_path: Path, flag: str, value: str
 ) -> None:
     outcome = producer("submit", prompts(tmp_path, '"x"'), flag, value)
@@ -356,6 +360,30 @@ def test_a_client_sends_a_file(client: Client, reader: QueueReader, tmp_path: Pa
 def test_a_client_refuses_bad_jobs_with_their_numbers(client: Client, reader: QueueReader) -> None:
     with pytest.raises(BadInput, match=r"<jobs>:2: prompt: should be a valid string"):
         client.submit(["a", {"prompt": 2}])
+    assert num_sent(reader) == 0
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"lora": "my sql"},
+        {"deadline": -1},
+        {"sampling": {"temperature": -1}},
+        {"sampling": {"n": 0}},
+        {"result_ttl": 0},
+        {"when_full": "maybe"},
+        {"webhook": "ftp://x"},
+    ],
+)
+def test_a_client_tells_a_wrong_parameter_by_its_own_name(
+    client: Client, reader: QueueReader, terms: Any
+) -> None:
+    (name, value), *_ = terms.items()
+    field = next(iter(value)) if name == "sampling" else name
+    with pytest.raises(BadParameter) as error:
+        client.submit(["a"], **terms)
+    assert str(error.value).startswith(f"{field}: ")
+    assert "--" not in str(error.value)
     assert num_sent(reader) == 0
 
 

@@ -229,6 +229,21 @@ def test_an_answer_that_fails_ends_the_job_once(
     assert found["b"].error is None
 
 
+def test_bans_that_leave_no_token_fail_the_job_and_say_so(engine: Engine) -> None:
+    every = list(range(211))
+    found = run(
+        engine,
+        [
+            job("a", stop_token_ids=every, min_tokens=1),
+            job("b", stop_token_ids=every[1:], min_tokens=3, max_tokens=3),
+            job("c"),
+        ],
+    )
+    assert found["a"].error is engine_module.ALL_BANNED
+    assert found["b"].output_ids == [0, 0, 0]
+    assert found["b"].error is found["c"].error is None
+
+
 # --- Ends ---------------------------------------------------------------------------------------
 
 

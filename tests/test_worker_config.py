@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.waiting import PATIENCE
+from broker.release import release
 from schemas.errors import BadInput
 from worker.cli import build_parser
 from worker.config import FetcherConfig, WorkerConfig
@@ -164,7 +165,7 @@ def test_a_count_below_one_is_refused(flag: str) -> None:
         ),
         (
             *("lora_target_modules", ["q_proj", "query"]),
-            f"--lora-target-modules q_proj query: query: choose from {MODULES}, or 'all'",
+            f"--lora-target-modules q_proj query: should be 'all', or some of {MODULES} (found q",
         ),
         ("mem_fraction_static", 0.0, "--mem-fraction-static 0.0: should be greater than 0"),
         ("mem_fraction_static", 1.0, "--mem-fraction-static 1.0: should be less than 1"),
@@ -172,13 +173,13 @@ def test_a_count_below_one_is_refused(flag: str) -> None:
         ("lease_seconds", 0.5, "--lease-seconds 0.5: should be greater than or equal to 1"),
         ("lease_seconds", 1e6, "--lease-seconds 1000000.0: should be less than or equal to"),
         ("lease_seconds", float("nan"), "--lease-seconds NaN: should be less than or equal"),
-        ("hub_owners", ["a/b"], "--hub-owners a/b: a/b is no user or organization of the hub"),
+        ("hub_owners", ["a/b"], "--hub-owners a/b: should be users or organizations of the hub"),
         (
             "hub_owners",
             ["hf:a"],
-            "--hub-owners hf:a: hf:a is no user or organization of the hub",
+            "--hub-owners hf:a: should be users or organizations of the hub (found hf:a)",
         ),
-        ("hub_owners", [".."], "--hub-owners ..: .. is no user or organization of the hub"),
+        ("hub_owners", [".."], "--hub-owners ..: should be users or organizations of the hub"),
         ("queue", "two words", '--queue "two words": cannot name a queue: use up to 64 letters'),
         ("queue", "{tag}", '--queue "{tag}": cannot name a queue: use up to 64 letters'),
     ],
@@ -299,6 +300,7 @@ def test_the_parser_knows_exactly_the_documented_flags() -> None:
     assert {flag for action in actions for flag in action.option_strings} - {
         "-h",
         "--help",
+        "--version",
     } == FLAGS
 
 
@@ -355,6 +357,14 @@ def test_a_missing_model_folder_ends_the_worker_with_status_2_and_one_line(
     # Beside it only the log: one JSON object a line.
     (line,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
     assert line.startswith(f"worker: error: --model-path {gone}: ")
+
+
+@pytest.mark.parametrize("command", ["worker.cli", "worker.hub.cli", "worker.webhooks.cli"])
+def test_every_command_tells_its_version(command: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", command, "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (0, f"{release()}\n")
 
 
 def test_help_does_not_import_torch() -> None:

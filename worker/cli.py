@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from broker.interrupts import INTERRUPTED, end_at_once, tidy_up_first
+from worker.command import add_server_flags, awaited_server, new_parser, on_signal, run_command
 
 if TYPE_CHECKING:
     from worker.model_place import ModelPlace
@@ -18,18 +16,13 @@ DESCRIPTION = """\
 Claims jobs from a queue, runs them in batches over many LoRA adapters, and writes one result a job
 back. Ends with status 0 after SIGTERM or Ctrl-C (what runs may finish; a second one hands it back),
 1 after a failure, 2 for a wrong flag, model or adapter, 4 if the Redis server cannot be used, 130
-after Ctrl-C while it starts.
+after Ctrl-C while it starts. In parentheses: what holds for a flag that is left out.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; ``worker.config`` checks their values and fills in what is left out."""
-    parser = argparse.ArgumentParser(
-        prog="worker",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = new_parser("worker", DESCRIPTION)
     _add_model_flags(parser.add_argument_group("model"))
     _add_lora_flags(parser.add_argument_group("adapters"))
     _add_batch_flags(parser.add_argument_group("batches and memory"))
@@ -45,14 +38,16 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
         help="folder with config.json, safetensors and tokenizer; where no folder MODEL exists,"
         " OWNER/NAME[@REVISION] is a repository of the Hugging Face hub (hf:OWNER/NAME always is)",
     )
-    model.add_argument("--device", help="cpu or cuda; left out: cuda if there is one")
+    model.add_argument("--device", metavar="cpu|cuda", help="where it runs (cuda if there is one)")
     model.add_argument(
         "--dtype",
-        help="float32, float16, bfloat16 or auto (default: float32 on a CPU, else as stored)",
+        metavar="auto|float32|float16|bfloat16",
+        help="type of its numbers (auto: float32 on a CPU, else as stored)",
     )
     model.add_argument(
         "--load-format",
-        help="auto, or dummy: random weights from config.json alone, for speed tests",
+        metavar="auto|dummy",
+        help="dummy: random weights from config.json alone, for speed tests (auto)",
     )
     model.add_argument(
         "--context-length", type=int, metavar="N", help="tokens of prompt and answer (the model's)"
@@ -82,8 +77,9 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
     )
     lora.add_argument(
         "--lora-eviction-policy",
-        help="which leaves its slot, or host memory first: lru, the least recently used (default),"
-        " or fifo, the first that came",
+        metavar="lru|fifo",
+        help="which leaves its slot, or host memory, first: used (lru) or loaded (fifo) longest ago"
+        " (lru)",
     )
     lora.add_argument(
         "--lora-root",
@@ -114,7 +110,11 @@ def _add_lora_flags(lora: argparse._ArgumentGroup) -> None:
         help="modules that adapters may change by LoRA: linear ones, embed_tokens, lm_head, or all"
         " (those of the adapters given)",
     )
-    lora.add_argument("--lora-backend", help="triton (on a GPU) or torch (on a CPU)")
+    lora.add_argument(
+        "--lora-backend",
+        metavar="triton|torch",
+        help="kernels (triton on a GPU, torch on a CPU)",
+    )
 
 
 def _add_batch_flags(batch: argparse._ArgumentGroup) -> None:
@@ -142,18 +142,7 @@ def _add_batch_flags(batch: argparse._ArgumentGroup) -> None:
 
 
 def _add_queue_flags(queue: argparse._ArgumentGroup) -> None:
-    queue.add_argument("--queue", metavar="NAME", help="name of the queue (lorry)")
-    queue.add_argument(
-        "--redis-url",
-        metavar="URL",
-        help="Redis or Valkey server (REDIS_URL; with neither, an embedded server)",
-    )
-    queue.add_argument(
-        "--redis-password-file",
-        type=Path,
-        metavar="FILE",
-        help="its password (REDIS_PASSWORD_FILE, REDIS_PASSWORD, or in the URL)",
-    )
+    add_server_flags(queue)
     queue.add_argument(
         "--lease-seconds",
         type=float,
@@ -178,62 +167,42 @@ def _add_queue_flags(queue: argparse._ArgumentGroup) -> None:
 def main() -> None:
     """Run the command; ends the process with its exit status."""
     flags = vars(build_parser().parse_args())
-    # While it starts up, SIGTERM ends the worker as Ctrl-C does: in order.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        sys.exit(_run(flags))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    finally:
-        end_at_once()
+    run_command("worker", lambda: _run(flags))
 
 
 def _run(flags: dict[str, Any]) -> int:
     # Only now, for --help does without; and without torch, which takes seconds: a mistyped name is
     # told before.
-    from schemas.errors import LorryError
     from worker.logs import configure_logs
     from worker.lora_path import check_folders
     from worker.model_place import find_model
 
-    tidy_up_first()
     configure_logs()
-    try:
-        check_folders(flags.get("lora_paths", ()))
-        return _serve(flags, find_model(flags["model_path"]))
-    except LorryError as error:
-        print(f"worker: error: {error}", file=sys.stderr)
-        return error.exit_code
+    check_folders(flags.get("lora_paths", ()))
+    return _serve(flags, find_model(flags["model_path"]))
 
 
 def _serve(flags: dict[str, Any], model: ModelPlace) -> int:
-    from broker.address import has_password
     from broker.connection import server_errors
-    from broker.server import find_server
-    from worker.background import change_threads_often, wait_for_server
+    from worker.background import change_threads_often
     from worker.config import WorkerConfig
     from worker.engine import Engine
     from worker.host_memory import keep_freed_memory, leave_alone_what_stays
     from worker.hub.fetcher_process import FetcherProcess
-    from worker.logs import log
     from worker.worker import Worker
 
     keep_freed_memory()
     config = WorkerConfig.from_flags(
         {**flags, "model_path": model.folder, "repository": model.repository}
     )
-    with find_server(config.redis_url, config.redis_password_file) as server:
-        if has_password(config.redis_url):
-            log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
-        wait_for_server(server)
+    with awaited_server(config.redis_url, config.redis_password_file) as server:
         if config.load_format != "dummy":
             model.fetch_weights()
         engine = Engine(config)
         worker = Worker(config, engine, server.url)
         leave_alone_what_stays()
         change_threads_often()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: worker.stop())
+        on_signal(worker.stop)
         fetcher = FetcherProcess(config, engine.adapters.loader.limits, server.url)
         with server_errors(server.url), fetcher if config.with_fetcher else nullcontext():
             return worker.run()

@@ -40,7 +40,9 @@ def _known_modules(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if modules == ("all",):
         return TARGET_MODULES
     if unknown := [module for module in modules if module not in TARGET_MODULES]:
-        raise ValueError(f"{', '.join(unknown)}: choose from {', '.join(TARGET_MODULES)}, or 'all'")
+        raise ValueError(
+            f"should be 'all', or some of {', '.join(TARGET_MODULES)} (found {', '.join(unknown)})"
+        )
     return modules
 
 
@@ -52,7 +54,7 @@ def _known_owners(owners: tuple[str, ...]) -> tuple[str, ...]:
     for owner in owners:
         source = HubSource.parse(f"{owner}/x")
         if source is None or source.owner != owner:
-            raise ValueError(f"{owner} is no user or organization of the hub")
+            raise ValueError(f"should be users or organizations of the hub (found {owner})")
     return owners
 
 

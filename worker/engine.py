@@ -61,6 +61,12 @@ NOT_FINITE = JobError(
     " dtype, are too large",
 )
 
+ALL_BANNED = JobError(
+    "bad_sampling",
+    "no token is left to go on with: bad_words, and before min_tokens the tokens that would end the"
+    " answer, leave out the whole vocabulary",
+)
+
 
 class Engine:
     """Model, adapters, KV cache and scheduler of one worker."""
@@ -118,6 +124,13 @@ class Engine:
             slots=self.slots.num_slots if self.slots else 0,
             slot_ranks=self.slots.capacity if self.slots else 0,
         )
+        if self.kv_capacity < self.context_length:
+            log.warning(
+                "kv_cache_below_context",
+                problem=f"a job whose prompt and max_tokens come to more than {self.kv_capacity}"
+                " tokens fails",
+                remedy="--max-total-tokens, or --mem-fraction-static",
+            )
 
     def sequence_of(self, job: Job) -> Sequence:
         """Prepare a job to run; raises JobError if it cannot. Safe to call from another thread.
@@ -320,7 +333,8 @@ class Engine:
 
     def _is_finished(self, sequence: Sequence, token_id: int, now: float) -> bool:
         if token_id == NO_TOKEN:
-            sequence.error = NOT_FINITE
+            is_free = len(sequence.banned_token_ids) < self._vocab_size
+            sequence.error = NOT_FINITE if is_free else ALL_BANNED
         if sequence.error:
             return True
         sequence.output_ids.append(token_id)

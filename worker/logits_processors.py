@@ -27,6 +27,13 @@ class LogitsProcessors:
     cut: float
     """A logit so far below the largest, or farther, is left out; infinity: none is."""
 
+    def banned(self, answer: list[int], *, is_short: bool) -> set[int]:
+        """The tokens that may not follow an answer, which ``is_short`` of its least length."""
+        pairs = [*self.additions, *(self.until_min_tokens if is_short else [])]
+        found = {int(token) for token, addition in pairs if addition == -math.inf}
+        ends = {phrase[-1] for phrase in self.phrases if answer[1 - len(phrase) :] == phrase[:-1]}
+        return found | ends
+
 
 def logits_processors(
     params: SamplingParams, ends: Collection[int], bad_words: Iterable[list[int]]

@@ -132,34 +132,43 @@ class Scheduler:
     def _admit(self, budget: int, scheduled: list[ScheduledSequence]) -> None:
         """Let waiting sequences begin, as far as rows, pages and slots allow."""
         preempted = self.waiting.preempted
-        while preempted and self._may_begin(preempted[0], budget):
-            budget -= self._begin(preempted.popleft(), budget, scheduled)
+        while preempted and (shared := self._may_begin(preempted[0], budget)) is not None:
+            budget -= self._begin(preempted.popleft(), shared, budget, scheduled)
         if preempted or not self._has_row(budget):
             return  # Nobody overtakes a preempted sequence.
         now = self._clock()
         for group in self._turns(now):
-            if not self._may_begin(group.sequences[0], budget):
+            shared = self._may_begin(group.sequences[0], budget)
+            if shared is None:
                 return
-            budget -= self._begin(self.waiting.take_first(group, now), budget, scheduled)
+            budget -= self._begin(self.waiting.take_first(group, now), shared, budget, scheduled)
 
     def _has_row(self, budget: int) -> bool:
         return budget > 0 and len(self.running) < self._max_running
 
-    def _may_begin(self, sequence: Sequence, budget: int) -> bool:
-        # Room for the whole prompt and a page to go on, unless it has the cache to itself. One
-        # that was preempted a step ago goes on once its tokens in flight are known.
-        found = self._find_prefix(sequence)
-        wanted = num_pages(sequence.num_tokens) - len(found) + bool(self.running)
-        has_pages = wanted <= self.pool.num_free_without(found)
-        # Of those that were preempted, one that was pinned meanwhile may have taken their slot.
+    def _may_begin(self, sequence: Sequence, budget: int) -> list[int] | None:
+        """The pages that it will share; None if it may not begin."""
+        # Of those that were preempted, one that was pinned meanwhile may have taken their slot; and
+        # one that was preempted a step ago goes on once its tokens in flight are known.
         may_run = self.has_slot_for(sequence.adapter) and not sequence.num_in_flight
-        return self._has_row(budget) and has_pages and may_run
+        if not may_run or not self._has_row(budget):
+            return None
+        # Room for the whole prompt and a page to go on, unless it has the cache to itself.
+        shared = self._find_prefix(sequence)
+        wanted = num_pages(sequence.num_tokens) - len(shared) + bool(self.running)
+        return shared if wanted <= self.pool.num_free_without(shared) else None
 
-    def _begin(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
-        """Let a sequence run; returns what it takes of the budget."""
-        found = self._find_prefix(sequence)
-        self.pool.share(found)
-        sequence.pages, sequence.num_cached = found, len(found) * PAGE_SIZE
+    def _begin(
+        self,
+        sequence: Sequence,
+        shared: list[int],
+        budget: int,
+        scheduled: list[ScheduledSequence],
+    ) -> int:
+        """Let a sequence run, with the pages that it shares; returns what it takes of the
+        budget."""
+        self.pool.share(shared)
+        sequence.pages, sequence.num_cached = shared, len(shared) * PAGE_SIZE
         if not sequence.has_begun:
             sequence.num_reused = sequence.num_cached
         sequence.phase = Phase.RUNNING

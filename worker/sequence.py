@@ -103,6 +103,14 @@ class Sequence:
         return not (job.temperature or self.processors or job.num_logprobs is not None)
 
     @property
+    def banned_token_ids(self) -> set[int]:
+        """What may not follow ``output_ids``."""
+        if not self.processors:
+            return set()
+        is_short = len(self.output_ids) < self.job.min_tokens
+        return self.processors.banned(self.output_ids, is_short=is_short)
+
+    @property
     def answers(self) -> list[Sequence]:
         """All of the job, of which this is the first."""
         return [self, *self.others]

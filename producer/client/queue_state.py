@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from broker import server_settings
 from producer import advice, pausing
@@ -19,6 +20,12 @@ class QueueState(Session):
         with self._errors():
             self._tidy()
             return read_overview(self._reader)
+
+    def base_model(self) -> str:
+        """What the worker that joined last calls its base model, without the folder or owner before
+        it; "@base" if none ever has."""
+        with self._errors():
+            return Path(self._reader.model() or BASE).name
 
     def warnings(self, adapters: Iterable[str | None] | None = None) -> list[str]:
         """Why jobs of the adapters may have to wait, in sentences: a pause, no worker, or none that

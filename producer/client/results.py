@@ -10,6 +10,7 @@ from producer import following
 from producer.client.session import Session, deadline_after
 from producer.following import OnWake
 from producer.status import Status, describe, is_finished
+from schemas.errors import UnknownId
 from schemas.result import Result
 
 
@@ -27,6 +28,11 @@ class Results(Session):
     def job(self, job_id: str) -> Result:
         """What is known of a job. Raises UnknownId."""
         with self._errors():
+            if self._is_submission(job_id):
+                raise UnknownId(
+                    f"'{job_id}' is a submission, and a job is asked for:"
+                    f" `producer results {job_id}` and `producer dead list {job_id}` tell its jobs."
+                )
             return next(self._reader.results([job_id]))
 
     def payloads(self, job_ids: Sequence[str]) -> list[str | None]:

@@ -142,7 +142,7 @@ def test_a_seeded_job_draws_the_same_tokens_after_its_worker_was_killed(
     wait_for_workers(client, 1)
     interrupted = client.submit(drawing("interrupted"))
     wait_until_running(client, interrupted)
-    os.kill(victim.pid, signal.SIGKILL)
+    victim.kill()
     start_worker(*flags)
     client.wait(interrupted, timeout=200)
     assert any(client.attempts(f"interrupted-{i}") for i in range(12)), "none was run twice"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
-import sys
 from pathlib import Path
 
-from broker.interrupts import INTERRUPTED, end_at_once, tidy_up_first
+from worker.command import add_server_flags, awaited_server, new_parser, on_signal, run_command
 
 DESCRIPTION = """\
 Delivers the webhooks of a queue: posts to the URL of `producer submit --webhook URL`, once all
@@ -22,7 +20,7 @@ flag or secret, 4 if the Redis server cannot be used.
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(prog="notifier", description=DESCRIPTION, allow_abbrev=False)
+    parser = new_parser("notifier", DESCRIPTION)
     parser.add_argument(
         "--webhook-hosts",
         nargs="+",
@@ -33,69 +31,40 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--webhook-secret-file",
         type=Path,
+        default=None,
         metavar="FILE",
         help="what webhooks are signed with (WEBHOOK_SECRET_FILE, WEBHOOK_SECRET)",
     )
-    parser.add_argument(
-        "--queue", default="lorry", metavar="NAME", help="name of the queue (lorry)"
-    )
-    parser.add_argument(
-        "--redis-url",
-        metavar="URL",
-        help="Redis or Valkey server (REDIS_URL; with neither, an embedded server)",
-    )
-    parser.add_argument(
-        "--redis-password-file",
-        type=Path,
-        metavar="FILE",
-        help="its password (REDIS_PASSWORD_FILE, REDIS_PASSWORD, or in the URL)",
-    )
+    add_server_flags(parser)
     return parser
 
 
 def main() -> None:
     """Run the command; ends the process with its exit status."""
     flags = build_parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        sys.exit(_run(flags))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    finally:
-        end_at_once()
+    run_command("notifier", lambda: _run(flags))
 
 
 def _run(flags: argparse.Namespace) -> int:
     # Only now, since --help should not wait for it.
-    from broker.address import has_password
     from broker.connection import server_errors
-    from broker.server import find_server
-    from schemas.errors import LorryError
-    from worker.background import wait_for_server
-    from worker.logs import configure_logs, log, mute_rq
+    from worker.logs import configure_logs, mute_rq
     from worker.webhooks.notifier import Notifier
     from worker.webhooks.signature import read_secrets
 
-    tidy_up_first()
     configure_logs()
     mute_rq()
-    try:
-        hosts = _hosts(flags.webhook_hosts)
-        queue = _queue(flags.queue)
-        secrets = read_secrets(flags.webhook_secret_file)
-        with find_server(flags.redis_url, flags.redis_password_file) as server:
-            if has_password(flags.redis_url):
-                log.warning("password_on_command_line", remedy="REDIS_URL, or a password file")
-            wait_for_server(server)
-            with server_errors(server.url):
-                notifier = Notifier(server.url, queue, hosts, secrets)
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, lambda *_: notifier.stop())
-                notifier.run()
-                return 0
-    except LorryError as error:
-        print(f"notifier: error: {error}", file=sys.stderr)
-        return error.exit_code
+    hosts = _hosts(flags.webhook_hosts)
+    queue = _queue(flags.queue)
+    secrets = read_secrets(flags.webhook_secret_file)
+    with (
+        awaited_server(flags.redis_url, flags.redis_password_file) as server,
+        server_errors(server.url),
+    ):
+        notifier = Notifier(server.url, queue, hosts, secrets)
+        on_signal(notifier.stop)
+        notifier.run()
+        return 0
 
 
 def _hosts(given: list[str]) -> list[str]:
