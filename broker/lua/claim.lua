@@ -35,10 +35,11 @@ local resident = {}
 for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
+local claimed, lease_end = text(now), text(now + lease)
 local jobs = repeated_claim(worker, claim, lease, false)
-if jobs then return { text(now), '', jobs, -1, 0, 0, 0 } end
+if jobs then return { claimed, '', jobs, -1, 0, 0, 0 } end
 jobs = {}
-if redis.call('HEXISTS', PAUSED, '*') == 1 then return { text(now), '', jobs, -1, 0, 0, 0 } end
+if redis.call('HEXISTS', PAUSED, '*') == 1 then return { claimed, '', jobs, -1, 0, 0, 0 } end
 local starved_before = now_us() - 1000 * patience
 local ready_priorities = {}
 for priority, name in ipairs(PRIORITIES) do
@@ -153,7 +154,7 @@ local function deliver(lane, entry, id)
   if deadline then redis.call('ZREM', DEADLINES, id) end
   attempts = attempts + 1
   redis.call('HSET', JOB .. id, 'state', 'running', 'attempts', attempts, 'worker', worker,
-    'claim', claim, 'entry', entry, 'claimed', text(now))
+    'claim', claim, 'entry', entry, 'claimed', claimed)
   -- A record without a prompt ends as a bad one where it is parsed.
   payload = payload or ''
   table.insert(jobs, { id, lane.adapter, payload, attempts, tonumber(queued) and queued or 0,
@@ -171,7 +172,7 @@ local function serve_lane(lane, limit)
     local bytes, submissions = deliver(lane, entry[1], id)
     if bytes then
       num_delivered, num_bytes = num_delivered + 1, num_bytes + bytes
-      table.insert(leases, text(now + lease))
+      table.insert(leases, lease_end)
       table.insert(leases, id)
       for submission in string.gmatch(submissions, '%S+') do
         num_by_submission[submission] = (num_by_submission[submission] or 0) + 1
@@ -252,5 +253,5 @@ for _, round in ipairs(rounds) do
 end
 note_claim(worker, claim, lease, jobs)
 local _, suspect_since = first_suspect(worker)
-return { text(now), starving, jobs, suspect_since and now - suspect_since or -1,
+return { claimed, starving, jobs, suspect_since and now - suspect_since or -1,
   redis.call('ZCARD', DELAYED), num_set_aside, num_passed_over }

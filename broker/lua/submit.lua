@@ -79,11 +79,12 @@ if num_new > 0 and not has_room(num_new + rest_jobs, num_bytes + rest_bytes) the
 end
 
 local now = now_ms()
+local queued = text(now)
 if offset == 0 then
-  redis.call('HSET', SUBMISSION .. submission, 'name', name, 'total', total, 'created', text(now),
+  redis.call('HSET', SUBMISSION .. submission, 'name', name, 'total', total, 'created', queued,
     'result_ttl', result_ttl)
   if webhook ~= '' then redis.call('HSET', SUBMISSION .. submission, 'webhook', webhook) end
-  redis.call('ZADD', SUBMISSIONS, text(now), submission)
+  redis.call('ZADD', SUBMISSIONS, queued, submission)
 end
 
 local function moment_of(deadline)
@@ -107,7 +108,7 @@ local function add(id, adapter, priority, deadline, payload)
   local lane = lane_for(adapter, priority)
   lane.num_jobs, lane.num_bytes = lane.num_jobs + 1, lane.num_bytes + #payload
   redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,
-    'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', text(now),
+    'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', queued,
     'attempts', 0, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
   if deadline ~= '' then
     deadline = moment_of(deadline)
@@ -119,7 +120,7 @@ end
 -- Stores a job that was refused before it was sent: it has ended, and stands in no lane.
 local function add_refused(id, payload, refusal)
   redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', BASE,
-    'state', 'failed', 'submissions', submission, 'queued', text(now), 'finished', text(now),
+    'state', 'failed', 'submissions', submission, 'queued', queued, 'finished', queued,
     'attempts', 0, 'error_code', 'bad_line', 'error_message', refusal)
   tell_finished(submission, id, 'failed')
 end
