@@ -160,7 +160,7 @@ _NO_LINE = (-1, "")
 def _read(record: bytes) -> tuple[int, JobRecord]:
     """The line and the job that stand in a line of the file."""
     line, *fields, refusal = record.decode().rstrip("\n").split("\t")
-    return int(line), JobRecord(*fields, refusal and json.loads(refusal))
+    return int(line), JobRecord._make((*fields, refusal and json.loads(refusal)))
 
 
 def _temporary_file() -> IO[bytes]:

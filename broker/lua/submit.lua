@@ -69,7 +69,7 @@ for i = 0, num_jobs - 1 do
   elseif known[id].payload ~= payload then
     table.insert(reply, i)
   end
-  if has_room(num_new, num_bytes) then num_fitting = i + 1 end
+  if num_new == 0 or has_room(num_new, num_bytes) then num_fitting = i + 1 end
 end
 if #reply > 1 then return reply end
 -- What adds nothing needs no room.
@@ -98,7 +98,7 @@ local function lane_for(adapter, priority)
   local band = adapter .. ':' .. priority
   if not lanes[band] then
     lanes[band] = lane_in(adapter, priority, submission)
-    lanes[band].num_jobs, lanes[band].num_bytes = 0, 0
+    lanes[band].num_jobs = 0
   end
   return lanes[band]
 end
@@ -106,7 +106,7 @@ end
 -- Stores a job at the end of its lane; the lane is opened, and its jobs counted, once for the run.
 local function add(id, adapter, priority, deadline, payload)
   local lane = lane_for(adapter, priority)
-  lane.num_jobs, lane.num_bytes = lane.num_jobs + 1, lane.num_bytes + #payload
+  lane.num_jobs = lane.num_jobs + 1
   redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,
     'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', queued,
     'attempts', 0, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
@@ -148,12 +148,11 @@ for i = 0, num_jobs - 1 do
 end
 in_pieces(ids, function(...) redis.call('RPUSH', jobs, ...) end)
 for state, number in pairs(num_by_state) do
-  redis.call('HINCRBY', SUBMISSION .. submission, state, number)
+  add_to_count(submission, state, number)
 end
-for _, lane in pairs(lanes) do
-  open_lane(lane)
-  count('waiting', lane.adapter, lane.num_jobs, lane.num_bytes)
-end
+open_lanes(lanes)
+for _, lane in pairs(lanes) do count_of_adapter(WAITING, lane.adapter, lane.num_jobs) end
+if num_new > 0 then count_backlog(num_new, num_bytes) end
 note_whether_ended(submission)
 redis.call('PUBLISH', WAKE, submission)
 return { 'ok' }
