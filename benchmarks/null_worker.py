@@ -38,7 +38,7 @@ from schemas.job import Job
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
-from worker.background import wait_for_server
+from worker.background import change_threads_often, wait_for_server
 from worker.config import WorkerConfig
 from worker.engine import Engine, EngineCounters
 from worker.host_memory import leave_alone_what_stays
@@ -238,6 +238,7 @@ def run(settings: NullSettings) -> int:
         wait_for_server(server)
         worker = Worker(config, NullEngine(settings), server.url)
         leave_alone_what_stays()
+        change_threads_often()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stop())
         return worker.run()

@@ -2,9 +2,10 @@
 
     python -m benchmarks.queue_rates [--jobs N]
 
-Three tables: jobs a second by the number of adapters and of workers, from the start of the
-submission to the last result; seconds from a worker's SIGKILL until the last of its jobs has its
-result elsewhere; and what it costs to renew leases.
+Jobs a second against RQ and arq (`benchmarks.queue_vs_rq`); jobs a second by the number of adapters
+and of workers, from the start of the submission to the last result; seconds from a worker's SIGKILL
+until the last of its jobs has its result elsewhere; and what it costs to renew leases. Takes six
+minutes on two cores that have nothing else to do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.fault_bench import FaultBench, is_stopped, jobs
 from benchmarks.own_server import OwnServer
+from benchmarks.queue_vs_rq import compare
 from benchmarks.waiting import wait_until
 from broker.claims import ClaimRequest
 from broker.connection import connect
@@ -98,11 +100,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=int, default=20_000, help="of each cell of the first table")
+    parser.add_argument(
+        "--jobs", type=int, default=10_000, help="for each number of adapters and workers"
+    )
     parser.add_argument("--adapters", type=int, nargs="+", default=NUM_ADAPTERS)
     parser.add_argument("--workers", type=int, nargs="+", default=NUM_WORKERS)
     parser.add_argument("--leases", type=float, nargs="+", default=LEASES, help="in seconds")
     flags = parser.parse_args()
+    console = Console(width=110)
+    for table in compare():
+        console.print(table)
     with tempfile.TemporaryDirectory(prefix="lorry-") as name:
         folder = Path(name)
         with OwnServer(folder / "server") as server:
@@ -119,18 +126,19 @@ def main() -> None:
                     for workers in flags.workers
                 ]
                 rates.add_row(f"{adapters:,}", *(f"{rate:,.0f}" for rate in cells))
+            console.print(rates)
             recovery = Table("lease, s", "SIGKILL to last result, s", "longest")
             for lease in flags.leases:
                 found = [recovery_seconds(server.url, folder, lease) for _ in range(ROUNDS)]
                 recovery.add_row(
                     f"{lease:g}", f"{statistics.median(found):.1f}", f"{max(found):.1f}"
                 )
+            console.print(recovery)
             renewal = Table("leases renewed", "a call, us", "a lease, us")
             for num_leases in RENEWED:
                 call = renewal_microseconds(server.url, num_leases)
                 renewal.add_row(f"{num_leases:,}", f"{call:,.0f}", f"{call / num_leases:.1f}")
-    for table in (rates, recovery, renewal):
-        Console(width=110).print(table)
+            console.print(renewal)
 
 
 if __name__ == "__main__":

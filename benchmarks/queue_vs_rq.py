@@ -6,21 +6,25 @@ Lorry's part goes the way a user goes: `producer submit FILE` in a process of it
 another (real but for an engine that computes nothing), and the clock runs from the start of the
 submission until the last result is on record. RQ's part enqueues empty jobs and works them off
 with SimpleWorker, in one process; so does arq's, with a hundred at once. Each is run three times in
-turn; the table shows medians.
+turn; the first table shows medians, the second the processor time of Lorry's processes, which other
+work on the machine changes less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import redis
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +36,7 @@ from producer.client import Client
 
 ROOT = Path(__file__).parents[1]
 
+LORRY_JOBS = 20_000
 RQ_JOBS = 1500
 ARQ_JOBS = 3000
 ROUNDS = 3
@@ -41,8 +46,19 @@ def nothing() -> None:
     """RQ's empty job."""
 
 
-def lorry_seconds(url: str, folder: Path, num_jobs: int, number: int) -> tuple[float, float]:
-    """Seconds from the start of the submission until all is sent, and until all is finished."""
+@dataclass(frozen=True)
+class LorryRun:
+    """Seconds from the start of a submission, and seconds of processor time."""
+
+    until_sent: float
+    until_finished: float
+    of_producer: float
+    of_server: float
+    of_worker: float
+
+
+def run_lorry(url: str, folder: Path, num_jobs: int, number: int) -> LorryRun:
+    """Submit so many jobs, and wait for their results."""
     queue = f"bench{number}"
     prompts = folder / "prompts.jsonl"
     with prompts.open("w") as file:
@@ -58,18 +74,41 @@ def lorry_seconds(url: str, folder: Path, num_jobs: int, number: int) -> tuple[f
             with Client(url, queue) as client:
                 while not client.has_worker():
                     time.sleep(0.05)
+                of_server, of_worker = _server_seconds(url), _seconds_of(worker.pid)
+                of_children = _children_seconds()
                 start = time.monotonic()
                 sent = subprocess.run(
                     [sys.executable, "-m", "producer.cli", "submit", *common, "--json", prompts],
                     check=True,
                     capture_output=True,
                 )
-                sent_after = time.monotonic() - start
+                until_sent = time.monotonic() - start
                 client.wait(json.loads(sent.stdout)["submission"])
-                return sent_after, time.monotonic() - start
+                return LorryRun(
+                    until_sent,
+                    until_finished=time.monotonic() - start,
+                    of_producer=_children_seconds() - of_children,  # The worker has not ended yet.
+                    of_server=_server_seconds(url) - of_server,
+                    of_worker=_seconds_of(worker.pid) - of_worker,
+                )
         finally:
             worker.terminate()
             worker.wait()
+
+
+def _seconds_of(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def _server_seconds(url: str) -> float:
+    with redis.Redis.from_url(url) as connection:
+        return _seconds_of(connection.info("server")["process_id"])
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def rq_seconds(url: str, number: int) -> float:
@@ -108,24 +147,21 @@ def arq_seconds(python: Path, server: EmbeddedServer, number: int) -> float:
     return float(done.stdout)
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=20_000)
-    num_jobs = parser.parse_args().jobs
+def compare(num_jobs: int = LORRY_JOBS) -> tuple[Table, Table]:
+    """Jobs a second of Lorry, RQ and arq, and Lorry's processor time a job."""
     console = Console(stderr=True)
-    sent, finished, rq, arq = [], [], [], []
+    runs, rq, arq = [], [], []
     python = arq_python()
     with tempfile.TemporaryDirectory(prefix="lorry-") as name:
         folder = Path(name)
         with EmbeddedServer(folder / "state") as server:
             for number in range(ROUNDS):
                 console.print(f"round {number + 1} of {ROUNDS} ...", style="dim")
-                sent_after, finished_after = lorry_seconds(server.url, folder, num_jobs, number)
-                sent.append(num_jobs / sent_after)
-                finished.append(num_jobs / finished_after)
+                runs.append(run_lorry(server.url, folder, num_jobs, number))
                 rq.append(RQ_JOBS / rq_seconds(server.url, number))
                 arq.append(ARQ_JOBS / arq_seconds(python, server, number))
+    sent = [num_jobs / run.until_sent for run in runs]
+    finished = [num_jobs / run.until_finished for run in runs]
     table = Table("queue", "jobs", "jobs/s", "to RQ", "to arq")
     rq_rate, arq_rate = statistics.median(rq), statistics.median(arq)
     table.add_row("producer submit: validated and sent", f"{num_jobs:,}", _rate(sent), "", "")
@@ -139,7 +175,24 @@ def main() -> None:
             *(name, f"{number:,}", _rate(rates)),
             *(f"{rate / rq_rate:.1f} x", f"{rate / arq_rate:.1f} x"),
         )
-    Console().print(table)
+    costs = Table("processor time of", "a job, us")
+    for name, seconds in (
+        ("producer", [run.of_producer for run in runs]),
+        ("server", [run.of_server for run in runs]),
+        ("worker", [run.of_worker for run in runs]),
+    ):
+        costs.add_row(name, f"{1e6 * statistics.median(seconds) / num_jobs:.0f}")
+    return table, costs
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=LORRY_JOBS)
+    for table in compare(parser.parse_args().jobs):
+        Console().print(table)
 
 
 def _rate(rates: list[float]) -> str:

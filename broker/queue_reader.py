@@ -25,6 +25,10 @@ from schemas.worker_state import WorkerState
 #: Jobs read in one round trip.
 READ_CHUNK = 500
 
+#: Bytes of results or jobs after which a round trip takes no further one: a result with log
+#: probabilities may have 45 MB, and the server holds a reply until it is read.
+READ_BYTES = 16 * 1024 * 1024
+
 _JOB_FIELDS = (
     *("state", "result", "submissions", "adapter", "worker"),
     *("queued", "claimed", "finished", "error_code", "error_message"),
@@ -134,7 +138,12 @@ class QueueReader:
 
     def submission(self, id_: str) -> SubmissionStatus:
         """A submission's counts by state."""
-        fields = self.client.hgetall(self.keys.submission(id_))
+        try:
+            fields = self.client.hgetall(self.keys.submission(id_))
+        except redis.ResponseError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+            raise _damaged_submission(id_) from error
         if not fields:
             raise UnknownId(f"Queue '{self.name}' holds no submission with the id '{id_}'.")
         try:
@@ -150,10 +159,7 @@ class QueueReader:
             )
         except (KeyError, ValueError) as error:
             # Deleted while jobs of it ran, most likely: the next one that ended was counted anew.
-            raise LorryError(
-                f"The record of submission '{id_}' is damaged: its fields are missing, or not of"
-                " their kind. Ask for its jobs by their ids, and send again what has none."
-            ) from error
+            raise _damaged_submission(id_) from error
 
     def require_results(self, submission: str) -> None:
         """Raises UnknownId if the results of a submission have expired."""
@@ -204,26 +210,46 @@ class QueueReader:
         """
         ids = iter(job_ids)
         while chunk := list(islice(ids, READ_CHUNK)):
-            with self.client.pipeline(transaction=False) as pipeline:
-                for job_id in chunk:
-                    pipeline.hmget(self.keys.job(job_id), _JOB_FIELDS)
-                replies = pipeline.execute()
-            records = [dict(zip(_JOB_FIELDS, values, strict=True)) for values in replies]
-            unfinished = [
-                id_ for id_, record in zip(chunk, records, strict=True) if not record["result"]
-            ]
-            payloads = dict(zip(unfinished, self.payloads(unfinished), strict=True))
-            for job_id, record in zip(chunk, records, strict=True):
-                yield self._result(job_id, record, payloads.get(job_id))
+            for part in self._parts(chunk, "result"):
+                yield from self._results(part)
 
-    def payloads(self, job_ids: Sequence[str]) -> list[str | None]:
-        """The jobs stored under the ids, as they were sent, in one round trip; None for an id
-        that is free."""
+    def _results(self, job_ids: Sequence[str]) -> Iterator[Result]:
         with self.client.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
-                pipeline.hget(self.keys.job(job_id), "job")
-            payloads: list[str | None] = pipeline.execute()
-        return payloads
+                pipeline.hmget(self.keys.job(job_id), _JOB_FIELDS)
+            replies = pipeline.execute()
+        records = [dict(zip(_JOB_FIELDS, values, strict=True)) for values in replies]
+        payloads = self.payloads(
+            [id_ for id_, record in zip(job_ids, records, strict=True) if not record["result"]]
+        )
+        for job_id, record in zip(job_ids, records, strict=True):
+            yield self._result(job_id, record, None if record["result"] else next(payloads))
+
+    def payloads(self, job_ids: Sequence[str]) -> Iterator[str | None]:
+        """The jobs stored under the ids, as they were sent; None for an id that is free."""
+        for part in self._parts(job_ids, "job"):
+            with self.client.pipeline(transaction=False) as pipeline:
+                for job_id in part:
+                    pipeline.hget(self.keys.job(job_id), "job")
+                payloads: list[str | None] = pipeline.execute()
+            yield from payloads
+
+    def _parts(self, job_ids: Sequence[str], field: str) -> Iterator[list[str]]:
+        """The ids in parts whose jobs have at most ``READ_BYTES`` in a field, or which are one."""
+        with self.client.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hstrlen(self.keys.job(job_id), field)
+            sizes: list[int] = pipeline.execute()
+        part: list[str] = []
+        num_bytes = 0
+        for job_id, size in zip(job_ids, sizes, strict=True):
+            if part and num_bytes + size > READ_BYTES:
+                yield part
+                part, num_bytes = [], 0
+            part.append(job_id)
+            num_bytes += size
+        if part:
+            yield part
 
     def adapters(self) -> dict[str, AdapterRecord]:
         """The desired state: every adapter that the queue knows, by name."""
@@ -319,6 +345,13 @@ class QueueReader:
             worker=fields["worker"],
             metadata=job.get("metadata"),
         )
+
+
+def _damaged_submission(id_: str) -> LorryError:
+    return LorryError(
+        f"The record of submission '{id_}' is damaged: its fields are missing, or not of"
+        " their kind. Ask for its jobs by their ids, and send again what has none."
+    )
 
 
 def _numbers(fields: Mapping[str, str]) -> dict[str, int]:

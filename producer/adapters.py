@@ -24,6 +24,9 @@ LOOK_SECONDS = 0.1
 #: Seconds that a worker has for its answer, where nobody says otherwise.
 ANSWER_SECONDS = 60.0
 
+#: Of an adapter that a worker has never had.
+_NOTHING_DONE = AdapterCounts()
+
 #: Told before every pause how many jobs of the adapter are left.
 OnPause = Callable[[int], None]
 
@@ -203,7 +206,7 @@ def _status(
     num_resident: int,
     waiting: dict[str, int],
 ) -> AdapterStatus:
-    counts = [worker.adapter_counts.get(name, AdapterCounts()) for worker in workers]
+    counts = [worker.adapter_counts.get(name, _NOTHING_DONE) for worker in workers]
     loads = sum(count.loads for count in counts)
     load_seconds = sum(count.load_seconds for count in counts)
     return AdapterStatus(

@@ -62,9 +62,12 @@ _REFUSED_IN_MESSAGES = {
 }
 
 
+_OF_A_REQUEST = frozenset(("method", "url", "body"))
+
+
 def is_request(value: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether what stands in a line is such a request: no job has these fields."""
-    return isinstance(value, Mapping) and any(name in value for name in ("method", "url", "body"))
+    return isinstance(value, Mapping) and not _OF_A_REQUEST.isdisjoint(value)
 
 
 def origin(value: object) -> Fields | None:

@@ -46,7 +46,8 @@ def send_run(
                 f" {sent(spool, error.num_sent)}"
             ) from error
         except FullError as full:
-            _require_smaller(full, spool, jobs[0], offset)
+            if not full.num_fitting:  # The first job is a new one, then: what is stored has room.
+                _require_smaller(full, spool, jobs[0], offset)
             if spool.when_full == "refuse":
                 raise QueueFull(_refusal(full, spool, offset)) from full
             if full.num_fitting:

@@ -132,9 +132,12 @@ class Spool:
 
     def _write(self, line: int, job: JobRecord) -> None:
         # None of the other fields can hold a tab or the end of a line, and JSON escapes them.
-        fields = (str(line), *job._replace(refusal=json.dumps(job.refusal)))
-        with _disk_errors():
-            self._file.write("\t".join(fields).encode() + b"\n")
+        *fields, refusal = job
+        record = "\t".join((str(line), *fields, refusal and json.dumps(refusal)))
+        try:
+            self._file.write(record.encode() + b"\n")
+        except OSError as error:
+            raise _disk_error(error) from error
 
     def runs(self) -> Iterator[Run]:
         """The jobs in input order."""
@@ -156,9 +159,8 @@ _NO_LINE = (-1, "")
 
 def _read(record: bytes) -> tuple[int, JobRecord]:
     """The line and the job that stand in a line of the file."""
-    line, *fields = record.decode().rstrip("\n").split("\t")
-    job = JobRecord(*fields)
-    return int(line), job._replace(refusal=json.loads(job.refusal))
+    line, *fields, refusal = record.decode().rstrip("\n").split("\t")
+    return int(line), JobRecord._make((*fields, refusal and json.loads(refusal)))
 
 
 def _temporary_file() -> IO[bytes]:
@@ -171,7 +173,11 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise LorryError(
-            f"The temporary copy of the jobs cannot be written to {tempfile.gettempdir()}:"
-            f" {error.strerror}. Set TMPDIR to a folder with room for it."
-        ) from error
+        raise _disk_error(error) from error
+
+
+def _disk_error(error: OSError) -> LorryError:
+    return LorryError(
+        f"The temporary copy of the jobs cannot be written to {tempfile.gettempdir()}:"
+        f" {error.strerror}. Set TMPDIR to a folder with room for it."
+    )

@@ -161,7 +161,7 @@ class SamplingParams(WireModel):
     """Above 0 makes tokens of the answer less likely."""
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, allow_inf_nan=False)
     """Likewise, by how often they occur in it."""
-    logit_bias: LogitBias = {}
+    logit_bias: LogitBias = Field(default_factory=dict)
     """What is added to the logits of tokens."""
     bad_words: list[BadWord] = Field(default_factory=list, max_length=MAX_BAD_WORDS)
     """Words whose tokens never stand in the answer in a row."""

@@ -165,7 +165,7 @@ READINGS: dict[str, Callable[[QueueReader], object]] = {
     "finished": lambda r: r.finished({"sub": "0"}, wait=0.01),
     "finished_position": lambda r: r.finished_position("sub"),
     "results": lambda r: list(r.results(["job", "next"])),
-    "payloads": lambda r: r.payloads(["job"]),
+    "payloads": lambda r: list(r.payloads(["job"])),
     "adapters": lambda r: r.adapters(),
     "adapter": lambda r: r.adapter("sql"),
     "has_desired_state": lambda r: r.has_desired_state(),

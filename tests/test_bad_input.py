@@ -17,11 +17,13 @@ from benchmarks.fault_bench import FaultBench, jobs
 from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import Claim, Lease
 from broker.job_queue import JobQueue
+from broker.queue_reader import QueueReader
 from producer.lines import parse_line
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from schemas.keys import BASE, Keys
 from schemas.result import TERMINAL_STATES
+from tests.test_job_queue import claim, join, result
 from worker.claimer import _job_of
 
 #: Much more than a stack holds.
@@ -141,9 +143,9 @@ def states(bench: FaultBench, ids: list[str]) -> list[str | None]:
 def wait_for_reasons(bench: FaultBench, ids: list[str]) -> None:
     """All jobs end; those that are not done say why."""
     wait_until(lambda: TERMINAL_STATES.issuperset(states(bench, ids)), "jobs do not end")
-    for result in bench.client.results(*ids):
-        assert result.status == "done" or result.error, result
-        assert result.status == "done" or result.error.message
+    for found in bench.client.results(*ids):
+        assert found.status == "done" or found.error, found
+        assert found.status == "done" or found.error.message
 
 
 over_the_wire = settings(
@@ -229,6 +231,92 @@ DAMAGES: dict[str, Damage] = {
     "with attempts that are no number": lambda q, key: q.client.hset(key, "attempts", "many"),
     "of an unknown submission": lambda q, key: q.client.hset(key, "submissions", "nobody"),
 }
+
+
+#: What becomes of a submission while its jobs wait, run or have ended.
+DAMAGED_SUBMISSIONS: dict[str, Damage] = {
+    "deleted": lambda q, key: q.client.delete(key),
+    "a string": lambda q, key: (q.client.delete(key), q.client.set(key, "x")),
+    "counts that are no numbers": lambda q, key: q.client.hset(
+        key, mapping=dict.fromkeys(["waiting", "running", "done", "result_ttl"], "x")
+    ),
+    "counts at their end": lambda q, key: q.client.hset(key, "done", 2**63 - 1),
+    "jobs that are no list": lambda q, key: (
+        q.client.delete(f"{key}:jobs"),
+        q.client.set(f"{key}:jobs", "x"),
+    ),
+    "ends that are no stream": lambda q, key: (
+        q.client.delete(f"{key}:finished"),
+        q.client.set(f"{key}:finished", "x"),
+    ),
+}
+
+damaged_submissions = pytest.mark.parametrize(
+    "damage", DAMAGED_SUBMISSIONS.values(), ids=DAMAGED_SUBMISSIONS
+)
+
+
+def submit_two(queue: JobQueue) -> None:
+    for name in ("bad", "good"):
+        sent = [Job(id=f"{name}-{i}", prompt="x") for i in range(2)]
+        queue.submit(name, "file", 2, 0, sent, result_ttl=0.001)
+
+
+def all_states(queue: JobQueue) -> list[str | None]:
+    ids = [f"{name}-{i}" for name in ("bad", "good") for i in range(2)]
+    return [queue.client.hget(queue.keys.job(id_), "state") for id_ in ids]  # type: ignore[misc]
+
+
+@damaged_submissions
+def test_a_submission_that_is_damaged_keeps_no_job_from_being_claimed(
+    queue: JobQueue, damage: Damage
+) -> None:
+    join(queue)
+    submit_two(queue)
+    damage(queue, queue.keys.submission("bad"))
+    assert len(claim(queue)) == 4
+    assert all_states(queue) == ["running"] * 4
+
+
+@damaged_submissions
+def test_a_submission_that_is_damaged_keeps_no_result_from_being_recorded(
+    queue: JobQueue, reader: QueueReader, damage: Damage
+) -> None:
+    join(queue)
+    submit_two(queue)
+    claims = claim(queue)
+    damage(queue, queue.keys.submission("bad"))
+    assert queue.commit("w", [(job.lease, result(job)) for job in claims]) == [True] * 4
+    assert all_states(queue) == ["done"] * 4
+    assert reader.submission("good").is_complete
+    assert [found.id for found in reader.results(["bad-0", "good-1"])] == ["bad-0", "good-1"]
+    assert "good" in [status.id for status in reader.submissions(10)]
+
+
+@damaged_submissions
+def test_a_submission_that_is_damaged_keeps_no_job_from_being_cancelled(
+    queue: JobQueue, damage: Damage
+) -> None:
+    join(queue)
+    submit_two(queue)
+    claim(queue, 1)
+    damage(queue, queue.keys.submission("bad"))
+    queue.cancel(["bad-0", "bad-1", "good-0", "good-1"])
+    assert all_states(queue) == ["cancelled"] * 4
+
+
+@damaged_submissions
+def test_a_submission_that_is_damaged_keeps_no_other_from_expiring(
+    queue: JobQueue, damage: Damage
+) -> None:
+    join(queue)
+    submit_two(queue)
+    queue.commit("w", [(job.lease, result(job)) for job in claim(queue)])
+    damage(queue, queue.keys.submission("bad"))
+    time.sleep(0.01)
+    queue.expire_submissions()
+    assert all_states(queue)[2:] == [None] * 2
+    assert queue.client.zcard(queue.keys.expiry) == 0
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

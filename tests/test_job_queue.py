@@ -7,7 +7,9 @@ import time
 from collections import Counter
 
 import pytest
+from redis.client import Pipeline
 
+from broker import queue_reader
 from broker.claims import Claim, ClaimRequest, Lease
 from broker.job_queue import JobQueue
 from broker.outcomes import ConflictError
@@ -93,7 +95,7 @@ def test_an_id_with_other_content_is_refused_and_nothing_of_the_run_is_stored(
     with pytest.raises(ConflictError) as conflict:
         submit(queue, run, "other")
     assert conflict.value.indices == [1]
-    assert reader.payloads(["new"]) == [None]
+    assert list(reader.payloads(["new"])) == [None]
 
 
 def test_two_jobs_of_one_run_that_share_an_id_conflict_unless_they_are_equal(
@@ -779,3 +781,45 @@ def test_a_damaged_version_of_the_desired_state_is_an_error_with_its_remedy(
     queue.client.set(queue.keys.adapters_version, text)
     with pytest.raises(LorryError, match=r"desired state is damaged: .* Set the key"):
         queue.desired_state()
+
+
+def test_a_claim_brings_no_more_bytes_than_a_worker_shall_hold_at_once(queue: JobQueue) -> None:
+    join(queue)
+    large = [Job(id=f"job-{i}", prompt="x" * 3_000_000) for i in range(20)]
+    for first in range(0, 20, 5):
+        queue.submit("sub", "file", 20, first, large[first : first + 5])
+    claims = [claim(queue, 20) for _ in range(4)]
+    assert [len(found) for found in claims] == [8, 8, 4, 0]
+    assert [job.lease.job_id for found in claims for job in found] == [job.id for job in large]
+
+
+def test_results_are_read_in_parts_of_bounded_bytes(
+    queue: JobQueue, reader: QueueReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join(queue)
+    submit(queue, jobs(30))
+    claims = claim(queue)
+    # The last ten run on.
+    queue.commit("w", [(job.lease, result(job, "x" * 1000)) for job in claims[:20]])
+    ids = list(reader.job_ids("sub"))
+    expected = list(reader.results(ids))
+    sizes = []
+    make_pipeline = reader.client.pipeline
+
+    def measured_pipeline(**settings: bool) -> Pipeline:
+        pipeline = make_pipeline(**settings)
+        execute = pipeline.execute
+
+        def measured_execute() -> list[object]:
+            replies = execute()
+            sizes.append(len(str(replies)))
+            return replies
+
+        pipeline.execute = measured_execute
+        return pipeline
+
+    monkeypatch.setattr(reader.client, "pipeline", measured_pipeline)
+    monkeypatch.setattr(queue_reader, "READ_BYTES", 5_000)
+    assert list(reader.results(ids)) == expected
+    assert max(sizes) < 10_000 < sum(sizes)
+    assert [result.status for result in expected] == ["done"] * 20 + ["running"] * 10

@@ -55,7 +55,7 @@ def test_a_full_queue_takes_nothing_of_a_run_and_says_how_much_fits(
     assert full.value.num_fitting == 2
     assert full.value.waiting.jobs == 3
     assert full.value.limits == Limits(5, None)
-    assert reader.payloads(["job-0"]) == [None]
+    assert list(reader.payloads(["job-0"])) == [None]
     queue.submit("second", "file", 4, 0, numbered(2))
     assert reader.backlog().jobs == 5
 
@@ -231,6 +231,30 @@ def test_a_job_larger_than_all_that_may_wait_is_refused_at_once(client: Client) 
     client.set_limits(Limits(bytes=1000))
     with pytest.raises(BadInput, match=r"has 1\d\d\d bytes, and at most 1000 may wait"):
         client.submit(["x" * 1000])
+
+
+def test_a_job_that_is_stored_already_is_not_blamed_for_being_too_large(
+    client: Client, reader: QueueReader
+) -> None:
+    large = {"id": "large", "prompt": "x" * 1000}
+    client.submit([large])
+    client.set_limits(Limits(bytes=500))
+    with client.prepare(enumerate([large, "y"], 1), name="file") as spool:
+        with pytest.raises(QueueFull, match="no room within the time given"):
+            client.send(spool, timeout=0.1)
+        assert reader.submission(spool.submission).counts["waiting"] == 1, "large needs no room"
+
+
+def test_a_refused_line_is_not_blamed_for_being_too_large(client: Client, tmp_path: Path) -> None:
+    request = {"custom_id": "x" * 1000, "method": "GET", "url": "/", "body": {}}
+    client.submit(["y" * 100])
+    client.set_limits(Limits(bytes=200))
+    lines = enumerate([request, "z" * 100], 1)
+    with (
+        client.prepare(lines, name="file", lenient=True) as spool,
+        pytest.raises(QueueFull, match=r"Those run|no room within the time given\. 1 of 2 jobs"),
+    ):
+        client.send(spool, timeout=0.1)
 
 
 def test_the_command_sets_shows_and_lifts_bounds(

@@ -35,10 +35,11 @@ local resident = {}
 for i = position, #ARGV do resident[ARGV[i]] = true end
 
 local now = now_ms()
+local claimed, lease_end = text(now), text(now + lease)
 local jobs = repeated_claim(worker, claim, lease, false)
-if jobs then return { text(now), '', jobs, -1, 0, 0, 0 } end
+if jobs then return { claimed, '', jobs, -1, 0, 0, 0 } end
 jobs = {}
-if redis.call('HEXISTS', PAUSED, '*') == 1 then return { text(now), '', jobs, -1, 0, 0, 0 } end
+if redis.call('HEXISTS', PAUSED, '*') == 1 then return { claimed, '', jobs, -1, 0, 0, 0 } end
 local starved_before = now_us() - 1000 * patience
 local ready_priorities = {}
 for priority, name in ipairs(PRIORITIES) do
@@ -121,6 +122,11 @@ for i = 1, math.min(free_slots, #slotless) do table.insert(picks, slotless[i]) e
 local next_one = slotless[free_slots + 1]
 local starving = next_one and is_starved(next_one) and next_one or ''
 
+-- A claim takes no further jobs once their records have so many bytes, as its reply and what they
+-- become in the worker are held at once. Of a lane so many are read together; what is read is taken.
+local MAX_BYTES, READ_TOGETHER = 16 * 1024 * 1024, 8
+local bytes_left = MAX_BYTES
+
 -- Entries that bring no job are not free of cost: one script passes over so many and no more.
 local MAX_PASSED_OVER = 1000
 local num_passed_over, num_set_aside = 0, 0
@@ -153,39 +159,45 @@ local function deliver(lane, entry, id)
   if deadline then redis.call('ZREM', DEADLINES, id) end
   attempts = attempts + 1
   redis.call('HSET', JOB .. id, 'state', 'running', 'attempts', attempts, 'worker', worker,
-    'claim', claim, 'entry', entry, 'claimed', text(now))
+    'claim', claim, 'entry', entry, 'claimed', claimed)
   -- A record without a prompt ends as a bad one where it is parsed.
   payload = payload or ''
   table.insert(jobs, { id, lane.adapter, payload, attempts, tonumber(queued) and queued or 0,
     string.match(submissions, '%S+') or '' })
-  wanted = wanted - 1
+  wanted, bytes_left = wanted - 1, bytes_left - #payload
+  if bytes_left <= 0 then wanted = 0 end
   return #payload, submissions
 end
 
 -- Delivers up to `limit` jobs of a lane.
 local function serve_lane(lane, limit)
-  local entries, num_delivered, num_bytes = read_entries(lane, limit), 0, 0
+  local num_read, num_delivered, num_bytes, is_empty = 0, 0, 0, false
   local leases, num_by_submission = {}, {}
-  for _, entry in ipairs(entries) do
-    local id = entry[2][2]
-    local bytes, submissions = deliver(lane, entry[1], id)
-    if bytes then
-      num_delivered, num_bytes = num_delivered + 1, num_bytes + bytes
-      table.insert(leases, text(now + lease))
-      table.insert(leases, id)
-      for submission in string.gmatch(submissions, '%S+') do
-        num_by_submission[submission] = (num_by_submission[submission] or 0) + 1
+  while num_read < limit and bytes_left > 0 and not is_empty do
+    local asked = math.min(READ_TOGETHER, limit - num_read)
+    local entries = read_entries(lane, asked)
+    for _, entry in ipairs(entries) do
+      local id = entry[2][2]
+      local bytes, submissions = deliver(lane, entry[1], id)
+      if bytes then
+        num_delivered, num_bytes = num_delivered + 1, num_bytes + bytes
+        table.insert(leases, lease_end)
+        table.insert(leases, id)
+        for submission in string.gmatch(submissions, '%S+') do
+          num_by_submission[submission] = (num_by_submission[submission] or 0) + 1
+        end
       end
     end
+    num_read, is_empty = num_read + #entries, #entries < asked
   end
-  num_passed_over = num_passed_over + #entries - num_delivered
+  num_passed_over = num_passed_over + num_read - num_delivered
   in_pieces(leases, function(...) redis.call('ZADD', LEASES, ...) end)
   for submission, number in pairs(num_by_submission) do
     count_moved(submission, 'waiting', 'running', number)
   end
   count('waiting', lane.adapter, -num_delivered, num_bytes)
   count('running', lane.adapter, num_delivered)
-  if #entries < limit then return close_lane(lane) end
+  if is_empty then return close_lane(lane) end
   redis.call('ZADD', LANES .. lane.band, 'XX', text(now_us()), lane.submission)
 end
 
@@ -252,5 +264,5 @@ for _, round in ipairs(rounds) do
 end
 note_claim(worker, claim, lease, jobs)
 local _, suspect_since = first_suspect(worker)
-return { text(now), starving, jobs, suspect_since and now - suspect_since or -1,
+return { claimed, starving, jobs, suspect_since and now - suspect_since or -1,
   redis.call('ZCARD', DELAYED), num_set_aside, num_passed_over }

@@ -27,18 +27,40 @@ end
 
 local TERMINAL = { done = true, failed = true, dead = true, cancelled = true, expired = true }
 
--- Counts jobs that came to be in a state, or left it (a negative number), and the bytes of their
--- records if that is `waiting`. What came down to nothing is deleted.
-local function count(state, adapter, number, bytes)
-  local by_adapter = ({ waiting = WAITING, running = RUNNING })[state]
-  if not by_adapter or number == 0 then return end
-  if redis.call('HINCRBY', by_adapter, adapter, number) <= 0 then
-    redis.call('HDEL', by_adapter, adapter)
+-- How a command says that a record is not of the kind that it needs.
+local DAMAGES = { 'WRONGTYPE', 'hash value is not an integer', 'would overflow' }
+
+-- Calls a command on a job or a submission; nil if another program has damaged that, so that it ends
+-- no script that others need. Any other error is one: a user who may not read a record must not be
+-- told that it is damaged.
+local function call_if_sound(...)
+  local reply = redis.pcall(...)
+  if type(reply) ~= 'table' or not reply.err then return reply end
+  for _, damage in ipairs(DAMAGES) do
+    if string.find(reply.err, damage, 1, true) then return nil end
   end
-  if state ~= 'waiting' then return end
+  error(reply)
+end
+
+-- Counts jobs of an adapter, in WAITING or RUNNING; what came down to nothing is deleted.
+local function count_of_adapter(key, adapter, number)
+  if redis.call('HINCRBY', key, adapter, number) <= 0 then redis.call('HDEL', key, adapter) end
+end
+
+-- Counts jobs that came to wait, or wait no longer (a negative number), and the bytes of their records.
+local function count_backlog(number, bytes)
   -- Not -bytes: Lua's -0 is no integer to Redis 7.0.
   redis.call('HINCRBY', BACKLOG, 'bytes', number < 0 and 0 - bytes or bytes)
   if redis.call('HINCRBY', BACKLOG, 'jobs', number) <= 0 then redis.call('DEL', BACKLOG) end
+end
+
+-- Counts jobs that came to be in a state, or left it (a negative number), and the bytes of their
+-- records if that is `waiting`.
+local function count(state, adapter, number, bytes)
+  local by_adapter = ({ waiting = WAITING, running = RUNNING })[state]
+  if not by_adapter or number == 0 then return end
+  count_of_adapter(by_adapter, adapter, number)
+  if state == 'waiting' then count_backlog(number, bytes) end
 end
 
 -- Makes the notice of a submission's end due, under an id that no other has. A submission that a
@@ -62,12 +84,13 @@ end
 -- has its webhook told, if it has one, once that are all that it will hold.
 local function note_whether_ended(submission)
   local key, num_ended = SUBMISSION .. submission, 0
-  local ttl, webhook, done, failed, dead, cancelled, expired = unpack(redis.call('HMGET', key,
-    'result_ttl', 'webhook', 'done', 'failed', 'dead', 'cancelled', 'expired'))
-  for _, number in ipairs({ done or 0, failed or 0, dead or 0, cancelled or 0, expired or 0 }) do
-    num_ended = num_ended + number
-  end
-  if ttl and num_ended >= redis.call('LLEN', key .. ':jobs') then
+  local num_jobs = call_if_sound('LLEN', key .. ':jobs')
+  local fields = call_if_sound('HMGET', key, 'result_ttl', 'webhook', 'done', 'failed', 'dead',
+    'cancelled', 'expired')
+  if not num_jobs or not fields then return end
+  local ttl, webhook = tonumber(fields[1] or ''), fields[2]
+  for i = 3, #fields do num_ended = num_ended + (tonumber(fields[i] or '') or 0) end
+  if ttl and num_ended >= num_jobs then
     redis.call('ZADD', EXPIRY, text(now_ms() + ttl), submission)
   else
     redis.call('ZREM', EXPIRY, submission)
@@ -78,17 +101,22 @@ end
 -- Tells those who follow a submission that a job of it has finished. Where a dead job was told is
 -- kept, so that a replay can take it back.
 local function tell_finished(submission, id, state)
-  local entry = redis.call('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
-  if state == 'dead' then
+  local entry = call_if_sound('XADD', SUBMISSION .. submission .. ':finished', '*', 'id', id)
+  if entry and state == 'dead' then
     local told = redis.call('HGET', JOB .. id, 'told') or ''
     redis.call('HSET', JOB .. id, 'told', told .. submission .. ' ' .. entry .. ' ')
   end
 end
 
+-- Adds to a submission's count of jobs in a state; returns it.
+local function add_to_count(submission, state, number)
+  return call_if_sound('HINCRBY', SUBMISSION .. submission, state, number)
+end
+
 -- Counts that jobs of a submission came from one state to another.
 local function count_moved(submission, from, to, number)
-  local num_left = redis.call('HINCRBY', SUBMISSION .. submission, from, -number)
-  redis.call('HINCRBY', SUBMISSION .. submission, to, number)
+  local num_left = add_to_count(submission, from, -number) or 0
+  add_to_count(submission, to, number)
   -- While others are in the state that these left, none of them is the last one to end.
   if TERMINAL[from] or TERMINAL[to] and num_left <= 0 then note_whether_ended(submission) end
 end
@@ -129,13 +157,21 @@ local function lane_of(id)
   return adapter and lane_in(adapter, priority or DEFAULT_PRIORITY, string.match(submissions, '%S+'))
 end
 
--- A lane has waiting jobs: it takes its turn in its band, and its adapter among the others unless
+-- Lanes have waiting jobs: each takes its turn in its band, and its adapter among the others unless
 -- it is paused.
-local function open_lane(lane)
-  local now = text(now_us())
-  redis.call('ZADD', LANES .. lane.band, 'NX', now, lane.submission)
-  if redis.call('HEXISTS', PAUSED, lane.adapter) == 0 then
-    redis.call('ZADD', READY .. lane.priority, 'NX', now, lane.adapter)
+local function open_lanes(lanes)
+  local now, some_are_paused = text(now_us()), redis.call('EXISTS', PAUSED) == 1
+  local ready = {}
+  for _, lane in pairs(lanes) do
+    redis.call('ZADD', LANES .. lane.band, 'NX', now, lane.submission)
+    if not some_are_paused or redis.call('HEXISTS', PAUSED, lane.adapter) == 0 then
+      ready[lane.priority] = ready[lane.priority] or {}
+      table.insert(ready[lane.priority], now)
+      table.insert(ready[lane.priority], lane.adapter)
+    end
+  end
+  for priority, adapters in pairs(ready) do
+    in_pieces(adapters, function(...) redis.call('ZADD', READY .. priority, 'NX', ...) end)
   end
 end
 
@@ -197,12 +233,9 @@ local function version_of(v, adapter, submissions, attempts)
   return version
 end
 
--- Fields of a job; nil if its key is no hash. Any other error is one: a user who may not read jobs
--- must not be told that they are damaged.
+-- Fields of a job; nil if its key is no hash.
 local function job_fields(id, ...)
-  local found = redis.pcall('HMGET', JOB .. id, ...)
-  if not found.err then return found end
-  if not string.find(found.err, 'WRONGTYPE', 1, true) then error(found) end
+  return call_if_sound('HMGET', JOB .. id, ...)
 end
 
 -- A job's state, nil if there is no such job, and the version of its record.
@@ -251,7 +284,7 @@ end
 local function enqueue(id)
   local lane = lane_of(id)
   redis.call('HSET', JOB .. id, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
-  open_lane(lane)
+  open_lanes({ lane })
 end
 
 -- Lets a waiting job have its turn: at the end of its lane, or, if it is to run alone, among the

@@ -8,7 +8,7 @@ local now, num_seen = text(now_ms()), 0
 
 -- The submission is named once for each of its lines.
 local function forget(id, submission)
-  local submissions = redis.call('HGET', JOB .. id, 'submissions')
+  local submissions = call_if_sound('HGET', JOB .. id, 'submissions')
   if not submissions then return end
   local others, found = {}, false
   for name in string.gmatch(submissions, '%S+') do
@@ -26,15 +26,17 @@ end
 local function drop_notice(submission)
   local was_due = redis.call('ZREM', NOTICES, submission) == 1
   if not was_due or redis.call('EXISTS', SUBMISSION .. submission) == 0 then return end
-  redis.call('HSET', SUBMISSION .. submission, 'webhook_state', 'dead', 'webhook_error',
+  call_if_sound('HSET', SUBMISSION .. submission, 'webhook_state', 'dead', 'webhook_error',
     'the results expired before it was delivered', 'webhook_settled', now)
 end
 
 local function expire_submission(submission)
   local key = SUBMISSION .. submission
-  if redis.call('EXISTS', key) == 1 then redis.call('HSETNX', key, 'expired_at', now) end
+  if redis.call('EXISTS', key) == 1 then call_if_sound('HSETNX', key, 'expired_at', now) end
   redis.call('ZREM', SUBMISSIONS, submission)
-  local ids = redis.call('LPOP', key .. ':jobs', limit - num_seen) or {}
+  local ids = call_if_sound('LPOP', key .. ':jobs', limit - num_seen)
+  if ids == nil then redis.call('DEL', key .. ':jobs') end
+  ids = ids or {}
   for _, id in ipairs(ids) do forget(id, submission) end
   num_seen = num_seen + math.max(1, #ids)
   if redis.call('EXISTS', key .. ':jobs') == 0 then

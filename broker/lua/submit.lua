@@ -69,7 +69,7 @@ for i = 0, num_jobs - 1 do
   elseif known[id].payload ~= payload then
     table.insert(reply, i)
   end
-  if has_room(num_new, num_bytes) then num_fitting = i + 1 end
+  if num_new == 0 or has_room(num_new, num_bytes) then num_fitting = i + 1 end
 end
 if #reply > 1 then return reply end
 -- What adds nothing needs no room.
@@ -79,11 +79,12 @@ if num_new > 0 and not has_room(num_new + rest_jobs, num_bytes + rest_bytes) the
 end
 
 local now = now_ms()
+local queued = text(now)
 if offset == 0 then
-  redis.call('HSET', SUBMISSION .. submission, 'name', name, 'total', total, 'created', text(now),
+  redis.call('HSET', SUBMISSION .. submission, 'name', name, 'total', total, 'created', queued,
     'result_ttl', result_ttl)
   if webhook ~= '' then redis.call('HSET', SUBMISSION .. submission, 'webhook', webhook) end
-  redis.call('ZADD', SUBMISSIONS, text(now), submission)
+  redis.call('ZADD', SUBMISSIONS, queued, submission)
 end
 
 local function moment_of(deadline)
@@ -97,7 +98,7 @@ local function lane_for(adapter, priority)
   local band = adapter .. ':' .. priority
   if not lanes[band] then
     lanes[band] = lane_in(adapter, priority, submission)
-    lanes[band].num_jobs, lanes[band].num_bytes = 0, 0
+    lanes[band].num_jobs = 0
   end
   return lanes[band]
 end
@@ -105,9 +106,9 @@ end
 -- Stores a job at the end of its lane; the lane is opened, and its jobs counted, once for the run.
 local function add(id, adapter, priority, deadline, payload)
   local lane = lane_for(adapter, priority)
-  lane.num_jobs, lane.num_bytes = lane.num_jobs + 1, lane.num_bytes + #payload
+  lane.num_jobs = lane.num_jobs + 1
   redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,
-    'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', text(now),
+    'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', queued,
     'attempts', 0, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
   if deadline ~= '' then
     deadline = moment_of(deadline)
@@ -119,7 +120,7 @@ end
 -- Stores a job that was refused before it was sent: it has ended, and stands in no lane.
 local function add_refused(id, payload, refusal)
   redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', BASE,
-    'state', 'failed', 'submissions', submission, 'queued', text(now), 'finished', text(now),
+    'state', 'failed', 'submissions', submission, 'queued', queued, 'finished', queued,
     'attempts', 0, 'error_code', 'bad_line', 'error_message', refusal)
   tell_finished(submission, id, 'failed')
 end
@@ -147,12 +148,11 @@ for i = 0, num_jobs - 1 do
 end
 in_pieces(ids, function(...) redis.call('RPUSH', jobs, ...) end)
 for state, number in pairs(num_by_state) do
-  redis.call('HINCRBY', SUBMISSION .. submission, state, number)
+  add_to_count(submission, state, number)
 end
-for _, lane in pairs(lanes) do
-  open_lane(lane)
-  count('waiting', lane.adapter, lane.num_jobs, lane.num_bytes)
-end
+open_lanes(lanes)
+for _, lane in pairs(lanes) do count_of_adapter(WAITING, lane.adapter, lane.num_jobs) end
+if num_new > 0 then count_backlog(num_new, num_bytes) end
 note_whether_ended(submission)
 redis.call('PUBLISH', WAKE, submission)
 return { 'ok' }

@@ -38,7 +38,7 @@ class Results(Session):
     def payloads(self, job_ids: Sequence[str]) -> list[str | None]:
         """What was sent under the ids, as JSON."""
         with self._errors():
-            return self._reader.payloads(job_ids)
+            return list(self._reader.payloads(job_ids))
 
     def results(self, *ids: str) -> Iterator[Result]:
         """One result a job of the submissions and jobs, in input order, without waiting.
