@@ -248,7 +248,7 @@ def test_worker_knows_every_flag_of_its_command(lora_paths: str) -> None:
 
     _, *flags = services(LORA_PATHS=lora_paths, MAX_LORAS_PER_BATCH="3")["worker"]["command"]
     known = vars(build_parser().parse_args(flags))
-    assert (known["model_path"], known["max_loras_per_batch"]) == (Path("/models/base"), 3)
+    assert (known["model_path"], known["max_loras_per_batch"]) == ("/models/base", 3)
     assert known.get("lora_paths", []) == lora_paths.split()
 
 
