@@ -9,7 +9,6 @@ from collections import Counter
 from contextlib import ExitStack
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import redis
@@ -58,12 +57,7 @@ class FaultBench:
     def __enter__(self) -> FaultBench:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def proxy(self) -> TcpProxy:

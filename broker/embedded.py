@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 from urllib.parse import quote
 
@@ -113,12 +112,7 @@ class EmbeddedServer:
     def __enter__(self) -> EmbeddedServer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -160,9 +154,6 @@ class EmbeddedServer:
             return True
 
     def _start(self, lock: IO[str]) -> None:
-        # Imported here: with it comes a driver of its own, 60 ms for every command that needs none.
-        # Only the program is taken of it: its ValkeyServer ends with the process that made it.
-
         command = [
             *server_command(self.folder),
             *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),

@@ -95,84 +95,91 @@ class Clock:
         return self.now
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("worker.keeper.time", clock)
+    return clock
+
+
+def keeper_of(queue: JobQueue, worker: str, leases: Leases | None = None) -> Keeper:
+    """That of a worker with leases of 30 s; it holds none if none are given."""
+    if leases is None:  # An empty one is false.
+        leases = Leases(max_jobs=10, max_adapters=1)
+    return Keeper(queue, worker, leases, lambda: STATE, lease_seconds=30)
+
+
+def claim_and_let_expire(queue: JobQueue) -> list[Claim]:
+    """One job whose lease has expired while Redis was away."""
+    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
+    claimed = claim(queue, lease_seconds=30)
+    queue.client.zadd(queue.keys.leases, {"job": 1})
+    return claimed
+
+
+def state_of_job(queue: JobQueue) -> str | None:
+    return queue.client.hget(queue.keys.job("job"), "state")  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize("seconds", [15, 60])
 def test_after_an_outage_other_workers_may_renew_before_their_leases_are_swept(
-    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch, seconds: int
+    queue: JobQueue, leases: Leases, clock: Clock, seconds: int
 ) -> None:
     """After 15 s they had 5 s left of leases of 30 s, and may have tried 5 s ago for the last
     time."""
-    clock = Clock()
-    monkeypatch.setattr("worker.keeper.time", clock)
-    theirs = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=30)
-    none = Leases(max_jobs=10, max_adapters=1)
-    ours = Keeper(queue, "v", none, lambda: STATE, lease_seconds=30)
+    theirs, ours = keeper_of(queue, "w", leases), keeper_of(queue, "v")
     ours.turn()
     theirs.turn()
-    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
-    leases.add(claim(queue, lease_seconds=30))
-    queue.client.zadd(queue.keys.leases, {"job": 1})  # It expired while Redis was away.
+    leases.add(claim_and_let_expire(queue))
     clock.now += seconds
     ours.turn()
     theirs.turn()
     ours.turn()
     assert leases.take_lost() == set()
     assert queue.client.zscore(queue.keys.leases, "job") > 1
-    assert queue.client.hget(queue.keys.job("job"), "state") == "running"
+    assert state_of_job(queue) == "running"
 
 
 def test_a_worker_that_starts_as_an_outage_ends_leaves_others_time_to_renew(
-    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, leases: Leases, clock: Clock
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr("worker.keeper.time", clock)
-    theirs = Keeper(queue, "w", leases, lambda: STATE, lease_seconds=30)
+    theirs = keeper_of(queue, "w", leases)
     theirs.turn()
-    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
-    leases.add(claim(queue, lease_seconds=30))
-    queue.client.zadd(queue.keys.leases, {"job": 1})  # It expired while Redis was away.
+    leases.add(claim_and_let_expire(queue))
     clock.now += 60
-    none = Leases(max_jobs=10, max_adapters=1)
-    starting = Keeper(queue, "v", none, lambda: STATE, lease_seconds=30)
+    starting = keeper_of(queue, "v")
     starting.turn()
     assert not starting.found_nothing
     theirs.turn()
     starting.turn()
     assert starting.found_nothing
     assert leases.take_lost() == set()
-    assert queue.client.hget(queue.keys.job("job"), "state") == "running"
+    assert state_of_job(queue) == "running"
 
 
 def test_a_worker_that_starts_sweeps_what_nobody_renews_once_others_had_the_time(
-    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, clock: Clock
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr("worker.keeper.time", clock)
-    keeper = Keeper(queue, "v", leases, lambda: STATE, lease_seconds=30)
-    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
-    claim(queue, lease_seconds=30)
-    queue.client.zadd(queue.keys.leases, {"job": 1})
+    keeper = keeper_of(queue, "v")
+    claim_and_let_expire(queue)
     keeper.turn()
     clock.now += OUTAGE_GRACE_SECONDS
     keeper.turn()
     assert not keeper.found_nothing, "the job that it swept is to be claimed first"
-    assert queue.client.hget(queue.keys.job("job"), "state") == "waiting"
+    assert state_of_job(queue) == "waiting"
     keeper.turn()
     assert keeper.found_nothing
 
 
 def test_after_an_outage_leases_that_nobody_renews_are_swept_in_the_end(
-    queue: JobQueue, leases: Leases, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, clock: Clock
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr("worker.keeper.time", clock)
-    keeper = Keeper(queue, "v", leases, lambda: STATE, lease_seconds=30)
+    keeper = keeper_of(queue, "v")
     keeper.turn()
-    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x")])
-    claim(queue, lease_seconds=30)
-    queue.client.zadd(queue.keys.leases, {"job": 1})
+    claim_and_let_expire(queue)
     clock.now += 60
     keeper.turn()
-    assert queue.client.hget(queue.keys.job("job"), "state") == "running"
+    assert state_of_job(queue) == "running"
     clock.now += OUTAGE_GRACE_SECONDS
     keeper.turn()
-    assert queue.client.hget(queue.keys.job("job"), "state") == "waiting"
+    assert state_of_job(queue) == "waiting"

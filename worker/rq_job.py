@@ -3,6 +3,7 @@ up."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -18,7 +19,7 @@ class JobRefused(LorryError):
     """A job on the rq queue that no process of Lorry sends."""
 
 
-class OneFunctionJob(Job):
+class OneFunctionJob(Job, ABC):
     """A job whose record decides nothing but the two texts that a given function is called with;
     the second one is the job's id.
 
@@ -60,9 +61,9 @@ class OneFunctionJob(Job):
         job._set_terms()
         return job
 
+    @abstractmethod
     def _set_terms(self) -> None:
         """Set how long and how often it is tried, and kept: not for the record to say either."""
-        raise NotImplementedError
 
     def _refuse_all_but_the_function(self, rq_queue: str) -> None:
         try:
