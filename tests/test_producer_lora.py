@@ -452,7 +452,8 @@ def test_a_timeout_bounds_the_wait_for_a_drain_that_goes_on(
     assert "3 jobs of it left after 0.3 s" in outcome.stdout
     assert "'sql' takes no new jobs, but is not unloaded yet" in outcome.stderr
     worker.serves_jobs = True
-    assert producer("lora", "unload", "sql").exit_code == 0
+    # 3: it was drained and forgotten before this command came.
+    assert producer("lora", "unload", "sql").exit_code in (0, 3)
     assert desired(queue) == {}
 
 
