@@ -163,7 +163,7 @@ def _explanation(server: str, error: redis.RedisError) -> str:
             " Start it, or name another one by --redis-url or REDIS_URL;"
             " with neither, an embedded server is used."
         )
-    if isinstance(error, NoPermissionError) or reason.startswith("ACL failure in script"):
+    if lacks_right(error):
         return (
             f"The Redis server at {server} does not let this user do that: {reason}."
             " docs/server.md lists what producers, workers and operators need."
@@ -171,6 +171,15 @@ def _explanation(server: str, error: redis.RedisError) -> str:
     if isinstance(error, MovedError):
         return needs_cluster_url(server)
     return f"The Redis server at {server} refused a command: {reason}"
+
+
+#: How a server says that a script lacks a right: Valkey and newer Redis; Redis 7.0.
+_FORBIDDEN_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
+
+
+def lacks_right(error: redis.RedisError) -> bool:
+    """Whether the server has refused a command for want of a right."""
+    return isinstance(error, NoPermissionError) or str(error).startswith(_FORBIDDEN_IN_SCRIPT)
 
 
 def _tls_error(error: BaseException | None) -> ssl.SSLError | None:

@@ -11,7 +11,7 @@ from redis.exceptions import NoPermissionError
 from structlog.testing import capture_logs
 
 from broker.claims import ClaimRequest, Lease
-from broker.connection import connect, server_errors
+from broker.connection import connect, lacks_right, server_errors
 from broker.job_queue import JobQueue
 from broker.outcomes import Limits
 from broker.queue_reader import QueueReader
@@ -218,11 +218,7 @@ def test_an_operation_is_for_those_whom_the_table_names(
             return
         with pytest.raises(redis.ResponseError) as error:
             call(JobQueue(client, QUEUE), lease)
-        assert is_no_permission(error.value)
-
-
-def is_no_permission(error: redis.ResponseError) -> bool:
-    return isinstance(error, NoPermissionError) or "ACL failure in script" in str(error)
+        assert lacks_right(error.value)
 
 
 @pytest.mark.parametrize("role", READERS)

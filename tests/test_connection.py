@@ -15,7 +15,15 @@ import redis
 from benchmarks.waiting import wait_until
 from broker import connection
 from broker.address import parse_address, resolve_url, without_password
-from broker.connection import BLOCK_SECONDS, SOCKET_TIMEOUT, connect, is_refusal, may_pass
+from broker.connection import (
+    BLOCK_SECONDS,
+    SOCKET_TIMEOUT,
+    connect,
+    is_refusal,
+    lacks_right,
+    may_pass,
+    server_errors,
+)
 from producer.client import Client
 from schemas.errors import BadInput, ServerUnavailable
 from tests.servers import ValkeyServer
@@ -271,3 +279,21 @@ def test_what_may_pass_is_waited_for(error: redis.RedisError) -> None:
 )
 def test_a_refusal_is_not_waited_for(error: redis.RedisError) -> None:
     assert is_refusal(error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ACL failure in script: No permissions to access a key script: on @user_script:1.",
+        "The user executing the script can't run this command or subcommand script: 1d46, on"
+        " @user_script:1.",
+        "The user executing the script can't access at least one of the keys mentioned in the"
+        " command arguments script: 4d8e, on @user_script:1.",
+    ],
+)
+def test_a_right_that_a_script_lacks_is_told_as_one_by_new_servers_and_by_redis_7_0(
+    words: str,
+) -> None:
+    with pytest.raises(ServerUnavailable, match="does not let"), server_errors("redis://host"):
+        raise redis.ResponseError(words)
+    assert not lacks_right(redis.ResponseError("ERR unknown command"))

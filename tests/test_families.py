@@ -23,6 +23,7 @@ from tests.tiny_models import Oracle, OracleOfEach, in_bfloat16, make_adapter, m
 from worker import assembly
 from worker.batch import Batch
 from worker.engine import Engine
+from worker.kv_cache import PAGE_SIZE
 from worker.model_runner import Launched, ModelRunner
 from worker.step_graphs import Output, StepGraphs
 
@@ -253,9 +254,9 @@ def run(engine: Engine, jobs: list[Job]) -> dict[str, list[int]]:
     return {sequence.job.id: sequence.output_ids for sequence in sequences}
 
 
-def assert_parity(engine: Engine, jobs: list[Job], oracle: Oracle) -> None:
+def assert_parity(engine: Engine, jobs: list[Job], oracle: Oracle) -> dict[str, list[int]]:
     """Each of a job's tokens is the oracle's greedy one after those before it, by logits as close
-    as ``TOLERANCE``."""
+    as ``TOLERANCE``; returns them by job id."""
     with kept_logits() as kept:
         tokens = run(engine, jobs)
     for job in jobs:
@@ -265,13 +266,21 @@ def assert_parity(engine: Engine, jobs: list[Job], oracle: Oracle) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
         assert tokens[job.id] == expected.argmax(-1).tolist()
         assert len(tokens[job.id]) == job.max_tokens
+    return tokens
 
 
-def test_chunked_prompts_and_answers_mixed_with_adapters_are_those_of_transformers_and_peft(
+def test_mixed_with_adapters_in_chunks_and_from_the_cache_all_is_as_with_transformers_and_peft(
     model_folder: Path, adapters: dict[str, Path], oracle: Oracle
 ) -> None:
     jobs = make_jobs([None, "all", "some", "dora"], 8)
-    assert_parity(make_engine(model_folder, adapters), jobs, oracle)
+    engine = make_engine(model_folder, adapters)
+    tokens = assert_parity(engine, jobs, oracle)
+    assert engine.counters.reused_tokens == 0
+    # Once more, on the keys and values that the prompts left in the cache.
+    again = [job.model_copy(update={"max_tokens": 4}) for job in jobs]
+    assert run(engine, again) == {name: answer[:4] for name, answer in tokens.items()}
+    lengths = [len(job.prompt_token_ids or []) for job in jobs]
+    assert engine.counters.reused_tokens == sum((n - 1) // PAGE_SIZE * PAGE_SIZE for n in lengths)
 
 
 def test_prompts_in_one_piece_are_those_of_transformers(model_folder: Path, oracle: Oracle) -> None:
