@@ -299,9 +299,15 @@ class QueueReader:
         return Size(int(jobs or 0), int(num_bytes or 0))
 
     def limits(self) -> Limits:
-        """What may wait at most."""
+        """What may wait at most; raises LorryError if that is damaged."""
         limits = self.client.hmget(self.keys.limits, "jobs", "bytes")
-        return Limits(*(None if limit is None else int(limit) for limit in limits))
+        try:
+            return Limits(*(None if limit is None else int(limit) for limit in limits))
+        except ValueError as error:
+            raise LorryError(
+                f"What may wait in queue '{self.name}' is damaged: {error}. Delete the key"
+                f" '{self.keys.limits}', and set it again with `producer limits`."
+            ) from error
 
     def unfinished_by_adapter(self) -> dict[str, int]:
         """Waiting and running jobs of every adapter that has waiting ones, most first. The base

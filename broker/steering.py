@@ -35,7 +35,7 @@ class Steering(QueueScripts):
 
     def set_max_attempts(self, number: int) -> int:
         """Let every worker of the queue give a job up after so many attempts; returns after how
-        many it was until now."""
-        before = self.client.hget(self.keys.settings, "max_attempts")
+        many it was until now. A damaged number counts as none, as it does in the scripts."""
+        before = str(self.client.hget(self.keys.settings, "max_attempts") or "")
         self.client.hset(self.keys.settings, "max_attempts", number)
-        return int(before or DEFAULT_MAX_ATTEMPTS)
+        return int(before) if before.isdecimal() else DEFAULT_MAX_ATTEMPTS

@@ -18,10 +18,11 @@ from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import Claim, Lease
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
+from producer.client import Client
 from producer.lines import parse_line
-from schemas.errors import BadInput, JobError
+from schemas.errors import BadInput, JobError, LorryError
 from schemas.job import Job
-from schemas.keys import BASE, Keys
+from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, Keys
 from schemas.result import TERMINAL_STATES
 from tests.test_job_queue import claim, join, result
 from worker.claimer import _job_of
@@ -197,8 +198,34 @@ def test_messages_of_strangers_on_the_channels_are_harmless(
     survivor: FaultBench, message: bytes
 ) -> None:
     keys = Keys(survivor.queue)
-    for channel in (keys.wake, keys.control):
+    for channel in (keys.wake, keys.control, keys.cancelled):
         survivor.redis.publish(channel, message)
+
+
+@pytest.mark.parametrize("number", ["x", "-1", "1.5", "nan", ""])
+def test_a_damaged_number_of_attempts_is_the_default(queue: JobQueue, number: str) -> None:
+    join(queue)
+    queue.client.hset(queue.keys.settings, "max_attempts", number)
+    queue.submit("sub", "file", 1, 0, [Job(id="x", prompt="x")])
+    ends = []
+    for _ in range(DEFAULT_MAX_ATTEMPTS):
+        leases = [job.lease for job in claim(queue)]
+        ends.append(queue.retry("w", leases, outcome="x", message="x", alone=False))
+    assert ends == [(1, 0), (1, 0), (0, 1)]
+    assert queue.set_max_attempts(5) == DEFAULT_MAX_ATTEMPTS
+
+
+def test_a_damaged_bound_is_told_with_the_remedy(
+    bench: FaultBench, queue: JobQueue, reader: QueueReader
+) -> None:
+    queue.client.hset(queue.keys.limits, "jobs", "many")
+    with pytest.raises(LorryError, match=r"'many'\. Delete the key '.*:limits', and set it again"):
+        reader.limits()
+    with (
+        Client(bench.url, queue.name) as client,
+        pytest.raises(LorryError, match=r"key limits\) is damaged: many"),
+    ):
+        client.submit(["x"])
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "9" * 40, ""])

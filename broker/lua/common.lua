@@ -344,9 +344,10 @@ local function note_claim(worker, claim, lease, jobs)
   redis.call('SET', CLAIM .. worker, table.concat(words, ' '), 'PX', lease)
 end
 
--- Executions of a job before it is given up on.
+-- Executions of a job before it is given up on; what stands there may be damaged.
 local function max_attempts()
-  return tonumber(redis.call('HGET', SETTINGS, 'max_attempts') or DEFAULT_MAX_ATTEMPTS)
+  local number = string.match(call_if_sound('HGET', SETTINGS, 'max_attempts') or '', '^%d+$')
+  return tonumber(number or DEFAULT_MAX_ATTEMPTS)
 end
 
 -- Adds how the current attempt ended to the job's history, a JSON object a line.

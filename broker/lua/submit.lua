@@ -26,6 +26,12 @@ if sent ~= offset then return { 'gap', sent } end
 local waiting_jobs, waiting_bytes = unpack(redis.call('HMGET', BACKLOG, 'jobs', 'bytes'))
 local max_jobs, max_bytes = unpack(redis.call('HMGET', LIMITS, 'jobs', 'bytes'))
 
+for _, limit in ipairs({ max_jobs or '0', max_bytes or '0' }) do
+  if not tonumber(limit) then
+    return redis.error_reply('ERR what may wait in the queue (key limits) is damaged: ' .. limit)
+  end
+end
+
 local function has_room(num_new, bytes)
   return (not max_jobs or (waiting_jobs or 0) + num_new <= tonumber(max_jobs))
     and (not max_bytes or (waiting_bytes or 0) + bytes <= tonumber(max_bytes))

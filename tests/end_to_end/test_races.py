@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from benchmarks.fault_bench import FaultBench, jobs
+from benchmarks.fault_bench import LEASE_SECONDS, FaultBench, jobs
 from benchmarks.ledger import server_time
 from benchmarks.own_server import OwnServer
 from benchmarks.waiting import PATIENCE, wait_until
@@ -252,3 +252,18 @@ def test_a_burst_worker_does_not_end_before_it_has_run_what_a_dead_one_left(
 
 def _now_ms(bench: FaultBench) -> int:
     return int(1000 * server_time(bench.redis))
+
+
+def test_a_claim_that_is_not_answered_delays_no_renewal_and_no_result(bench: FaultBench) -> None:
+    """Each of the worker's threads has a connection of its own."""
+    proxy = bench.proxy()
+    bench.start(redis_url=proxy.url)
+    submission = bench.submit(*jobs(1, at="generate", do="sleep", seconds=2.5 * LEASE_SECONDS))
+    wait_until(lambda: bench.runs()["job-0"] == 1, "the job does not begin")
+    with proxy.hold("claim") as held:
+        held.wait()
+        bench.client.wait(submission, timeout=30)
+        (result,) = results(bench, "job-0")
+    assert result.status == "done"
+    assert bench.runs() == {"job-0": 1}
+    assert bench.finish() == {"done": 1}
