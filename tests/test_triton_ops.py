@@ -50,8 +50,8 @@ from kernels.sample import Draw, sample_torch, sample_triton
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
-#: Of queries and of keys, in a model of 8B. The interpreter takes a head after the other, so it gets
-#: fewer, of which each of keys still serves four of queries.
+#: Of queries and of keys, in a model of 8B. The interpreter takes a head after the other, so it
+#: gets fewer, of which each of keys still serves four of queries.
 HEADS = (32, 8) if ON_GPU else (8, 2)
 POISON = float("nan")
 
