@@ -52,7 +52,7 @@ def run(engine: Engine, jobs: list[Job], *, join_every: int) -> list[Sequence]:
 def test_base_and_three_adapters_mixed_give_the_tokens_of_peft_one_prompt_at_a_time(
     engine: Engine,
 ) -> None:
-    jobs = make_jobs(17, NUM_TOKENS, [None, *ADAPTERS])
+    jobs = make_jobs(10, NUM_TOKENS, [None, *ADAPTERS])
     # Different lengths, so that sequences leave at different steps too.
     jobs = [job.model_copy(update={"max_tokens": 4 + i % 13}) for i, job in enumerate(jobs)]
     sequences = run(engine, jobs, join_every=2)

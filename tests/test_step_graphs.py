@@ -149,7 +149,7 @@ def test_replayed_steps_give_the_tokens_that_peft_gives(
     adapters: dict[str, Path],
     replays: Counter[tuple[bool, bool, bool]],
 ) -> None:
-    jobs = make_jobs(13)
+    jobs = make_jobs(9)
     assert run(engine, jobs) == expected(Oracle(model_folder, adapters), jobs)
     assert replays[True, True, True]
     assert replays[False, True, True]
@@ -182,7 +182,7 @@ def test_replayed_steps_sample_and_score_as_those_without_graph_do(
         {},
     ]
     jobs = [
-        job.model_copy(update={"max_tokens": 9} | fields[number % len(fields)])
+        job.model_copy(update={"max_tokens": 6} | fields[number % len(fields)])
         for number, job in enumerate(make_jobs(10))
     ]
     loras = tuple(LoraPath(lora_name=name, lora_path=str(path)) for name, path in adapters.items())
