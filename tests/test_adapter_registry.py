@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
 
 from schemas.errors import BadInput, JobError
 from worker.adapters.loader import AdapterLoader
@@ -182,6 +184,20 @@ def test_an_evicted_adapter_that_is_pinned_and_has_gone_is_told(folder: Path) ->
     assert known.errors == {"a": f"there is no folder {folder / 'a'}."}
 
 
+def test_what_came_back_is_no_longer_told_as_unavailable_once_it_is_loaded_again(
+    folder: Path,
+) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    weights = (folder / "a" / "weights").rename(folder / "kept")
+    with pytest.raises(JobError):
+        known.get("a")
+    assert "a" in known.errors
+    weights.rename(folder / "a" / "weights")
+    known.accept("a", 9)  # Another worker was first to read it.
+    assert known.errors == {}
+    assert known.get("a")
+
+
 def test_an_adapter_unloaded_while_it_is_read_again_does_not_come_back(folder: Path) -> None:
     known = registry(folder, "ab", max_loaded=1)
     known.prepare = lambda adapter: known.keep_only({"b"})
@@ -329,10 +345,38 @@ def test_the_first_adapter_that_cannot_be_served_is_named(folder: Path) -> None:
         load_registry(config, found, TextLoader())
 
 
+class FirstIsSlow(TextLoader):
+    def load(self, name: str, folder: Path) -> Adapter:
+        if name == "a":
+            time.sleep(0.3)
+        return super().load(name, folder)
+
+
+def test_adapters_of_the_command_line_come_in_its_order_however_long_each_takes(
+    folder: Path,
+) -> None:
+    found = [FoundAdapter(name, name, folder / name, pinned=False) for name in "abcd"]
+    config = WorkerConfig(
+        model_path=folder,
+        max_loaded_loras=2,
+        max_loras_per_batch=2,
+        lora_eviction_policy="fifo",
+    )
+    assert loaded(load_registry(config, found, FirstIsSlow())) == "cd"
+
+
+def test_reading_them_leaves_torch_its_threads(folder: Path) -> None:
+    before = torch.get_num_threads()
+    found = [FoundAdapter(name, name, folder / name, pinned=False) for name in "ab"]
+    load_registry(WorkerConfig(model_path=folder), found, TextLoader())
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(torch.get_num_threads).result() == before
+
+
 def test_adapters_of_the_command_line_are_pinned_as_it_says(folder: Path) -> None:
     found = [FoundAdapter(name, name, folder / name, pinned=name == "a") for name in "abc"]
     config = WorkerConfig(model_path=folder, max_loaded_loras=2, max_loras_per_batch=2)
     known = load_registry(config, found, TextLoader())
     assert [adapter.name for adapter in known.pinned] == ["a"]
     assert set(known.revisions) == set("abc")
-    assert len(known.loaded) == 2
+    assert loaded(known) == "ac"

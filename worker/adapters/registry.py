@@ -6,8 +6,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,7 +92,8 @@ class AdapterRegistry:
 
         Raises JobError, of which ``errors`` tells too, if its source has gone or changed since.
         """
-        if adapter := self._get_loaded(name):
+        adapter = self._get_loaded(name)
+        if adapter or self.known(name) is None:
             return adapter
         with self._reading_lock(name):
             # Another thread may have read it meanwhile.
@@ -142,6 +143,7 @@ class AdapterRegistry:
         """Note that what is served under a name is what the desired state of a version asks for."""
         with self._lock:
             self._errors.pop(name, None)
+            self._unavailable_for.pop(name, None)
             self._known[name] = replace(self._known[name], version=version)
 
     def refuse(self, name: str, version: int, reason: str) -> None:
@@ -158,6 +160,7 @@ class AdapterRegistry:
                 del self._known[name]
                 self._loaded.pop(name, None)
                 self._unavailable_for.pop(name, None)
+                self._reading.pop(name, None)
                 self.generation += 1
                 log.info("adapter_unloaded", adapter=name)
 
@@ -330,14 +333,35 @@ def load_registry(
         registry.prepare = prepare
     registry.pin(lora.name for lora in found if lora.pinned)
 
-    def serve(lora: FoundAdapter) -> None:
+    def read(lora: FoundAdapter) -> ReadAdapter:
         try:
-            read = registry.read(lora.name, lora.folder, version=0, source=lora.source)
+            return registry.read(lora.name, lora.folder, version=0, source=lora.source)
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.name}: {error}") from error
-        registry.serve(lora.name, read)
 
-    # Each thread computes alone: several that share the work of every operation would wait.
-    with ThreadPoolExecutor(_READERS, initializer=torch.set_num_threads, initargs=(1,)) as readers:
-        deque(readers.map(serve, found), maxlen=0)
+    # Each thread computes alone: several that share the work of every operation would wait. What
+    # torch is told in one thread holds for all that begin later, too.
+    num_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(_READERS, "read", torch.set_num_threads, (1,)) as readers:
+            for lora, adapter in _in_order(readers, read, found):
+                registry.serve(lora.name, adapter)
+    finally:
+        torch.set_num_threads(num_threads)
     return registry
+
+
+def _in_order(
+    readers: ThreadPoolExecutor,
+    read: Callable[[FoundAdapter], ReadAdapter],
+    found: Sequence[FoundAdapter],
+) -> Iterator[tuple[FoundAdapter, ReadAdapter]]:
+    """As ``readers.map`` would, but no more than ``_READERS`` are in memory that were not taken."""
+    ahead = deque[tuple[FoundAdapter, Future[ReadAdapter]]]()
+    for lora in found:
+        ahead.append((lora, readers.submit(read, lora)))
+        if len(ahead) == _READERS:
+            first, future = ahead.popleft()
+            yield first, future.result()
+    for first, future in ahead:
+        yield first, future.result()
