@@ -182,13 +182,6 @@ local function close_lane(lane)
   end
 end
 
--- A lease is held by (worker, number of its claim): no two deliveries of a job share it, so a worker
--- that lost the job and got it again does not pass for its former self.
-local function holds_lease(worker, id, claim)
-  local state, holder, current = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker', 'claim'))
-  return state == 'running' and holder == worker and current == claim
-end
-
 -- Takes entries out of their lane: deleted when they are acknowledged, so XLEN is waiting + in flight.
 local function drop_entries(lane, entries)
   in_pieces(entries, function(...)
@@ -243,6 +236,17 @@ local function state_and_version(id)
   local found = job_fields(id, 'state', 'v', 'adapter', 'submissions', 'attempts')
   if not found then return 'damaged', 0 end
   return found[1] or nil, version_of(unpack(found, 2))
+end
+
+-- A lease is held by (worker, number of its claim): no two deliveries of a job share it, so a worker
+-- that lost the job and got it again does not pass for its former self. One of a damaged record
+-- counts as lost, so that nobody who holds others meets it; who sweeps sets it aside.
+local function holds_lease(worker, id, claim)
+  local found = job_fields(id, 'state', 'worker', 'claim', 'v', 'adapter', 'submissions', 'attempts')
+  if not found then return false end
+  local state, holder, current = unpack(found, 1, 3)
+  return state == 'running' and holder == worker and current == claim
+    and reads_version(version_of(unpack(found, 4)))
 end
 
 -- Leaves a job alone whose record is of a version that is not read here, until a worker sweeps that
