@@ -256,6 +256,10 @@ DAMAGES: dict[str, Damage] = {
     "with a moment that is none": lambda q, key: q.client.hset(key, "queued", "now"),
     "without its attempts": lambda q, key: q.client.hdel(key, "attempts"),
     "with attempts that are no number": lambda q, key: q.client.hset(key, "attempts", "many"),
+    "without its entry": lambda q, key: q.client.hdel(key, "entry"),
+    "without its worker": lambda q, key: q.client.hdel(key, "worker"),
+    "with a deadline that is none": lambda q, key: q.client.hset(key, "deadline", "soon"),
+    "claimed at a moment that is none": lambda q, key: q.client.hset(key, "claimed", "soon"),
     "of an unknown submission": lambda q, key: q.client.hset(key, "submissions", "nobody"),
 }
 
