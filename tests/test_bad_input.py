@@ -240,7 +240,7 @@ def test_a_damaged_version_of_the_desired_state_ends_no_worker(
     client.set(keys.adapters_version, int(version) + 1)
 
 
-#: What becomes of a waiting job's record before a worker comes.
+#: What becomes of a job's record while it waits or runs.
 Damage = Callable[[JobQueue, str], object]
 
 DAMAGES: dict[str, Damage] = {
@@ -256,6 +256,10 @@ DAMAGES: dict[str, Damage] = {
     "with a moment that is none": lambda q, key: q.client.hset(key, "queued", "now"),
     "without its attempts": lambda q, key: q.client.hdel(key, "attempts"),
     "with attempts that are no number": lambda q, key: q.client.hset(key, "attempts", "many"),
+    "without its entry": lambda q, key: q.client.hdel(key, "entry"),
+    "without its worker": lambda q, key: q.client.hdel(key, "worker"),
+    "with a deadline that is none": lambda q, key: q.client.hset(key, "deadline", "soon"),
+    "claimed at a moment that is none": lambda q, key: q.client.hset(key, "claimed", "soon"),
     "of an unknown submission": lambda q, key: q.client.hset(key, "submissions", "nobody"),
 }
 
@@ -346,7 +350,89 @@ def test_a_submission_that_is_damaged_keeps_no_other_from_expiring(
     assert queue.client.zcard(queue.keys.expiry) == 0
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+damaged_jobs = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+
+
+def run_one_damaged(queue: JobQueue, damage: Damage) -> list[Lease]:
+    """Three leases, the first one of a record that is damaged while it runs."""
+    join(queue)
+    queue.submit("sub", "file", 3, 0, [Job(id=name, prompt="x") for name in ("bad", "a", "b")])
+    leases = [job.lease for job in claim(queue)]
+    damage(queue, queue.keys.job("bad"))
+    return leases
+
+
+def states_of_others(queue: JobQueue) -> list[str | None]:
+    return [queue.client.hget(queue.keys.job(id_), "state") for id_ in "ab"]  # type: ignore[misc]
+
+
+@damaged_jobs
+def test_a_record_that_is_damaged_while_it_runs_keeps_no_lease_from_being_renewed(
+    queue: JobQueue, damage: Damage
+) -> None:
+    leases = run_one_damaged(queue, damage)
+    assert queue.renew("w", leases, lease_seconds=90) <= set(leases[:1])
+
+
+@damaged_jobs
+def test_a_record_that_is_damaged_while_it_runs_keeps_no_job_from_being_handed_back(
+    queue: JobQueue, damage: Damage
+) -> None:
+    queue.release("w", run_one_damaged(queue, damage))
+    assert states_of_others(queue) == ["waiting"] * 2
+
+
+@damaged_jobs
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_record_that_is_damaged_while_it_runs_keeps_no_job_from_being_tried_again(
+    queue: JobQueue, damage: Damage, alone: bool
+) -> None:
+    leases = run_one_damaged(queue, damage)
+    queue.retry("w", leases, outcome="x", message="x", alone=alone)
+    assert states_of_others(queue) == ["waiting"] * 2
+
+
+@damaged_jobs
+def test_a_record_that_is_damaged_while_it_runs_keeps_no_worker_from_asking_again_for_its_claim(
+    queue: JobQueue, damage: Damage
+) -> None:
+    number = queue._claim_number
+    run_one_damaged(queue, damage)
+    queue._claim_number = number
+    assert {"a", "b"} <= {job.lease.job_id for job in claim(queue)}
+
+
+@damaged_jobs
+def test_a_record_that_is_damaged_while_it_runs_keeps_no_worker_from_leaving(
+    queue: JobQueue, damage: Damage
+) -> None:
+    number = queue._claim_number
+    run_one_damaged(queue, damage)
+    queue._claim_number = number
+    queue.leave("w")
+    assert states_of_others(queue) == ["waiting"] * 2
+
+
+@damaged_jobs
+def test_a_record_that_is_damaged_while_it_runs_keeps_no_lost_lease_from_being_swept(
+    queue: JobQueue, damage: Damage
+) -> None:
+    run_one_damaged(queue, damage)
+    queue.client.zadd(queue.keys.leases, dict.fromkeys(["bad", "a", "b"], 1))
+    queue.sweep()
+    assert states_of_others(queue) == ["waiting"] * 2
+
+
+@damaged_jobs
+def test_a_record_that_is_damaged_while_it_runs_keeps_no_other_from_being_cancelled(
+    queue: JobQueue, damage: Damage
+) -> None:
+    run_one_damaged(queue, damage)
+    queue.cancel(["bad", "a", "b"])
+    assert states_of_others(queue) == ["cancelled"] * 2
+
+
+@damaged_jobs
 def test_a_record_that_is_damaged_while_it_waits_harms_no_other_job(
     redis_url: str, queue: JobQueue, tmp_path: Path, damage: Damage
 ) -> None:

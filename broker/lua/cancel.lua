@@ -10,7 +10,7 @@ for _, id in ipairs(ARGV) do
   if state and not reads_version(version) then
     -- Of a version that is not read here, or damaged: left alone.
   elseif state == 'running' then
-    local worker = redis.call('HGET', JOB .. id, 'worker')
+    local worker = redis.call('HGET', JOB .. id, 'worker') or 'a worker unknown'
     end_job(id, 'cancelled', 'cancelled', 'cancelled while it ran on ' .. worker)
     table.insert(running, id)
   elseif TERMINAL[state] then

@@ -139,7 +139,7 @@ local function deliver(lane, entry, id)
     'deadline', 'alone')
   if not found then return fail_damaged(id, lane, entry, 'its key holds no hash') end
   local state, v, adapter, submissions, attempts, payload, queued, deadline, alone = unpack(found)
-  local version = version_of(v, adapter, submissions, attempts)
+  local version = version_of(v, adapter, submissions, attempts, deadline)
   if not state and not v then
     if redis.call('EXISTS', SUBMISSION .. lane.submission) == 1 then
       return fail_damaged(id, lane, entry, 'it was deleted')

@@ -182,13 +182,6 @@ local function close_lane(lane)
   end
 end
 
--- A lease is held by (worker, number of its claim): no two deliveries of a job share it, so a worker
--- that lost the job and got it again does not pass for its former self.
-local function holds_lease(worker, id, claim)
-  local state, holder, current = unpack(redis.call('HMGET', JOB .. id, 'state', 'worker', 'claim'))
-  return state == 'running' and holder == worker and current == claim
-end
-
 -- Takes entries out of their lane: deleted when they are acknowledged, so XLEN is waiting + in flight.
 local function drop_entries(lane, entries)
   in_pieces(entries, function(...)
@@ -226,9 +219,10 @@ local function reads_version(version)
 end
 
 -- The version of a record with these fields: 0 if it is damaged, so that nothing can be done with it.
-local function version_of(v, adapter, submissions, attempts)
+local function version_of(v, adapter, submissions, attempts, deadline)
   local version = tonumber(v) or 0
   local is_damaged = not adapter or not submissions or not string.match(attempts or '', '^%d+$')
+    or not string.match(deadline or '0', '^%-?%d+$')
   if version ~= version or reads_version(version) and is_damaged then return 0 end
   return version
 end
@@ -240,9 +234,21 @@ end
 
 -- A job's state, nil if there is no such job, and the version of its record.
 local function state_and_version(id)
-  local found = job_fields(id, 'state', 'v', 'adapter', 'submissions', 'attempts')
+  local found = job_fields(id, 'state', 'v', 'adapter', 'submissions', 'attempts', 'deadline')
   if not found then return 'damaged', 0 end
   return found[1] or nil, version_of(unpack(found, 2))
+end
+
+-- A lease is held by (worker, number of its claim): no two deliveries of a job share it, so a worker
+-- that lost the job and got it again does not pass for its former self. One of a damaged record
+-- counts as lost, so that nobody who holds others meets it; who sweeps sets it aside.
+local function holds_lease(worker, id, claim)
+  local found = job_fields(id, 'state', 'worker', 'claim', 'v', 'adapter', 'submissions', 'attempts',
+    'deadline')
+  if not found then return false end
+  local state, holder, current = unpack(found, 1, 3)
+  return state == 'running' and holder == worker and current == claim
+    and reads_version(version_of(unpack(found, 4)))
 end
 
 -- Leaves a job alone whose record is of a version that is not read here, until a worker sweeps that
@@ -352,8 +358,9 @@ end
 
 -- Adds how the current attempt ended to the job's history, a JSON object a line.
 local function note_attempt(id, attempt, outcome, message)
-  local worker, started, history =
+  local worker, claimed, history =
     unpack(redis.call('HMGET', JOB .. id, 'worker', 'claimed', 'history'))
+  local started = string.match(claimed or '', '^%d+$')
   local line = cjson.encode({ attempt = attempt, worker = worker or cjson.null,
     started = started and started / 1000 or cjson.null, ended = now_ms() / 1000,
     outcome = outcome, message = message })

@@ -98,7 +98,9 @@ local function moment_of(deadline)
   return from_now and text(now + from_now) or deadline
 end
 
-local lanes = {}
+-- A job is counted where it is stored: one whose record has lost its payload counts as new above, as
+-- it may need room, and is not stored again.
+local lanes, num_added, num_added_bytes = {}, 0, 0
 
 local function lane_for(adapter, priority)
   local band = adapter .. ':' .. priority
@@ -113,6 +115,7 @@ end
 local function add(id, adapter, priority, deadline, payload)
   local lane = lane_for(adapter, priority)
   lane.num_jobs = lane.num_jobs + 1
+  num_added, num_added_bytes = num_added + 1, num_added_bytes + #payload
   redis.call('HSET', JOB .. id, 'v', WIRE_VERSION, 'job', payload, 'adapter', adapter,
     'priority', priority, 'state', 'waiting', 'submissions', submission, 'queued', queued,
     'attempts', 0, 'entry', redis.call('XADD', lane.stream, '*', 'id', id))
@@ -158,7 +161,7 @@ for state, number in pairs(num_by_state) do
 end
 open_lanes(lanes)
 for _, lane in pairs(lanes) do count_of_adapter(WAITING, lane.adapter, lane.num_jobs) end
-if num_new > 0 then count_backlog(num_new, num_bytes) end
+if num_added > 0 then count_backlog(num_added, num_added_bytes) end
 note_whether_ended(submission)
 redis.call('PUBLISH', WAKE, submission)
 return { 'ok' }
