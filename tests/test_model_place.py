@@ -19,6 +19,7 @@ from tests.fake_hub import FakeHub, Repository
 from tests.tiny_models import make_llama
 from worker import model_place
 from worker.hub.failures import HubUnavailable
+from worker.hub.repository import HubRepository
 from worker.model.config import ModelConfig
 from worker.model_place import ModelPlace, find_model
 
@@ -122,6 +123,35 @@ def test_a_shard_that_is_not_what_was_announced_is_deleted_and_loaded_anew(
     hub.push("acme/tiny", model)
     hub.corrupt_downloads = 1
     with pytest.raises(HubUnavailable, match=r"safetensors is not what the hub announced"):
+        found("acme/tiny")
+    folder = found("acme/tiny").folder
+    for path in folder.glob("*.safetensors"):
+        assert path.read_bytes() == (model / path.name).read_bytes()
+
+
+class Killed(BaseException):
+    """Ends a process where it stands."""
+
+
+def test_what_a_killed_process_has_not_checked_is_checked_by_the_next(
+    hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("acme/tiny", model)
+    hub.corrupt_downloads = 1
+
+    def killed(self: HubRepository, path: Path) -> None:
+        if path.suffix == ".safetensors":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HubRepository, "_check_content", killed)
+        with pytest.raises(Killed):
+            found("acme/tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(HubUnavailable, match="the download from"):
+            found("acme/tiny")
+    with pytest.raises(HubUnavailable, match=r"00001-of-00003\.safetensors is not what the hub"):
         found("acme/tiny")
     folder = found("acme/tiny").folder
     for path in folder.glob("*.safetensors"):
