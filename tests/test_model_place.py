@@ -139,6 +139,22 @@ def test_what_the_cache_has_is_enough_offline_and_is_not_downloaded_again(
     assert found("acme/tiny") == place
 
 
+def test_a_start_asks_the_hub_and_tells_of_it_once(
+    hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("acme/tiny", model)
+    found("acme/tiny")
+    hub.requests.clear()
+    with capture_logs() as logs:
+        found("acme/tiny")
+    assert [line["event"] for line in logs] == ["model_found"]
+    assert len(hub.requests) == 1
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with capture_logs() as logs:
+        found("acme/tiny")
+    assert [line["event"] for line in logs] == ["hub_unavailable", "model_found"]
+
+
 def test_a_shard_that_is_not_what_was_announced_is_deleted_and_loaded_anew(
     hub: FakeHub, model: Path
 ) -> None:
@@ -206,7 +222,6 @@ def test_a_long_download_is_told_in_the_log(
     told = [line for line in logs if line["event"] == "model_downloading"]
     assert told
     assert all(line["repository"].startswith("hf:acme/tiny") for line in told)
-    assert logs[-1]["event"] == "model_found"
 
 
 # --- Refusals -----------------------------------------------------------------------------------
