@@ -318,10 +318,16 @@ def test_a_weights_file_that_was_cut_off_is_named(folder: Path) -> None:
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     expected = f"--model-path {folder / 'model-00001-of-00002.safetensors'}: "
     assert weights_refusal(folder).startswith(expected)
+
+
+def test_one_file_goes_before_an_index_of_shards(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert load(folder).dtype == torch.float32
 
 
 def test_a_type_that_is_no_plain_number_is_named(folder: Path) -> None:
@@ -358,6 +364,7 @@ def test_weights_stay_as_they_were_read_when_the_file_changes(folder: Path) -> N
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_broken_index_of_shards_is_named(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
     assert weights_refusal(folder).startswith(f"--model-path {index}: ")

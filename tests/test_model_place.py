@@ -19,6 +19,7 @@ from tests.fake_hub import FakeHub, Repository
 from tests.tiny_models import make_llama
 from worker import model_place
 from worker.hub.failures import HubUnavailable
+from worker.hub.repository import HubRepository
 from worker.model.config import ModelConfig
 from worker.model_place import ModelPlace, find_model
 
@@ -84,6 +85,28 @@ def test_config_tokenizer_and_weights_are_taken_and_nothing_else(hub: FakeHub, m
     assert ModelConfig.from_folder(folder).num_layers == 3
 
 
+def test_of_weights_in_several_forms_one_is_taken(hub: FakeHub, model: Path) -> None:
+    for other in (
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "model.safetensors.index.fp16.json",
+    ):
+        shutil.copy(model / "model-00001-of-00003.safetensors", model / other)
+    hub.push("acme/tiny", model)
+    folder = found("acme/tiny").folder
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+    assert [name for name in hub.downloads() if name.startswith("model")] == ["model.safetensors"]
+
+
+def test_files_of_folders_in_the_repository_are_left_there(hub: FakeHub, model: Path) -> None:
+    commit = hub.push("acme/tiny", model)
+    files = hub.repositories["acme/tiny"].commits[commit]
+    files |= {"model_old/x.safetensors": b"", "model-1/model-00004-of-00004.safetensors": b""}
+    assert {path.name for path in found("acme/tiny").folder.glob("*model*")} == {
+        path.name for path in model.glob("model*")
+    } - {"modeling.py"}
+
+
 def test_weights_come_later_and_of_the_same_commit(hub: FakeHub, model: Path) -> None:
     hub.push("acme/tiny", model)
     place = find_model("acme/tiny")
@@ -116,6 +139,22 @@ def test_what_the_cache_has_is_enough_offline_and_is_not_downloaded_again(
     assert found("acme/tiny") == place
 
 
+def test_a_start_asks_the_hub_and_tells_of_it_once(
+    hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("acme/tiny", model)
+    found("acme/tiny")
+    hub.requests.clear()
+    with capture_logs() as logs:
+        found("acme/tiny")
+    assert [line["event"] for line in logs] == ["model_found"]
+    assert len(hub.requests) == 1
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with capture_logs() as logs:
+        found("acme/tiny")
+    assert [line["event"] for line in logs] == ["hub_unavailable", "model_found"]
+
+
 def test_a_shard_that_is_not_what_was_announced_is_deleted_and_loaded_anew(
     hub: FakeHub, model: Path
 ) -> None:
@@ -128,12 +167,46 @@ def test_a_shard_that_is_not_what_was_announced_is_deleted_and_loaded_anew(
         assert path.read_bytes() == (model / path.name).read_bytes()
 
 
-def test_a_download_that_was_broken_off_is_not_taken_for_the_model(
+class Killed(BaseException):
+    """Ends a process where it stands."""
+
+
+def test_what_a_killed_process_has_not_checked_is_checked_by_the_next(
     hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.push("acme/tiny", model)
+    hub.corrupt_downloads = 1
+
+    def killed(self: HubRepository, path: Path) -> None:
+        if path.suffix == ".safetensors":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HubRepository, "_check_content", killed)
+        with pytest.raises(Killed):
+            found("acme/tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(HubUnavailable, match="the download from"):
+            found("acme/tiny")
+    with pytest.raises(HubUnavailable, match=r"00001-of-00003\.safetensors is not what the hub"):
+        found("acme/tiny")
     folder = found("acme/tiny").folder
-    (folder / "model-00002-of-00003.safetensors").unlink()
+    for path in folder.glob("*.safetensors"):
+        assert path.read_bytes() == (model / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["model-00002-of-00003.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
+)
+def test_a_download_that_was_broken_off_is_not_taken_for_the_model(
+    hub: FakeHub, model: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    hub.push("acme/tiny", model)
+    folder = found("acme/tiny").folder
+    for path in folder.glob(missing):
+        path.unlink()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubUnavailable, match=r"the download from http://127\.0\.0\.1:9 failed"):
         found("acme/tiny")
@@ -149,7 +222,6 @@ def test_a_long_download_is_told_in_the_log(
     told = [line for line in logs if line["event"] == "model_downloading"]
     assert told
     assert all(line["repository"].startswith("hf:acme/tiny") for line in told)
-    assert logs[-1]["event"] == "model_found"
 
 
 # --- Refusals -----------------------------------------------------------------------------------
@@ -180,6 +252,12 @@ def test_what_the_hub_refuses_is_told_with_the_remedy(
     [
         (["config.json"], "hf:acme/tiny is no model: it lacks config.json."),
         (["*.safetensors", "*.index.json"], "pytorch_model.bin is a pickle, .* never loaded"),
+        (
+            ["*.index.json"],
+            "neither model.safetensors nor shards of it with model.safetensors.index",
+        ),
+        (["model-*.safetensors"], "neither model.safetensors nor shards of it with model.safetens"),
+        (["model-00002-*.safetensors"], "holds 2 shards of 3."),
     ],
 )
 def test_a_repository_without_a_model_is_refused_before_weights_are_downloaded(
@@ -192,6 +270,17 @@ def test_a_repository_without_a_model_is_refused_before_weights_are_downloaded(
     with pytest.raises(BadInput, match=reason):
         found("acme/tiny")
     assert not [line for line in hub.requests if "safetensors" in line]
+
+
+def test_weights_in_half_precision_alone_are_refused_before_they_are_downloaded(
+    hub: FakeHub, model: Path
+) -> None:
+    for path in model.glob("model*.safetensors*"):
+        path.unlink()
+    (model / "model.fp16.safetensors").write_bytes(b"")
+    hub.push("acme/tiny", model)
+    assert "hf:acme/tiny" in refusal("acme/tiny")
+    assert "model.fp16.safetensors" not in hub.downloads()
 
 
 def test_an_unknown_revision_and_an_empty_cache_offline_are_told(
@@ -230,7 +319,11 @@ def test_a_mistyped_name_is_told_before_torch_is_imported(flags: list[str], told
     program = f"""if True:
         import sys
         from worker.cli import _run, build_parser
-        assert _run(vars(build_parser().parse_args({flags!r}))) == 2
+        from worker.command import run_command
+        try:
+            run_command("worker", lambda: _run(vars(build_parser().parse_args({flags!r}))))
+        except SystemExit as end:
+            assert end.code == 2
         assert not {{"torch", "transformers", "redis"}} & sys.modules.keys()
     """
     ended = subprocess.run(

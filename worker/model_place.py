@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +36,17 @@ class ModelPlace:
     def fetch_weights(self) -> None:
         """Download the weights, if the folder is of a repository and lacks them. Raises BadInput,
         or HubUnavailable for what may pass."""
-        if self.source:
-            _download(self.source, with_weights=True)
+        if not self.source:
+            return
+        from worker.hub.contents import MODEL
+        from worker.hub.repository import HubRepository
+
+        repository = HubRepository(self.source, MODEL)
+        with suppress(BadInput):
+            repository.find_cached()  # A commit never changes, so the hub need not be asked.
+            return
+        with _named():
+            repository.download(_Progress(self.source))
 
 
 def find_model(model_path: str) -> ModelPlace:
@@ -54,21 +65,23 @@ def find_model(model_path: str) -> ModelPlace:
             f"--model-path {no_folder or model_path + ': '}a repository of the hub is named"
             " OWNER/NAME[@REVISION]."
         )
-    return _download(source, with_weights=False, no_folder=no_folder)
-
-
-def _download(source: HubSource, *, with_weights: bool, no_folder: str = "") -> ModelPlace:
     # Only now, since a folder needs none of it.
-    from worker.hub.contents import MODEL, MODEL_OUTLINE
+    from worker.hub.contents import MODEL_OUTLINE
     from worker.hub.repository import HubRepository
 
-    repository = HubRepository(source, MODEL if with_weights else MODEL_OUTLINE)
+    with _named(no_folder):
+        found, folder = HubRepository(source, MODEL_OUTLINE).download_or_find(_Progress(source))
+    log.info("model_found", repository=str(found), folder=str(folder))
+    return ModelPlace(folder, found)
+
+
+@contextmanager
+def _named(no_folder: str = "") -> Iterator[None]:
+    """Errors say which flag they are about."""
     try:
-        found, folder = repository.download_or_find(_Progress(source))
+        yield
     except LorryError as error:
         raise type(error)(f"--model-path {no_folder}{error}") from error
-    log.info("model_found", repository=str(found), folder=str(folder), weights=with_weights)
-    return ModelPlace(folder, found)
 
 
 class _Progress:

@@ -18,9 +18,9 @@ _OUTLINE = re.compile(
     r"|chat_template)\.json|chat_template\.jinja|tokenizer\.model|merges\.txt"
 )
 
-#: Its weights, as transformers names them; some repositories hold them in other forms too.
-_WEIGHTS = re.compile(r"model.*\.safetensors(?:\.index\.json)?")
-
+#: Its weights, as transformers names them, in one file or in shards; some repositories hold them in
+#: other forms too.
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 
 
@@ -46,14 +46,19 @@ def _adapter_files(source: HubSource, names: Collection[str]) -> list[str]:
 
 
 def _model_files(source: HubSource, names: Collection[str]) -> list[str]:
-    outline, weights = _outline_files(source, names), sorted(filter(_WEIGHTS.fullmatch, names))
-    shards = [int(found[1]) for name in weights if (found := _SHARD.fullmatch(name))]
-    if shards and len(shards) != shards[0]:
-        raise BadInput(f"{source} holds {len(shards)} shards of {shards[0]}.")
-    if not weights:
+    return [*_outline_files(source, names), *_weight_files(source, names)]
+
+
+def _weight_files(source: HubSource, names: Collection[str]) -> list[str]:
+    if _SINGLE in names:
+        return [_SINGLE]
+    shards = {name: int(found[1]) for name in sorted(names) if (found := _SHARD.fullmatch(name))}
+    if _INDEX not in names or not shards:
         hint = _about_pickles(names, "the model anew with transformers'")
-        raise BadInput(f"{source} holds no model.safetensors, in one file or in shards.{hint}")
-    return [*outline, *weights]
+        raise BadInput(f"{source} holds neither {_SINGLE} nor shards of it with {_INDEX}.{hint}")
+    if set(shards.values()) != {len(shards)}:
+        raise BadInput(f"{source} holds {len(shards)} shards of {max(shards.values())}.")
+    return [_INDEX, *shards]
 
 
 def _outline_files(source: HubSource, names: Collection[str]) -> list[str]:

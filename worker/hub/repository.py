@@ -90,7 +90,8 @@ class HubRepository:
             raise self._not_cached()
         folder = self._at(source).folder()
         try:
-            self._contents.choose(source, os.listdir(folder))
+            names = [name for name in os.listdir(folder) if self._has(commit, name)]
+            self._contents.choose(source, names)
         except BadInput as error:  # A download was broken off.
             raise self._not_cached() from error
         return source, folder
@@ -130,19 +131,32 @@ class HubRepository:
         total, done = sum(sizes.values()), 0
         on_bytes(0, total)
         self._drop_leftovers()
-        folder = self._storage / "snapshots" / commit
         for name, size in sizes.items():
-            is_new = not (folder / name).exists()
             counter = _byte_counter(partial(_tell, on_bytes, done, total))
+            is_new, mark = not self._has(commit, name), self._mark(commit, name)
             try:
+                if is_new:
+                    mark.parent.mkdir(parents=True, exist_ok=True)
+                    mark.touch()
                 path = hf_hub_download(self.source.repo, name, revision=commit, tqdm_class=counter)
             except Exception as error:
                 raise explained(self.source, error) from error
             if is_new or not self._contents.trusts_cache:
                 self._check_content(Path(path))
+            if is_new:
+                mark.unlink(missing_ok=True)
             done += size
             on_bytes(done, total)
         self._note_revision(commit)
+
+    def _has(self, commit: str, name: str) -> bool:
+        """Whether the cache has a file, and no process has died before it had checked it."""
+        is_there = (self._storage / "snapshots" / commit / name).exists()
+        return is_there and not self._mark(commit, name).exists()
+
+    def _mark(self, commit: str, name: str) -> Path:
+        """Stands from before a file's download until the file has been checked."""
+        return self._storage / ".unchecked" / commit / name
 
     def _drop_leftovers(self) -> None:
         """Delete what downloads whose process was killed have left half done."""

@@ -197,17 +197,18 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> Iterable[tuple[str, str]]:
-    """Tensor names, each with its file, of a model in one file or several."""
+    """Tensor names, each with its file, of a model in one file or several; as with transformers,
+    one file goes before several."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        return _weight_map(index).items()
-    if not single.exists():
+    if single.exists():
+        with _open(single) as file:
+            return [(name, single.name) for name in file.keys()]  # noqa: SIM118 - it is no mapping
+    if not index.exists():
         raise BadInput(
             f"--model-path {folder}: holds neither {single.name} nor {index.name}. Other formats"
             " are not read; `--load-format dummy` runs on random weights."
         )
-    with _open(single) as file:
-        return [(name, single.name) for name in file.keys()]  # noqa: SIM118 - it is no mapping
+    return _weight_map(index).items()
 
 
 def _open(path: Path) -> Any:
