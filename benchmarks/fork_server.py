@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import TracebackType
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["worker.engine", "worker.worker"])
@@ -27,12 +26,7 @@ class ForkedProcesses:
     def __enter__(self) -> ForkedProcesses:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.kill()
             process.join()

@@ -101,14 +101,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--jobs", type=int, default=10_000, help="for each number of adapters and workers"
+        "--jobs",
+        type=int,
+        default=10_000,
+        help="against RQ and arq, and for each number of adapters and workers",
     )
     parser.add_argument("--adapters", type=int, nargs="+", default=NUM_ADAPTERS)
     parser.add_argument("--workers", type=int, nargs="+", default=NUM_WORKERS)
     parser.add_argument("--leases", type=float, nargs="+", default=LEASES, help="in seconds")
     flags = parser.parse_args()
     console = Console(width=110)
-    for table in compare():
+    for table in compare(flags.jobs):
         console.print(table)
     with tempfile.TemporaryDirectory(prefix="lorry-") as name:
         folder = Path(name)

@@ -147,7 +147,7 @@ def arq_seconds(python: Path, server: EmbeddedServer, number: int) -> float:
     return float(done.stdout)
 
 
-def compare(num_jobs: int = LORRY_JOBS) -> tuple[Table, Table]:
+def compare(num_jobs: int) -> tuple[Table, Table]:
     """Jobs a second of Lorry, RQ and arq, and Lorry's processor time a job."""
     console = Console(stderr=True)
     runs, rq, arq = [], [], []

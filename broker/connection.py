@@ -163,7 +163,7 @@ def _explanation(server: str, error: redis.RedisError) -> str:
             " Start it, or name another one by --redis-url or REDIS_URL;"
             " with neither, an embedded server is used."
         )
-    if lacks_right(error):
+    if _lacks_right(error):
         return (
             f"The Redis server at {server} does not let this user do that: {reason}."
             " docs/server.md lists what producers, workers and operators need."
@@ -177,7 +177,7 @@ def _explanation(server: str, error: redis.RedisError) -> str:
 _FORBIDDEN_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
-def lacks_right(error: redis.RedisError) -> bool:
+def _lacks_right(error: redis.RedisError) -> bool:
     """Whether the server has refused a command for want of a right."""
     return isinstance(error, NoPermissionError) or str(error).startswith(_FORBIDDEN_IN_SCRIPT)
 

@@ -94,11 +94,23 @@ def counted(number: int, noun: str = "job") -> str:
     return f"1 {noun}" if number == 1 else f"{number} {noun}s"
 
 
+#: Powers of 1000, as `producer limits` reads them.
+_BYTE_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
 def counted_bytes(number: int) -> str:
-    """ "812 bytes", "5 MB", "1.2 GB": powers of 1000, as `producer limits` reads them."""
-    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= size:
+    """ "812 bytes", "5 MB", "1.2 GB": to a tenth."""
+    for size, unit in _BYTE_UNITS:
+        if number >= size - size // 20_000:  # From there on it would be 1000 of the unit below.
             return f"{number / size:.1f}".removesuffix(".0") + f" {unit}"
+    return counted(number, "byte")
+
+
+def exact_bytes(number: int) -> str:
+    """ "5 MB", "1250 kB", "999999 bytes": in the largest unit that leaves no fraction."""
+    for size, unit in _BYTE_UNITS:
+        if number % size == 0:
+            return f"{number // size} {unit}"
     return counted(number, "byte")
 
 

@@ -129,7 +129,8 @@ def _check_defaults(adapters: AdapterCheck, defaults: Defaults) -> None:
         adapters.require(make_job("", made_id="default", defaults=defaults).lora)
     except BadInput as error:
         fault = str(error)
-        if fault.startswith("unknown field "):  # The Python client's alone: flags are all known.
+        field, colon, what = fault.partition(": ")
+        # The Python client's alone: a field that is not known, or one too many. No flag is either.
+        if not colon or fault.startswith("unknown field "):
             raise BadParameter("sampling", fault) from None
-        field, _, what = fault.partition(": ")
         raise BadParameter(field, f"{what}\n{adapters.remark}".rstrip()) from None

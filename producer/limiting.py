@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broker.job_queue import JobQueue
 from broker.outcomes import Limits, Size
-from producer.advice import counted, counted_bytes
+from producer.advice import counted, counted_bytes, exact_bytes
 from schemas.errors import BadInput
 
 
@@ -22,7 +22,7 @@ def describe(waiting: Size, limits: Limits) -> str:
     """What waits and what may, in a sentence without its full stop."""
     bounds = [
         *([counted(limits.jobs)] if limits.jobs is not None else []),
-        *([counted_bytes(limits.bytes)] if limits.bytes is not None else []),
+        *([exact_bytes(limits.bytes)] if limits.bytes is not None else []),
     ]
     most = f"at most {' and '.join(bounds)} may" if bounds else "any number may"
     return f"{counted(waiting.jobs)} of {counted_bytes(waiting.bytes)} wait, and {most}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from producer.openai_requests import COMPLETIONS
@@ -29,11 +29,11 @@ _SERVER_ERROR = (500, "server_error", "server_error")
 _NOT_RUN = {"cancelled": "batch_cancelled", "expired": "batch_expired"}
 
 
-def line(result: Result, base_model: str) -> dict[str, Any]:
+def line(result: Result, base_model: Callable[[], str]) -> dict[str, Any]:
     """The line of a result.
 
-    Of a job that was not sent as a request its id serves as ``custom_id``, its adapter or
-    ``base_model`` as ``model``, and its answer is that of a chat.
+    Of a job that was not sent as a request its id serves as ``custom_id``, its adapter or the name
+    that ``base_model`` returns as ``model``, and its answer is that of a chat.
     """
     asked = _asked(result)
     response, error = None, None
@@ -66,14 +66,14 @@ def _failure(result: Result) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": kind, "param": None, "code": openai_code}}
 
 
-def _body(result: Result, asked: dict[str, str], base_model: str) -> dict[str, Any]:
+def _body(result: Result, asked: dict[str, str], base_model: Callable[[], str]) -> dict[str, Any]:
     is_chat = asked.get("url") != COMPLETIONS
     choice_of = _chat_choice if is_chat else _completion_choice
     return {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{result.id}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(result.timings.finished or result.timings.queued),
-        "model": asked.get("model", result.lora or base_model),
+        "model": asked.get("model") or result.lora or base_model(),
         "choices": [choice_of(choice) for choice in _choices(result)],
         "usage": {
             "prompt_tokens": result.usage.prompt_tokens,

@@ -82,8 +82,9 @@ def _require_smaller(full: FullError, spool: Spool, job: JobRecord, num_sent: in
     size, limit = len(job.payload.encode()), full.limits.bytes
     if limit is not None and size > limit:
         raise BadInput(
-            f"Job '{job.id}' has {size} bytes, and at most {limit} may wait: shorten it, or raise"
-            f" the queue's bound with `producer limits`. {sent(spool, num_sent)}"
+            f"Job '{job.id}' has {advice.exact_bytes(size)}, and at most"
+            f" {advice.exact_bytes(limit)} may wait: shorten it, or raise the queue's bound with"
+            f" `producer limits`. {sent(spool, num_sent)}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from typing import Literal
 
@@ -36,7 +37,8 @@ def _line_writer(outputs: Outputs) -> WriteResults:
 
 
 def _openai_writer(client: Client, outputs: Outputs) -> WriteResults:
-    base_model = client.base_model()
+    # Asked by the first line that tells it: before it, no worker need have joined.
+    base_model = cache(client.base_model)
 
     def output_of(result: Result) -> Output:
         return outputs.results if result.status == "done" else outputs.errors

@@ -20,7 +20,6 @@ from broker.connection import (
     SOCKET_TIMEOUT,
     connect,
     is_refusal,
-    lacks_right,
     may_pass,
     server_errors,
 )
@@ -296,4 +295,5 @@ def test_a_right_that_a_script_lacks_is_told_as_one_by_new_servers_and_by_redis_
 ) -> None:
     with pytest.raises(ServerUnavailable, match="does not let"), server_errors("redis://host"):
         raise redis.ResponseError(words)
-    assert not lacks_right(redis.ResponseError("ERR unknown command"))
+    with pytest.raises(ServerUnavailable, match="refused a command"), server_errors("redis://host"):
+        raise redis.ResponseError("ERR unknown command")

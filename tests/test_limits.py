@@ -242,7 +242,7 @@ def test_a_queue_that_fills_up_meanwhile_says_what_was_sent(
 
 def test_a_job_larger_than_all_that_may_wait_is_refused_at_once(client: Client) -> None:
     client.set_limits(Limits(bytes=1000))
-    with pytest.raises(BadInput, match=r"has 1\d\d\d bytes, and at most 1000 may wait"):
+    with pytest.raises(BadInput, match=r"has 1\d\d\d bytes, and at most 1 kB may wait"):
         client.submit(["x" * 1000])
 
 
@@ -298,8 +298,21 @@ def test_a_wrong_bound_is_refused(producer: Producer, reader: QueueReader, value
 
 
 def test_bytes_are_told_in_the_units_that_bounds_are_typed_in() -> None:
-    told = [counted_bytes(n) for n in (0, 1, 999, 1000, 2_000_000_000, 1_250_000, 999_999)]
-    assert told == ["0 bytes", "1 byte", "999 bytes", "1 kB", "2 GB", "1.2 MB", "1000 kB"]
+    told = [counted_bytes(n) for n in (0, 1, 999, 1000, 2_000_000_000, 1_250_000)]
+    assert told == ["0 bytes", "1 byte", "999 bytes", "1 kB", "2 GB", "1.2 MB"]
+
+
+def test_bytes_that_round_to_1000_of_a_unit_are_told_as_1_of_the_next() -> None:
+    told = [counted_bytes(n) for n in (999_949, 999_950, 999_999, 999_949_999, 999_950_000)]
+    assert told == ["999.9 kB", "1 MB", "1 MB", "999.9 MB", "1 GB"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [("1250K", "1250 kB"), ("999999", "999999 bytes"), ("1", "1 byte"), ("3000M", "3 GB")],
+)
+def test_a_bound_is_told_as_it_was_set(producer: Producer, typed: str, told: str) -> None:
+    assert f"and at most {told} may.\n" in producer("limits", "--bytes", typed).stdout
 
 
 def test_sizes_are_numbers_that_may_have_a_unit() -> None:

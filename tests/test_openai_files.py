@@ -324,7 +324,7 @@ def done(**fields: Any) -> Result:
 
 
 def line_of(result: Result) -> dict[str, Any]:
-    return openai_responses.line(result, "tiny-llama")
+    return openai_responses.line(result, lambda: "tiny-llama")
 
 
 def failed(status: str, code: str) -> dict[str, Any]:
@@ -410,6 +410,21 @@ def test_the_base_model_is_told_as_requests_may_name_it(
     (found,) = producer("results", submission, "--format", "openai").stdout.splitlines()
     assert json.loads(found)["response"]["body"]["model"] == "other"
     client.submit([named(chat(), "a", "other")])
+
+
+def test_the_base_model_is_told_though_no_worker_had_joined_when_the_wait_began(
+    client: Client, queue: JobQueue, tmp_path: Path
+) -> None:
+    submission = client.submit(["x", "y"])
+    with open_outputs(tmp_path / "out.jsonl", has_error_file=True) as outputs:
+        write = writer("openai", client, outputs)
+        client.cancel(f"{submission}.2")
+        write(list(client.results(f"{submission}.2")))
+        Worker(queue).finish_all()
+        write(list(client.results(f"{submission}.1")))
+        outputs.complete()
+    (found,) = read(tmp_path / "out.jsonl")
+    assert found["response"]["body"]["model"] == "tiny-llama"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,9 @@ def test_the_client_takes_sampling_fields_of_all_lines(client: Client, reader: Q
     assert (job.presence_penalty, job.num_logprobs) == (0.5, 0)
     with pytest.raises(BadInput, match=r"^sampling: .*'temprature': did you mean 'temperature'"):
         client.submit(["a"], sampling={"temprature": 1})
+    two = "(found prompt and prompt_token_ids)"
+    with pytest.raises(BadInput, match=rf"^sampling: give exactly one of .* {re.escape(two)}$"):
+        client.submit(["a"], sampling={"prompt_token_ids": [1]})
 
 
 def test_the_submission_and_the_number_of_jobs_are_told(producer: Producer, tmp_path: Path) -> None:

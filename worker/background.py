@@ -86,11 +86,19 @@ class BackgroundLoop(threading.Thread):
         self._stopping = threading.Event()
         self.failure: Exception | None = None
 
-    def run(self) -> None:
+    def start(self) -> None:
         # Only now, since torch takes seconds, and processes that need none of it have no thread.
         import torch
 
-        torch.set_num_threads(1)  # Of this thread: the engine's need the cores.
+        # What `run` sets holds for its own thread, and for every other that has not asked for its
+        # number yet. The engine's, which starts this one, asks here, and keeps what it gets.
+        torch.get_num_threads()
+        super().start()
+
+    def run(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # The engine's thread needs the cores.
         failures = 0
         while not self._stopping.is_set():
             try:
