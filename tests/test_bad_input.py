@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from benchmarks.fault_bench import FaultBench, jobs
 from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import Claim, Lease
+from broker.dead_letters import DeadLetters
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.client import Client
@@ -430,6 +432,55 @@ def test_a_record_that_is_damaged_while_it_runs_keeps_no_other_from_being_cancel
     run_one_damaged(queue, damage)
     queue.cancel(["bad", "a", "b"])
     assert states_of_others(queue) == ["cancelled"] * 2
+
+
+#: What becomes of the record of a running job so that no result can be made of it.
+UNREADABLE: dict[str, Damage] = {
+    "a string": DAMAGES["a string"],
+    "a list": DAMAGES["a list"],
+    "without its state": DAMAGES["without its state"],
+    "in a state that is none": lambda q, key: q.client.hset(key, "state", "x"),
+    "without its submissions": DAMAGES["without its submissions"],
+    "of submissions without a name": lambda q, key: q.client.hset(key, "submissions", " "),
+    "without its moment": DAMAGES["without its moment"],
+    "with a moment that is none": DAMAGES["with a moment that is none"],
+    "claimed at a moment that is none": DAMAGES["claimed at a moment that is none"],
+    "with a job that is no JSON": lambda q, key: q.client.hset(key, "job", "[" * DEEP),
+    "with a job that is no object": lambda q, key: q.client.hset(key, "job", "null"),
+    "with a result that is none": lambda q, key: q.client.hset(key, "result", "{}"),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_record_that_cannot_be_read_is_a_failed_result_and_hides_no_other(
+    redis_url: str, queue: JobQueue, damage: Damage
+) -> None:
+    join(queue)
+    queue.submit("sub", "file", 3, 0, [Job(id=name, prompt="x") for name in ("a", "bad", "b")])
+    answered = [job for job in claim(queue) if job.lease.job_id != "bad"]
+    queue.commit("w", [(job.lease, result(job)) for job in answered])
+    damage(queue, queue.keys.job("bad"))
+    with Client(redis_url, queue.name) as client:
+        a, bad, b = client.results("sub")
+        assert [found.id for found in client.follow("bad", "a")] == ["bad", "a"]
+        assert client.wait("bad") == client.job("bad") == bad
+        assert client.attempts("bad") == []
+    assert (a.status, b.status) == ("done", "done")
+    assert bad.error
+    assert (bad.status, bad.error.code) == ("failed", "bad_record")
+    assert re.match(r"(The record of|The result of|What was sent as) job 'bad'", bad.error.message)
+
+
+def test_a_dead_job_whose_key_is_replaced_hides_no_other(redis_url: str, queue: JobQueue) -> None:
+    join(queue)
+    queue.set_max_attempts(1)
+    leases = run_one_damaged(queue, lambda *_: None)
+    queue.retry("w", leases, outcome="x", message="x", alone=False)
+    DAMAGES["a string"](queue, queue.keys.job("bad"))
+    with Client(redis_url, queue.name) as client:
+        assert [letter.job_id for letter in client.dead_letters()] == ["a", "b"]
+        assert DeadLetters(queue.client, queue.name).drop(["bad", "a"]) == 1
+        assert DeadLetters(queue.client, queue.name).replay(["bad", "b"]) == 1
 
 
 @damaged_jobs
