@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -312,14 +313,20 @@ class QueueReader:
 
     def limits(self) -> Limits:
         """What may wait at most; raises LorryError if that is damaged."""
-        limits = self.client.hmget(self.keys.limits, "jobs", "bytes")
-        try:
-            return Limits(*(None if limit is None else int(limit) for limit in limits))
-        except ValueError as error:
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.hmget(self.keys.limits, "jobs", "bytes")
+            (limits,) = sound_replies(pipeline)
+        damage = "it is no hash" if limits is None else None
+        for limit in limits or ():
+            # As the script that obeys it reads it: Python also takes " 1_0 ", Lua "0x10".
+            if limit is not None and not re.fullmatch("[0-9]+", limit):
+                damage = f"'{limit}' is no number"
+        if damage:
             raise LorryError(
-                f"What may wait in queue '{self.name}' is damaged: {error}. Delete the key"
+                f"What may wait in queue '{self.name}' is damaged: {damage}. Delete the key"
                 f" '{self.keys.limits}', and set it again with `producer limits`."
-            ) from error
+            )
+        return Limits(*(None if limit is None else int(limit) for limit in limits))
 
     def unfinished_by_adapter(self) -> dict[str, int]:
         """Waiting and running jobs of every adapter that has waiting ones, most first. The base

@@ -19,6 +19,7 @@ from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import Claim, Lease
 from broker.dead_letters import DeadLetters
 from broker.job_queue import JobQueue
+from broker.outcomes import Limits
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from producer.lines import parse_line
@@ -217,16 +218,25 @@ def test_a_damaged_number_of_attempts_is_the_default(queue: JobQueue, number: st
     assert queue.set_max_attempts(5) == DEFAULT_MAX_ATTEMPTS
 
 
-def test_a_damaged_bound_is_told_with_the_remedy(
-    bench: FaultBench, queue: JobQueue, reader: QueueReader
+@pytest.mark.parametrize("bound", ["many", "0x10", " 1_0", "-1", "1.5", "", None])
+def test_a_damaged_bound_is_told_with_the_remedy_which_works(
+    redis_url: str, queue: JobQueue, bound: str | None
 ) -> None:
-    queue.client.hset(queue.keys.limits, "jobs", "many")
-    with pytest.raises(LorryError, match=r"'many'\. Delete the key '.*:limits', and set it again"):
-        reader.limits()
-    with (
-        Client(bench.url, queue.name) as client,
-        pytest.raises(LorryError, match=r"key limits\) is damaged: many"),
-    ):
+    key = queue.keys.limits
+    if bound is None:
+        queue.client.set(key, "x")
+        damage = "it is no hash"
+    else:
+        queue.client.hset(key, "bytes", bound)
+        damage = f"'{bound}' is no number"
+    told = f"is damaged: {damage}. Delete the key '{key}', and set it again with `producer limits`."
+    with Client(redis_url, queue.name) as client:
+        with pytest.raises(LorryError, match=re.escape(told)):
+            client.limits()
+        with pytest.raises(LorryError, match=re.escape(told[:-1])):
+            client.submit(["x"])
+        queue.client.delete(key)
+        client.set_limits(Limits(bytes=10_000))
         client.submit(["x"])
 
 
