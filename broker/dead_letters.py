@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from broker.queue_reader import READ_CHUNK
-from broker.records import read_record
+from broker.records import read_record, sound_replies
 from broker.scripts import load_script
 from schemas.keys import BASE, Keys
 from schemas.result import Attempt
@@ -56,8 +56,10 @@ class DeadLetters:
         with self.client.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
                 pipeline.hmget(self.keys.job(job_id), _FIELDS)
-            replies = pipeline.execute()
+            replies = sound_replies(pipeline)
         for job_id, values in zip(job_ids, replies, strict=True):
+            if values is None:
+                continue  # Damaged since: nothing is known of it any more.
             fields = dict(zip(_FIELDS, values, strict=True))
             if fields["state"] == "dead" and fields["dead"]:
                 yield _letter(job_id, fields)
@@ -65,9 +67,11 @@ class DeadLetters:
     def attempts(self, job_id: str) -> list[Attempt]:
         """How the attempts of a job ended that brought no result, from the first one on; the count
         begins anew with a replay. Raises LorryError for a damaged record."""
-        lines = self.client.hget(self.keys.job(job_id), "history") or ""
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.hget(self.keys.job(job_id), "history")
+            (lines,) = sound_replies(pipeline)
         what = f"The history of job '{job_id}'"
-        return [read_record(Attempt, line, what) for line in lines.splitlines()]
+        return [read_record(Attempt, line, what) for line in (lines or "").splitlines()]
 
     def replay(self, job_ids: Iterable[str]) -> int:
         """Let dead letters run again with a fresh count of attempts; returns their number, which

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,10 +11,17 @@ from itertools import islice
 from typing import Any
 
 import redis
+from pydantic import BaseModel, JsonValue
 
 from broker.connection import BLOCK_SECONDS
 from broker.outcomes import Limits, Size
-from broker.records import read_adapter, read_adapters, read_record, read_webhook
+from broker.records import (
+    read_adapter,
+    read_adapters,
+    read_record,
+    read_webhook,
+    sound_replies,
+)
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError, UnknownId
 from schemas.keys import Keys
@@ -206,7 +213,8 @@ class QueueReader:
     def results(self, job_ids: Iterable[str]) -> Iterator[Result]:
         """The jobs' results in the order asked for; an unfinished job gives what is known of it.
 
-        Raises UnknownId for an id that the queue does not hold.
+        One whose record is damaged counts as failed, with the code ``bad_record``, so that it hides
+        no other. Raises UnknownId for an id that the queue does not hold.
         """
         ids = iter(job_ids)
         while chunk := list(islice(ids, READ_CHUNK)):
@@ -217,29 +225,34 @@ class QueueReader:
         with self.client.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
                 pipeline.hmget(self.keys.job(job_id), _JOB_FIELDS)
-            replies = pipeline.execute()
-        records = [dict(zip(_JOB_FIELDS, values, strict=True)) for values in replies]
-        payloads = self.payloads(
-            [id_ for id_, record in zip(job_ids, records, strict=True) if not record["result"]]
-        )
-        for job_id, record in zip(job_ids, records, strict=True):
-            yield self._result(job_id, record, None if record["result"] else next(payloads))
+            replies = sound_replies(pipeline)
+        records = [
+            None if values is None else dict(zip(_JOB_FIELDS, values, strict=True))
+            for values in replies
+        ]
+        found = list(zip(job_ids, records, strict=True))
+        payloads = self.payloads([id_ for id_, record in found if record and not record["result"]])
+        for job_id, record in found:
+            if record is None:
+                yield _bad_record(job_id, None, _damaged_job(job_id, "its key holds no hash"))
+            else:
+                yield self._result(job_id, record, None if record["result"] else next(payloads))
 
     def payloads(self, job_ids: Sequence[str]) -> Iterator[str | None]:
-        """The jobs stored under the ids, as they were sent; None for an id that is free."""
+        """The jobs stored under the ids, as they were sent; None for an id that is free, or whose
+        key another program has replaced."""
         for part in self._parts(job_ids, "job"):
             with self.client.pipeline(transaction=False) as pipeline:
                 for job_id in part:
                     pipeline.hget(self.keys.job(job_id), "job")
-                payloads: list[str | None] = pipeline.execute()
-            yield from payloads
+                yield from sound_replies(pipeline)
 
     def _parts(self, job_ids: Sequence[str], field: str) -> Iterator[list[str]]:
         """The ids in parts whose jobs have at most ``READ_BYTES`` in a field, or which are one."""
         with self.client.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
                 pipeline.hstrlen(self.keys.job(job_id), field)
-            sizes: list[int] = pipeline.execute()
+            sizes = [size or 0 for size in sound_replies(pipeline)]
         part: list[str] = []
         num_bytes = 0
         for job_id, size in zip(job_ids, sizes, strict=True):
@@ -300,14 +313,20 @@ class QueueReader:
 
     def limits(self) -> Limits:
         """What may wait at most; raises LorryError if that is damaged."""
-        limits = self.client.hmget(self.keys.limits, "jobs", "bytes")
-        try:
-            return Limits(*(None if limit is None else int(limit) for limit in limits))
-        except ValueError as error:
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.hmget(self.keys.limits, "jobs", "bytes")
+            (limits,) = sound_replies(pipeline)
+        damage = "it is no hash" if limits is None else None
+        for limit in limits or ():
+            # As the script that obeys it reads it: Python also takes " 1_0 ", Lua "0x10".
+            if limit is not None and not re.fullmatch("[0-9]+", limit):
+                damage = f"'{limit}' is no number"
+        if damage:
             raise LorryError(
-                f"What may wait in queue '{self.name}' is damaged: {error}. Delete the key"
+                f"What may wait in queue '{self.name}' is damaged: {damage}. Delete the key"
                 f" '{self.keys.limits}', and set it again with `producer limits`."
-            ) from error
+            )
+        return Limits(*(None if limit is None else int(limit) for limit in limits))
 
     def unfinished_by_adapter(self) -> dict[str, int]:
         """Waiting and running jobs of every adapter that has waiting ones, most first. The base
@@ -329,28 +348,62 @@ class QueueReader:
             return sum(int(number or 0) for number in pipeline.execute())
 
     def _result(self, job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
-        if fields["state"] is None:
+        if not any(fields.values()):
             raise UnknownId(f"Queue '{self.name}' holds no job with the id '{job_id}'.")
-        if not fields["submissions"] or not (fields["queued"] or "").isdecimal():
-            raise LorryError(f"The record of job '{job_id}' is damaged: its fields are missing.")
-        if fields["result"]:
-            return read_record(Result, fields["result"], f"The result of job '{job_id}'")
-        code = fields["error_code"]
-        job = json.loads(payload) if payload else {}
-        return Result(
-            id=job_id,
-            submission=fields["submissions"].split()[0],
-            lora=job.get("lora"),
-            status=fields["state"],
-            error=ErrorInfo(code=code, message=fields["error_message"]) if code else None,
-            timings=Timings(
-                queued=int(fields["queued"]) / 1000,
-                started=_seconds(fields["claimed"]),
-                finished=_seconds(fields["finished"]),
-            ),
-            worker=fields["worker"],
-            metadata=job.get("metadata"),
-        )
+        try:
+            if fields["result"]:
+                return read_record(Result, fields["result"], f"The result of job '{job_id}'")
+            return _without_result(job_id, fields, payload)
+        except LorryError as error:
+            return _bad_record(job_id, fields["submissions"], error)
+
+
+class _Sent(BaseModel):
+    """What a result repeats of a job as it was sent."""
+
+    lora: str | None = None
+    metadata: JsonValue = None
+
+
+def _without_result(job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
+    """What is known of a job without an answer; raises LorryError for a damaged record."""
+    submissions = (fields["submissions"] or "").split()
+    moments = [fields["queued"], fields["claimed"] or "0", fields["finished"] or "0"]
+    are_numbers = all((moment or "").isdecimal() for moment in moments)
+    if not submissions or not are_numbers or fields["state"] not in STATES:
+        raise _damaged_job(job_id, "fields are missing, or not of their kind")
+    code = fields["error_code"]
+    job = read_record(_Sent, payload, f"What was sent as job '{job_id}'") if payload else _Sent()
+    return Result(
+        id=job_id,
+        submission=submissions[0],
+        lora=job.lora,
+        status=fields["state"],
+        error=ErrorInfo(code=code, message=fields["error_message"] or "") if code else None,
+        timings=Timings(
+            queued=int(fields["queued"]) / 1000,
+            started=_seconds(fields["claimed"]),
+            finished=_seconds(fields["finished"]),
+        ),
+        worker=fields["worker"],
+        metadata=job.metadata,
+    )
+
+
+def _damaged_job(job_id: str, reason: str) -> LorryError:
+    return LorryError(f"The record of job '{job_id}' is damaged: {reason}")
+
+
+def _bad_record(job_id: str, submissions: str | None, error: LorryError) -> Result:
+    """What is told of a job whose record is damaged, as far as that still says it."""
+    return Result(
+        id=job_id,
+        submission=next(iter((submissions or "").split()), ""),
+        lora=None,
+        status="failed",
+        error=ErrorInfo(code="bad_record", message=str(error)),
+        timings=Timings(queued=0),
+    )
 
 
 def _damaged_submission(id_: str) -> LorryError:

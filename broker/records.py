@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import redis
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from schemas.adapter import AdapterRecord
@@ -14,6 +15,18 @@ from schemas.hub import FetchRecord
 from schemas.webhook import Webhook
 
 Record = TypeVar("Record", bound=BaseModel)
+
+
+def sound_replies(pipeline: Any) -> list[Any]:
+    """What a pipeline's commands reply: None where another program has put a value of another type
+    at the key, which so hides no other. Raises any other error of a command."""
+    replies = pipeline.execute(raise_on_error=False)
+    for i, reply in enumerate(replies):
+        if isinstance(reply, redis.ResponseError) and str(reply).startswith("WRONGTYPE"):
+            replies[i] = None
+        elif isinstance(reply, Exception):
+            raise reply
+    return replies  # type: ignore[no-any-return]
 
 
 def read_record(model: type[Record], text: str, what: str) -> Record:

@@ -113,6 +113,7 @@ def positions(reader: QueueReader, id_: str, is_submission: bool) -> dict[str, s
 def positions_of_jobs(reader: QueueReader, jobs: Sequence[str]) -> dict[str, str]:
     """Where the ends of the jobs will be told: their submissions, after what has finished now."""
     submissions = {result.submission for result in reader.results(jobs)}
+    submissions.discard("")  # Of a damaged record, which tells none: its job will not end any more.
     return {id_: reader.finished_position(id_) for id_ in submissions}
 
 

@@ -80,6 +80,7 @@ class Timings(_Record):
     """Moments in a job's life, in seconds since 1970 by the Redis server's clock."""
 
     queued: float
+    """0 where the job's record is damaged so that it does not say it."""
     started: float | None = None
     first_token: float | None = None
     finished: float | None = None
@@ -106,6 +107,7 @@ class Result(_Record):
 
     id: str
     submission: str
+    """Empty where the job's record is damaged so that it does not say it."""
     lora: str | None
     revision: str | None = None
     status: JobState

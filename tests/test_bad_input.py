@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from benchmarks.fault_bench import FaultBench, jobs
 from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import Claim, Lease
+from broker.dead_letters import DeadLetters
 from broker.job_queue import JobQueue
+from broker.outcomes import Limits
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from producer.lines import parse_line
@@ -215,16 +218,25 @@ def test_a_damaged_number_of_attempts_is_the_default(queue: JobQueue, number: st
     assert queue.set_max_attempts(5) == DEFAULT_MAX_ATTEMPTS
 
 
-def test_a_damaged_bound_is_told_with_the_remedy(
-    bench: FaultBench, queue: JobQueue, reader: QueueReader
+@pytest.mark.parametrize("bound", ["many", "0x10", " 1_0", "-1", "1.5", "", None])
+def test_a_damaged_bound_is_told_with_the_remedy_which_works(
+    redis_url: str, queue: JobQueue, bound: str | None
 ) -> None:
-    queue.client.hset(queue.keys.limits, "jobs", "many")
-    with pytest.raises(LorryError, match=r"'many'\. Delete the key '.*:limits', and set it again"):
-        reader.limits()
-    with (
-        Client(bench.url, queue.name) as client,
-        pytest.raises(LorryError, match=r"key limits\) is damaged: many"),
-    ):
+    key = queue.keys.limits
+    if bound is None:
+        queue.client.set(key, "x")
+        damage = "it is no hash"
+    else:
+        queue.client.hset(key, "bytes", bound)
+        damage = f"'{bound}' is no number"
+    told = f"is damaged: {damage}. Delete the key '{key}', and set it again with `producer limits`."
+    with Client(redis_url, queue.name) as client:
+        with pytest.raises(LorryError, match=re.escape(told)):
+            client.limits()
+        with pytest.raises(LorryError, match=re.escape(told[:-1])):
+            client.submit(["x"])
+        queue.client.delete(key)
+        client.set_limits(Limits(bytes=10_000))
         client.submit(["x"])
 
 
@@ -430,6 +442,65 @@ def test_a_record_that_is_damaged_while_it_runs_keeps_no_other_from_being_cancel
     run_one_damaged(queue, damage)
     queue.cancel(["bad", "a", "b"])
     assert states_of_others(queue) == ["cancelled"] * 2
+
+
+#: What becomes of the record of a running job so that no result can be made of it.
+UNREADABLE: dict[str, Damage] = {
+    "a string": DAMAGES["a string"],
+    "a list": DAMAGES["a list"],
+    "without its state": DAMAGES["without its state"],
+    "in a state that is none": lambda q, key: q.client.hset(key, "state", "x"),
+    "without its submissions": DAMAGES["without its submissions"],
+    "of submissions without a name": lambda q, key: q.client.hset(key, "submissions", " "),
+    "without its moment": DAMAGES["without its moment"],
+    "with a moment that is none": DAMAGES["with a moment that is none"],
+    "claimed at a moment that is none": DAMAGES["claimed at a moment that is none"],
+    "with a job that is no JSON": lambda q, key: q.client.hset(key, "job", "[" * DEEP),
+    "with a job that is no object": lambda q, key: q.client.hset(key, "job", "null"),
+    "with a result that is none": lambda q, key: q.client.hset(key, "result", "{}"),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_record_that_cannot_be_read_is_a_failed_result_and_hides_no_other(
+    redis_url: str, queue: JobQueue, damage: Damage
+) -> None:
+    join(queue)
+    queue.submit("sub", "file", 3, 0, [Job(id=name, prompt="x") for name in ("a", "bad", "b")])
+    answered = [job for job in claim(queue) if job.lease.job_id != "bad"]
+    queue.commit("w", [(job.lease, result(job)) for job in answered])
+    damage(queue, queue.keys.job("bad"))
+    with Client(redis_url, queue.name) as client:
+        a, bad, b = client.results("sub")
+        assert [found.id for found in client.follow("bad", "a")] == ["bad", "a"]
+        assert client.wait("bad") == client.job("bad") == bad
+        assert client.attempts("bad") == []
+    assert (a.status, b.status) == ("done", "done")
+    assert bad.error
+    assert (bad.status, bad.error.code) == ("failed", "bad_record")
+    assert re.match(r"(The record of|The result of|What was sent as) job 'bad'", bad.error.message)
+
+
+def test_an_id_whose_key_is_replaced_is_taken(redis_url: str, queue: JobQueue) -> None:
+    queue.client.set(queue.keys.job("bad"), "x")
+    with (
+        Client(redis_url, queue.name) as client,
+        pytest.raises(LorryError, match="other jobs under ids of this input: .*:2: id 'bad'"),
+    ):
+        client.submit([{"id": "good", "prompt": "x"}, {"id": "bad", "prompt": "x"}])
+    assert not queue.client.exists(queue.keys.job("good"))
+
+
+def test_a_dead_job_whose_key_is_replaced_hides_no_other(redis_url: str, queue: JobQueue) -> None:
+    join(queue)
+    queue.set_max_attempts(1)
+    leases = run_one_damaged(queue, lambda *_: None)
+    queue.retry("w", leases, outcome="x", message="x", alone=False)
+    DAMAGES["a string"](queue, queue.keys.job("bad"))
+    with Client(redis_url, queue.name) as client:
+        assert [letter.job_id for letter in client.dead_letters()] == ["a", "b"]
+        assert DeadLetters(queue.client, queue.name).drop(["bad", "a"]) == 1
+        assert DeadLetters(queue.client, queue.name).replay(["bad", "b"]) == 1
 
 
 @damaged_jobs

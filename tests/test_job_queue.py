@@ -491,8 +491,10 @@ def test_a_damaged_record_is_an_error_that_names_it(queue: JobQueue) -> None:
         reader.workers()
     submit(queue, jobs(1, "a"))
     queue.client.hset(queue.keys.job("job-a-0"), "result", '{"id": "job-a-0"}')
-    with pytest.raises(LorryError, match="The result of job 'job-a-0' is damaged: submission: "):
-        list(reader.results(["job-a-0"]))
+    (found,) = reader.results(["job-a-0"])
+    assert found.error
+    assert found.error.code == "bad_record"
+    assert found.error.message.startswith("The result of job 'job-a-0' is damaged: submission: ")
 
 
 def lose_reply(queue: JobQueue, worker: str = "w", num_jobs: int = 100) -> None:
@@ -810,8 +812,8 @@ def test_results_are_read_in_parts_of_bounded_bytes(
         pipeline = make_pipeline(**settings)
         execute = pipeline.execute
 
-        def measured_execute() -> list[object]:
-            replies = execute()
+        def measured_execute(**settings: bool) -> list[object]:
+            replies = execute(**settings)
             sizes.append(len(str(replies)))
             return replies
 

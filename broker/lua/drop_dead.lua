@@ -4,7 +4,7 @@
 -- Safe to repeat.
 local num_dropped = 0
 for _, id in ipairs(ARGV) do
-  local dead = redis.call('HGET', JOB .. id, 'dead')
+  local dead = call_if_sound('HGET', JOB .. id, 'dead')
   if dead then
     num_dropped = num_dropped + redis.call('XDEL', DEAD, dead)
     redis.call('HDEL', JOB .. id, 'dead', 'told')

@@ -5,7 +5,7 @@
 local num_replayed = 0
 for _, id in ipairs(ARGV) do
   local state, version = state_and_version(id)
-  local dead, told = unpack(redis.call('HMGET', JOB .. id, 'dead', 'told'))
+  local dead, told = unpack(job_fields(id, 'dead', 'told') or {})
   if state == 'dead' and dead and reads_version(version) then
     redis.call('XDEL', DEAD, dead)
     for submission, entry in string.gmatch(told or '', '(%S+) (%S+)') do

@@ -24,12 +24,16 @@ end
 if sent ~= offset then return { 'gap', sent } end
 
 local waiting_jobs, waiting_bytes = unpack(redis.call('HMGET', BACKLOG, 'jobs', 'bytes'))
-local max_jobs, max_bytes = unpack(redis.call('HMGET', LIMITS, 'jobs', 'bytes'))
+local limits = call_if_sound('HMGET', LIMITS, 'jobs', 'bytes')
+local max_jobs, max_bytes = unpack(limits or {})
 
+local damage = not limits and 'it is no hash'
 for _, limit in ipairs({ max_jobs or '0', max_bytes or '0' }) do
-  if not tonumber(limit) then
-    return redis.error_reply('ERR what may wait in the queue (key limits) is damaged: ' .. limit)
-  end
+  if not string.match(limit, '^%d+$') then damage = "'" .. limit .. "' is no number" end
+end
+if damage then
+  return redis.error_reply('ERR what may wait in the queue is damaged: ' .. damage ..
+    ". Delete the key '" .. LIMITS .. "', and set it again with `producer limits`")
 end
 
 local function has_room(num_new, bytes)
@@ -59,8 +63,9 @@ end
 local known = {}
 
 local function look_up(id)
-  local payload, state, submissions =
-    unpack(redis.call('HMGET', JOB .. id, 'job', 'state', 'submissions'))
+  local found = job_fields(id, 'job', 'state', 'submissions')
+  if not found then return { payload = '' } end -- Not free, and of other content than any job.
+  local payload, state, submissions = unpack(found)
   return { payload = payload, state = state, submissions = submissions }
 end
 
