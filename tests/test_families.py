@@ -3,6 +3,7 @@ PEFT: tiny random models, whose prompts exceed their windows."""
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import warnings
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3ForConditionalGeneration
 
 from schemas.errors import BadInput
 from schemas.job import Job
@@ -465,6 +468,31 @@ def test_adapters_whose_modules_cannot_be_told_are_refused_by_name(
     save_file({**tensors, former: tensors[key] + 1}, twice / "adapter_model.safetensors")
     with pytest.raises(BadInput, match=r"q_proj.lora_A.weight are of the same module"):
         make_engine(model_folder, {"twice": twice})
+
+
+@pytest.mark.parametrize("name", ["gemma3-with-images"], indirect=True)
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["language_model.model.layers.0.self_attn.q_proj"],
+        r".*language_model\.model\.layers\.\d+\.self_attn\.q_proj",
+        ["language_model.lm_head"],
+    ],
+    ids=str,
+)
+def test_targets_of_former_versions_select_nothing_as_with_peft_and_are_refused_with_that_reason(
+    model_folder: Path, adapters: dict[str, Path], tmp_path: Path, targets: str | list[str]
+) -> None:
+    folder = shutil.copytree(adapters["all"], tmp_path / "former")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+    base = Gemma3ForConditionalGeneration.from_pretrained(model_folder)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        PeftModel.from_pretrained(base, folder)
+    with pytest.raises(
+        BadInput, match=r"target_modules says language_model.* calls .* today; PEFT"
+    ):
+        make_engine(model_folder, {"former": folder})
 
 
 @pytest.mark.parametrize("name", ["gemma3-with-images"], indirect=True)

@@ -285,6 +285,23 @@ def test_offline_an_empty_cache_is_told(
         at(text).download()
 
 
+def test_offline_what_the_cache_has_in_place_of_the_weights_is_told(
+    hub: FakeHub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program has cached the adapter, which knows pickles."""
+    commit = hub.push("acme/sql", adapter)
+    _, folder = at("acme/sql").download()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    go_offline(monkeypatch)
+    with pytest.raises(BadInput) as error:
+        at("acme/sql").download()
+    assert (
+        f": hf:acme/sql@{commit} lacks adapter_model.safetensors. adapter_model.bin is a pickle,"
+        in str(error.value)
+    )
+    assert "hf:acme/sql is not in the hub cache" in str(error.value)
+
+
 def test_a_folder_is_found_by_its_commit_alone(hub: FakeHub, cache: Path, adapter: Path) -> None:
     commit = hub.push("acme/sql", adapter)
     _, folder = at("acme/sql").download()

@@ -50,9 +50,9 @@ def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
         places += [(None, module) for module in END_MODULES]
     if not places:
         raise BadInput(
-            f"{path}: targets nothing the model has. Look at target_modules, exclude_modules and"
-            f" layers_to_transform; the model has {model.num_layers} layers with"
-            f" {', '.join(model.target_modules)}."
+            f"{path}: targets nothing the model has. {_about_former_names(config, model)}Look at"
+            f" target_modules, exclude_modules and layers_to_transform; the model has"
+            f" {model.num_layers} layers with {', '.join(model.target_modules)}."
         )
     for module in trained:
         if (None, module) in places:
@@ -61,6 +61,22 @@ def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
                 " either replaced or changed by LoRA."
             )
     return Selection(places, trained, is_tied)
+
+
+def _about_former_names(config: PeftConfig, model: ModelConfig) -> str:
+    """Which names of former versions are targets; PEFT 0.21 knows them in tensors only."""
+    family, targets = model.family, config.target_modules or []
+    names = [targets] if isinstance(targets, str) else targets
+    for former, current in family.former_names.items():
+        is_of_text = not current.startswith(family.beside_text)
+        # A regular expression's dots may be escaped.
+        if is_of_text and any(former in name.replace("\\", "") + "." for name in names):
+            return (
+                f"target_modules says {former.rstrip('.')}, which transformers calls"
+                f" {current.rstrip('.')} today; PEFT reads the former name in tensors only, so"
+                " write today's. "
+            )
+    return ""
 
 
 def _trained(path: Path, config: PeftConfig, model: ModelConfig) -> list[str]:

@@ -79,7 +79,8 @@ def _about_pickles(names: Collection[str], remedy: str) -> str:
 
 ADAPTER = Contents(
     _adapter_files,
-    "`producer lora load` lets a fetcher bring it, if that shares the cache (HF_HOME).",
+    "`producer lora load` lets a fetcher bring what the hub has of it, if that shares the cache"
+    " (HF_HOME).",
 )
 
 _ONCE_ONLINE = "Start once where the hub can be asked, or name a cache that has it by HF_HOME."

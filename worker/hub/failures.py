@@ -27,12 +27,12 @@ class HubUnavailable(LorryError):
     """The hub, the network or the disk failed in a way that may pass."""
 
 
-def not_cached(source: HubSource, remedy: str) -> BadInput:
-    """The hub cache lacks it, and the hub is not asked."""
+def not_cached(source: HubSource, remedy: str, reason: str = "") -> BadInput:
+    """The hub cache lacks it, or a part of it for a ``reason``, and the hub is not asked."""
     offline = " and HF_HUB_OFFLINE forbids to ask the hub" if constants.is_offline_mode() else ""
     return BadInput(
-        f"{source} is not in the hub cache {constants.HF_HUB_CACHE} of this machine{offline}."
-        f" {remedy}"
+        f"{source} is not in the hub cache {constants.HF_HUB_CACHE} of this machine{offline}"
+        f"{': ' + reason if reason else '.'} {remedy}"
     )
 
 

@@ -92,8 +92,8 @@ class HubRepository:
         try:
             names = [name for name in os.listdir(folder) if self._has(commit, name)]
             self._contents.choose(source, names)
-        except BadInput as error:  # A download was broken off.
-            raise self._not_cached() from error
+        except BadInput as error:  # A download was broken off, or another program's.
+            raise self._not_cached(str(error)) from error
         return source, folder
 
     def folder(self) -> Path:
@@ -110,8 +110,8 @@ class HubRepository:
     def _at(self, source: HubSource) -> HubRepository:
         return HubRepository(source, self._contents)
 
-    def _not_cached(self) -> BadInput:
-        return not_cached(self.source, self._contents.remedy)
+    def _not_cached(self, reason: str = "") -> BadInput:
+        return not_cached(self.source, self._contents.remedy, reason)
 
     def _ask_hub(self) -> tuple[dict[str, int], str]:
         """The sizes in bytes of the files that are wanted, by name, and the commit."""
