@@ -21,8 +21,7 @@ from producer.controls import app as controls_app
 from producer.dead import app as dead_app
 from producer.lora import app as lora_app
 from producer.messages import fail
-from producer.options import Json, Queue, RedisPasswordFile, RedisUrl
-from producer.submit_options import PriorityName, WhenFullName
+from producer.options import FORMATS, Json, OutputFile, Queue, RedisPasswordFile, RedisUrl
 from schemas.errors import BadInput, BadParameter, LorryError
 from schemas.faults import plain
 
@@ -49,11 +48,6 @@ class Format(StrEnum):
     jsonl = "jsonl"
     openai = "openai"
     table = "table"
-
-
-class LineFormat(StrEnum):
-    jsonl = "jsonl"
-    openai = "openai"
 
 
 class Commands(TyperGroup):
@@ -99,21 +93,6 @@ app.add_typer(lora_app)
 app.add_typer(dead_app)
 app.add_typer(controls_app)
 
-OutputFile = Annotated[
-    Path | None,
-    typer.Option(
-        *("-o", "--output"),
-        metavar="FILE",
-        help="Write results to FILE. It grows as FILE.partial until it is complete.",
-    ),
-]
-
-
-_FORMATS = (
-    "openai: as OpenAI's batches have it, with an error file beside FILE (out.jsonl:"
-    " out.errors.jsonl)."
-)
-
 
 def _print_version(wanted: bool) -> None:
     if not wanted:
@@ -140,7 +119,7 @@ def _main(
 def submit(
     file: submit_options.File,
     lora: submit_options.Lora = None,
-    priority: submit_options.Priority = PriorityName.normal,
+    priority: submit_options.Priority = submit_options.PriorityName.normal,
     deadline: submit_options.Deadline = None,
     max_tokens: submit_options.MaxTokens = None,
     temperature: submit_options.Temperature = None,
@@ -151,16 +130,13 @@ def submit(
     stop: submit_options.Stop = None,
     n: submit_options.NumAnswers = None,
     result_ttl: submit_options.ResultTtl = "7d",
-    when_full: submit_options.WhenFull = WhenFullName.wait,
+    when_full: submit_options.WhenFull = submit_options.WhenFullName.wait,
     webhook: submit_options.Webhook = None,
     lenient: submit_options.Lenient = False,
     wait: submit_options.Wait = False,
     timeout: submit_options.Timeout = None,
     output: OutputFile = None,
-    format_: Annotated[
-        LineFormat | None,
-        typer.Option("--format", help=f"With --wait: {_FORMATS} Default: jsonl."),
-    ] = None,
+    format_: submit_options.Format = None,
     durable: submit_options.Durable = False,
     json: Json = False,
     redis_url: RedisUrl = None,
@@ -223,7 +199,7 @@ def submit(
 
 
 def _refuse_what_only_waits(
-    format_: LineFormat | None, output: Path | None, timeout: float | None
+    format_: submit_options.LineFormat | None, output: Path | None, timeout: float | None
 ) -> None:
     if format_:
         raise BadInput("--format is that of results, and only --wait brings them.")
@@ -244,7 +220,7 @@ def results(
     output: OutputFile = None,
     format_: Annotated[
         Format | None,
-        typer.Option("--format", help=f"{_FORMATS} Default: table on a terminal, jsonl elsewhere."),
+        typer.Option("--format", help=f"{FORMATS} Default: table on a terminal, jsonl elsewhere."),
     ] = None,
     redis_url: RedisUrl = None,
     redis_password_file: RedisPasswordFile = None,

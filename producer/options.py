@@ -24,4 +24,18 @@ RedisPasswordFile = Annotated[
     ),
 ]
 Queue = Annotated[str, typer.Option("--queue", metavar="NAME", help="Name of the queue.")]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        *("-o", "--output"),
+        metavar="FILE",
+        help="Write results to FILE. It grows as FILE.partial until it is complete.",
+    ),
+]
+
+#: What the forms of results are, for the commands that write them.
+FORMATS = (
+    "openai: as OpenAI's batches have it, with an error file beside FILE (out.jsonl:"
+    " out.errors.jsonl)."
+)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from producer.options import FORMATS
+
 
 class PriorityName(StrEnum):
     high = "high"
@@ -17,6 +19,11 @@ class PriorityName(StrEnum):
 class WhenFullName(StrEnum):
     wait = "wait"
     refuse = "refuse"
+
+
+class LineFormat(StrEnum):
+    jsonl = "jsonl"
+    openai = "openai"
 
 
 File = Annotated[
@@ -84,6 +91,10 @@ Timeout = Annotated[
         min=0,
         help="With --wait: give up after this time, and after as long without room.",
     ),
+]
+Format = Annotated[
+    LineFormat | None,
+    typer.Option("--format", help=f"With --wait: {FORMATS} Default: jsonl."),
 ]
 Durable = Annotated[
     bool,
