@@ -481,6 +481,16 @@ def test_a_record_that_cannot_be_read_is_a_failed_result_and_hides_no_other(
     assert re.match(r"(The record of|The result of|What was sent as) job 'bad'", bad.error.message)
 
 
+def test_an_id_whose_key_is_replaced_is_taken(redis_url: str, queue: JobQueue) -> None:
+    queue.client.set(queue.keys.job("bad"), "x")
+    with (
+        Client(redis_url, queue.name) as client,
+        pytest.raises(LorryError, match=r"other jobs under ids of this input: .*:2: id 'bad'"),
+    ):
+        client.submit([{"id": "good", "prompt": "x"}, {"id": "bad", "prompt": "x"}])
+    assert not queue.client.exists(queue.keys.job("good"))
+
+
 def test_a_dead_job_whose_key_is_replaced_hides_no_other(redis_url: str, queue: JobQueue) -> None:
     join(queue)
     queue.set_max_attempts(1)

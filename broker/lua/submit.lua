@@ -63,8 +63,9 @@ end
 local known = {}
 
 local function look_up(id)
-  local payload, state, submissions =
-    unpack(redis.call('HMGET', JOB .. id, 'job', 'state', 'submissions'))
+  local found = job_fields(id, 'job', 'state', 'submissions')
+  if not found then return { payload = '' } end -- Not free, and of other content than any job.
+  local payload, state, submissions = unpack(found)
   return { payload = payload, state = state, submissions = submissions }
 end
 
