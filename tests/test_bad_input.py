@@ -485,7 +485,7 @@ def test_an_id_whose_key_is_replaced_is_taken(redis_url: str, queue: JobQueue) -
     queue.client.set(queue.keys.job("bad"), "x")
     with (
         Client(redis_url, queue.name) as client,
-        pytest.raises(LorryError, match="other jobs under ids of this input: .*:2: id 'bad'"),
+        pytest.raises(LorryError, match=r"other jobs under ids of this input: .*:2: id 'bad'"),
     ):
         client.submit([{"id": "good", "prompt": "x"}, {"id": "bad", "prompt": "x"}])
     assert not queue.client.exists(queue.keys.job("good"))
