@@ -126,6 +126,9 @@ def test_a_worker_finishes_what_it_has_while_its_server_is_away_and_commits_it_l
             with capture_logs() as logs:
                 assert worker.run() == 0
             comes_back.join()
+            with server.client() as other:
+                # The producer's and this one are left.
+                wait_until(lambda: len(other.client_list()) <= 2, "the worker is still connected")
             assert {entry["at"] for entry in logs if entry["event"] == "redis_away"} >= {
                 *("publish", "keep", "follow"),
             }

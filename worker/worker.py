@@ -56,7 +56,8 @@ class Worker:
         self._engine = engine
         self._started = time.time()
         # Each thread has a connection of its own: a slow reply to one does not delay another.
-        queues = [JobQueue(connect(redis_url, config.queue), config.queue) for _ in range(6)]
+        self._connections = [connect(redis_url, config.queue) for _ in range(6)]
+        queues = [JobQueue(connection, config.queue) for connection in self._connections]
         self._queue, self._claim_queue, publish_queue, *others = queues
         keep_queue, follow_queue, listen_queue = others
         # A few more than can run, so that the next ones are ready when others finish.
@@ -201,6 +202,8 @@ class Worker:
             self._claim_queue.leave(self.id)
         except redis.RedisError as error:
             log.warning("redis_away", at="leave", error=str(error))
+        for connection in self._connections:
+            connection.close()
         log.info("worker_ended", worker=self.id, batches=self._engine.counters.batches)
         return 1 if self._failed else 0
 
