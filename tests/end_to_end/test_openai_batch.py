@@ -4,6 +4,11 @@ them."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +134,24 @@ def test_a_file_of_the_official_clients_types_comes_back_by_them(
     assert "body.response_format: not supported" in told["bad"].message
 
 
+@contextmanager
+def a_worker(*flags: str, **environment: str) -> Iterator[None]:
+    """One that reads its environment as it starts, which a forked one does not."""
+    command = [sys.executable, "-m", "worker.cli", *flags]
+    limits = ("--device", "cpu", "--max-total-tokens", "8192")
+    process = subprocess.Popen([*command, *limits], env={**os.environ, **environment})
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_answers_and_log_probabilities_of_a_model_of_the_hub_come_back_by_the_types(
     redis_url: str,
     queue_name: str,
     model_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     adapters = {"sql": make_adapter(model_folder, tmp_path / "sql", rank=4, seed=1)}
     file, out = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
@@ -146,22 +163,20 @@ def test_answers_and_log_probabilities_of_a_model_of_the_hub_come_back_by_the_ty
         + request("text-sql", COMPLETIONS, text("sql", logprobs=2, n=2))
     )
     producer = Producer(redis_url, queue_name)
-    with (
-        run_fake_hub() as hub,
-        Client(redis_url, queue_name) as client,
-        running_workers(Path("acme/tiny@v1"), tmp_path) as start,
-    ):
+    place = ("--redis-url", redis_url, "--queue", queue_name)
+    with run_fake_hub() as hub, Client(redis_url, queue_name) as client:
         hub.push("acme/tiny", model_folder, "v1")
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        place = ("--redis-url", redis_url, "--queue", queue_name)
-        start(*place, "--lora-paths", f"sql={adapters['sql']}")
-        wait_for_workers(client, 1)
-        assert [worker.model for worker in client.overview().workers] == ["acme/tiny"]
-        outcome = producer(
-            *("submit", str(file), "--wait", "--timeout", "120"),
-            *("--format", "openai", "-o", str(out)),
-        )
+        with a_worker(
+            *("--model-path", "acme/tiny@v1", "--lora-paths", f"sql={adapters['sql']}", *place),
+            HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path / "hf"),
+        ):
+            wait_for_workers(client, 1)
+            assert [worker.model for worker in client.overview().workers] == ["acme/tiny"]
+            outcome = producer(
+                *("submit", str(file), "--wait", "--timeout", "120"),
+                *("--format", "openai", "-o", str(out)),
+            )
     assert outcome.exit_code == 0, outcome.stderr
 
     bodies = {name: line["response"]["body"] for name, line in read(out).items()}
