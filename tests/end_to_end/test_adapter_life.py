@@ -113,6 +113,10 @@ def test_an_adapter_that_is_pinned_while_running_jobs_hold_all_slots_ends_no_wor
     wait_until(lambda: status_of(client, "fourth").num_resident == 2)
 
 
+def ids(client: Client) -> set[str]:
+    return {worker.id for worker in client.overview().workers}
+
+
 def test_workers_that_were_down_follow_every_command_given_meanwhile(
     place: tuple[str, ...],
     redis_url: str,
@@ -127,7 +131,7 @@ def test_workers_that_were_down_follow_every_command_given_meanwhile(
         for name in ("pinned", "forced", "replaced"):
             client.load_adapter(name, root / "lora2")
         killed, stopped = start_bare_worker(*place), start_bare_worker(*place)
-        wait_for_workers(client, 2)
+        gone = set(wait_for_workers(client, 2))
         assert all(adapter.num_loaded == 2 for adapter in client.adapters())
         client.pause("forced")
         forced = client.submit([job("forced")])
@@ -148,7 +152,8 @@ def test_workers_that_were_down_follow_every_command_given_meanwhile(
         for process, status in ((killed, -signal.SIGKILL), (stopped, 0)):
             process.join(PATIENCE)
             assert process.exitcode == status
-        wait_for_workers(client, 2)  # The killed one is forgotten after 10 seconds.
+        # The killed one is forgotten after 10 seconds.
+        wait_until(lambda: len(ids(client)) == len(ids(client) - gone) == 2, "none came up")
         assert set(succeed(client, change)) == {"unpinned", "pinned", "replaced", "new"}
         assert [worker.pinned for worker in client.overview().workers] == [["pinned"]] * 2
         assert_answers(
