@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -15,7 +15,7 @@ from kernels.lora_segments import GainRows, Segment
 from kernels.paged_attention_prefill import PrefillChunk
 from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
-from worker.model.config import END_MODULES
+from worker.model.config import END_MODULES, TARGET_GROUPS
 from worker.model.decoder import TrainedRows
 from worker.scheduler import ScheduledSequence
 from worker.sequence import Sequence
@@ -98,40 +98,6 @@ class Batch:
         return int(self.positions[: self.num_decode_rows].max(initial=-1)) + 1
 
 
-class _Rows:
-    """Grows by the rows of one sequence after the other; the fields are those of ``Batch``."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
-        self.chunks: list[PrefillChunk] = []
-        self.sampled: list[Sequence] = []
-        self.sampled_rows: list[int] = []
-        self.scored: list[ScoredRows] = []
-
-    def append(self, sequence: Sequence, num_rows: int, is_prefill: bool) -> None:
-        start, end = sequence.num_cached, sequence.num_cached + num_rows
-        first_row = len(self.token_ids)
-        if sequence.num_in_flight:
-            self.token_ids.append(IN_FLIGHT)
-            self.positions.append(start)
-        else:
-            self.token_ids += sequence.token_ids(start, end)
-            self.positions += range(start, end)
-        if is_prefill:
-            self.chunks.append(PrefillChunk(first_row, len(self.token_ids), sequence.line, end))
-        if end == sequence.num_tokens:
-            self.sampled.append(sequence)
-            self.sampled_rows.append(len(self.token_ids) - 1)
-        if is_prefill and sequence.num_unscored:
-            self.scored.append(_scored_rows(sequence, first_row, end))
-
-    def of_head(self) -> list[tuple[Adapter | None, int]]:
-        """The adapters of the rows whose logits are computed, with their numbers of rows."""
-        sampled = [(sequence.adapter, 1) for sequence in self.sampled]
-        return sampled + [(item.sequence.adapter, len(item.rows)) for item in self.scored]
-
-
 def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) -> Batch:
     """Lay out the rows of a batch; loads adapters into slots where they are missing."""
     adapters = frozenset(item.sequence.adapter for item in scheduled if item.sequence.adapter)
@@ -144,44 +110,62 @@ def build_batch(scheduled: list[ScheduledSequence], slots: AdapterSlots | None) 
         return slots.first_rank(adapter) if slots and adapter else -1
 
     ordered = sorted(scheduled, key=lambda item: (item.is_prefill, first_rank(item)))
-    rows = _Rows()
-    for item in ordered:
-        rows.append(*item)
+    token_ids: list[int] = []
+    positions: list[int] = []
+    chunks = []
+    sampled, sampled_rows, scored = [], [], []
+    for sequence, num_rows, is_prefill in ordered:
+        start, end = sequence.num_cached, sequence.num_cached + num_rows
+        first_row = len(token_ids)
+        if sequence.num_in_flight:
+            token_ids.append(IN_FLIGHT)
+            positions.append(start)
+        else:
+            token_ids += sequence.token_ids(start, end)
+            positions += range(start, end)
+        if is_prefill:
+            chunks.append(PrefillChunk(first_row, len(token_ids), sequence.line, end))
+        if end == sequence.num_tokens:
+            sampled.append(sequence)
+            sampled_rows.append(len(token_ids) - 1)
+        if is_prefill and sequence.num_unscored:
+            scored.append(_scored_rows(sequence, first_row, end))
     segments = _segments(((item.sequence.adapter, item.num_rows) for item in ordered), slots)
-    head_segments = []
+    head_segments: list[tuple[Segment, Adapter | None]] = []
     if any(adapter.changes_head for adapter in adapters):
-        head_segments = _segments(rows.of_head(), slots)
-
-    lora = _by_group(segments, head_segments, lambda adapter: adapter.target_groups)
-    dora = _by_group(segments, head_segments, lambda adapter: adapter.on_device.gains)
-    trained = _by_group(segments, head_segments, lambda adapter: adapter.on_device.trained)
+        num_head_rows = [(sequence.adapter, 1) for sequence in sampled]
+        num_head_rows += [(item.sequence.adapter, len(item.rows)) for item in scored]
+        head_segments = _segments(num_head_rows, slots)
+    trained = {
+        "embed_tokens": _trained("embed_tokens", segments),
+        "lm_head": _trained("lm_head", head_segments),
+    }
+    group_segments, group_gains = {}, {}
+    for group in TARGET_GROUPS:
+        rows = head_segments if group == "lm_head" else segments
+        if changed := [(s, a) for s, a in rows if a and group in a.target_groups]:
+            group_segments[group] = [segment for segment, _ in changed]
+            if gains := _gains(group, changed):
+                group_gains[group] = gains
     return Batch(
         scheduled=ordered,
-        sampled=rows.sampled,
-        sampled_rows=rows.sampled_rows,
-        scored=rows.scored,
+        sampled=sampled,
+        sampled_rows=sampled_rows,
+        scored=scored,
         adapters=adapters,
-        token_ids=np.array(rows.token_ids, np.int32),
+        token_ids=np.array(token_ids, np.int32),
         lines=np.repeat(
             np.array([item.sequence.line for item in ordered], np.int32),
             [item.num_rows for item in ordered],
         ),
-        positions=np.array(rows.positions, np.int32),
+        positions=np.array(positions, np.int32),
         page_updates=_page_updates(ordered),
-        num_decode_rows=len(ordered) - len(rows.chunks),
-        chunks=rows.chunks,
+        num_decode_rows=len(ordered) - len(chunks),
+        chunks=chunks,
         segments=[segment for segment, _ in segments],
-        group_segments={group: [s for s, _ in changed] for group, changed in lora.items()},
-        group_gains={
-            group: [GainRows(s.first_row, s.end_row, a.on_device.gains[group]) for s, a in changed]
-            for group, changed in dora.items()
-        },
-        trained={
-            group: [
-                TrainedRows(s.first_row, s.end_row, a.on_device.trained[group]) for s, a in changed
-            ]
-            for group, changed in trained.items()
-        },
+        group_segments=group_segments,
+        group_gains=group_gains,
+        trained={module: rows for module, rows in trained.items() if rows},
         num_ranks=slots.num_ranks(adapters) if slots else 0,
     )
 
@@ -222,19 +206,17 @@ def _segments(
     return segments
 
 
-def _by_group(
-    segments: list[tuple[Segment, Adapter | None]],
-    head_segments: list[tuple[Segment, Adapter | None]],
-    groups_of: Callable[[Adapter], Iterable[str]],
-) -> dict[str, list[tuple[Segment, Adapter]]]:
-    """For each group of modules that ``groups_of`` an adapter holds, the segments of such adapters:
-    those of the output head of its own rows."""
-    found: dict[str, list[tuple[Segment, Adapter]]] = {}
-    for rows, is_head in ((segments, False), (head_segments, True)):
-        for segment, adapter in rows:
-            if adapter is None:
-                continue
-            for group in groups_of(adapter):
-                if (group == "lm_head") == is_head:
-                    found.setdefault(group, []).append((segment, adapter))
-    return found
+def _gains(group: str, segments: list[tuple[Segment, Adapter]]) -> list[GainRows]:
+    return [
+        GainRows(segment.first_row, segment.end_row, gains)
+        for segment, adapter in segments
+        if (gains := adapter.on_device.gains.get(group)) is not None
+    ]
+
+
+def _trained(module: str, segments: list[tuple[Segment, Adapter | None]]) -> list[TrainedRows]:
+    return [
+        TrainedRows(segment.first_row, segment.end_row, adapter.on_device.trained[module])
+        for segment, adapter in segments
+        if adapter and module in adapter.on_device.trained
+    ]
