@@ -138,12 +138,12 @@ class Worker:
         self._drop_finished()
 
     def step(self) -> None:
-        was_pinned = [adapter for adapter in self.slots.pinned if self.has_slot(adapter)]
         self.residency.follow()
+        self.check_pinned()
         scheduled = self.scheduler.schedule()
-        self.check_pinned(was_pinned)
         if scheduled:
             self.check(build_batch(scheduled, self.slots))
+            assert all(map(self.has_slot, self.slots.pinned))
         for sequence, num_rows, _ in scheduled:
             sequence.num_cached += num_rows
             if sequence.num_cached == sequence.num_tokens:
@@ -162,12 +162,12 @@ class Worker:
     def has_slot(self, adapter: Adapter) -> bool:
         return adapter in self.slots._first_ranks
 
-    def check_pinned(self, before: list[Adapter]) -> None:
-        """Who is pinned has a slot, and keeps it; ``before`` are those that had one."""
+    def check_pinned(self) -> None:
+        """Who is pinned has a slot, or gets the next that is free."""
         pinned = self.registry.pinned
         served = self.pinned & self.registry.revisions.keys()
         assert served - {adapter.name for adapter in pinned} <= self.registry.errors.keys()
-        assert all(self.has_slot(adapter) for adapter in before if adapter in pinned)
+        assert all(map(self.has_slot, self.slots.pinned))
         if not all(self.has_slot(adapter) for adapter in pinned):
             # Sequences hold the slots that are left, and had them when it was pinned.
             assert len(self.scheduler.adapters_in_use.union(pinned)) > NUM_SLOTS

@@ -83,8 +83,12 @@ def test_the_scenario_of_sglangs_page_in_batches_of_one_worker(
         assert last["lora0"] != first["lora0"]
         assert last["lora1"] == first["lora1"]
         assert "lora1" in worker_of(client).resident
-        told = status_of(client, "lora1")
-        assert (told.requests, told.output_tokens, told.pinned) == (2, 80, True)
+
+        def is_counted() -> bool:
+            told = status_of(client, "lora1")
+            return (told.requests, told.output_tokens, told.pinned) == (2, 80, True)
+
+        wait_until(is_counted)
 
 
 def worker_of(client: Client) -> WorkerState:
