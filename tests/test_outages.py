@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from threading import Timer
@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from benchmarks.waiting import PATIENCE, wait_until
 from producer.client import Client
+from tests.end_to_end.conftest import StartWorker, running_workers
 from tests.servers import ValkeyServer, free_port
 from tests.tiny_models import make_llama
 from worker.batch import Batch
@@ -23,8 +24,6 @@ from worker.worker import Worker
 
 PASSWORD = "correct-horse"
 
-StartWorker = Callable[..., subprocess.Popen[bytes]]
-
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,59 +31,58 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "worker.log"
+def start_worker(model_folder: Path, tmp_path: Path) -> Iterator[StartWorker]:
+    """Starts workers whose logs are ``worker-0.log`` and so on; ends those that still run."""
+    with running_workers(model_folder, tmp_path) as start:
+        yield start
 
 
 @pytest.fixture
-def start_worker(model_folder: Path, log: Path) -> Iterator[StartWorker]:
-    processes = []
-
-    def start(*flags: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "worker.cli", "--model-path", str(model_folder)]
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                [*command, "--device", "cpu", "--max-total-tokens", "1024", *flags], stderr=stderr
-            )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
+def log(tmp_path: Path) -> Path:
+    """Of the first of them."""
+    return tmp_path / "worker-0.log"
 
 
 def test_a_worker_waits_for_its_server_and_keeps_the_password_to_itself(
-    start_worker: StartWorker, log: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path
 ) -> None:
-    port = free_port()
-    password_file = tmp_path / "password"
+    server = ValkeyServer(tmp_path / "server", "--requirepass", PASSWORD)
+    server.stop()
+    log, password_file = tmp_path / "worker.log", tmp_path / "password"
     password_file.write_text(PASSWORD)
-    process = start_worker(
-        *("--redis-url", f"redis://127.0.0.1:{port}"),
-        *("--redis-password-file", str(password_file)),
-    )
-    wait_until(lambda: "redis_away" in log.read_text(), "the worker did not wait")
-    server = ValkeyServer(tmp_path / "server", "--requirepass", PASSWORD, port=port)
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "worker.cli", "--model-path", str(model_folder)),
+                *("--device", "cpu", "--max-total-tokens", "1024", "--redis-url", server.url),
+                *("--redis-password-file", str(password_file)),
+            ],
+            stderr=stderr,
+        )
     try:
+        wait_until(lambda: "redis_away" in log.read_text(), "the worker did not wait")
+        server.start()
         with Client(server.url, password_file=password_file) as client:
             submission = client.submit([{"prompt_token_ids": [1, 2], "max_tokens": 2}])
             assert client.wait(submission, timeout=PATIENCE).counts["done"] == 1  # type: ignore[union-attr]
-    finally:
+        assert PASSWORD not in Path(f"/proc/{process.pid}/cmdline").read_text()
         server.stop()
-    assert PASSWORD not in Path(f"/proc/{process.pid}/cmdline").read_text()
-    wait_until(lambda: log.read_text().count("redis_away") > 2, "the outage is not in the log")
-    assert PASSWORD not in log.read_text()
+        wait_until(lambda: log.read_text().count("redis_away") > 2, "the outage is not in the log")
+        assert PASSWORD not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        server.stop()
 
 
 def test_a_worker_that_waits_for_its_server_ends_when_asked_to(
     start_worker: StartWorker, log: Path
 ) -> None:
     process = start_worker("--redis-url", f"redis://127.0.0.1:{free_port()}")
-    wait_until(lambda: "redis_away" in log.read_text(), "the worker did not wait")
+    wait_until(lambda: log.exists() and "redis_away" in log.read_text(), "the worker did not wait")
     process.terminate()
-    assert process.wait(timeout=PATIENCE) == 0
+    process.join(PATIENCE)
+    assert process.exitcode == 0
 
 
 def test_a_worker_does_not_wait_where_its_login_is_refused(
@@ -93,7 +91,8 @@ def test_a_worker_does_not_wait_where_its_login_is_refused(
     server = ValkeyServer(tmp_path / "server", "--requirepass", PASSWORD)
     try:
         process = start_worker("--redis-url", server.url)
-        assert process.wait(timeout=PATIENCE) == 4
+        process.join(PATIENCE)
+        assert process.exitcode == 4
     finally:
         server.stop()
     assert "refused the login" in log.read_text()

@@ -191,9 +191,7 @@ class Worker:
         self._hand_back(self._claims())
 
     def _end(self) -> int:
-        _stop(self._follow_loop)
-        _stop(self._keep_loop)
-        _stop(self._listen_loop)
+        _stop(self._follow_loop, self._keep_loop, self._listen_loop)
         deadline = time.monotonic() + _FLUSH_SECONDS
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -317,7 +315,10 @@ class Worker:
         )
 
 
-def _stop(loop: BackgroundLoop) -> None:
-    loop.stop()
-    if loop.is_alive():
-        loop.join()
+def _stop(*loops: BackgroundLoop) -> None:
+    """Let threads end, and wait until they have: as long as the slowest of them takes, not all."""
+    for loop in loops:
+        loop.stop()
+    for loop in loops:
+        if loop.is_alive():
+            loop.join()

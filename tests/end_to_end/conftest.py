@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,9 +16,9 @@ from benchmarks.null_worker import NullSettings
 from benchmarks.own_server import OwnServer
 from producer.client import Client
 from tests.end_to_end.at_work import wait_for_workers
+from tests.end_to_end.command_worker import run_command
 from tests.end_to_end.mortal_worker import run_mortal
 from tests.tiny_models import ALL_MODULES, Oracle, make_adapter, make_llama
-from worker import cli
 
 #: Starts a worker with these flags.
 StartWorker = Callable[..., ForkServerProcess]
@@ -48,12 +47,6 @@ def running_workers(model_folder: Path, logs: Path) -> Iterator[StartWorker]:
             )
 
         yield start
-
-
-def run_command(*flags: str) -> None:
-    """The command ``worker`` in this process."""
-    sys.argv = ["worker", *flags]
-    cli.main()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,9 @@ log = structlog.get_logger()
 #: Seconds after which the desired state is looked at though no message said that it changed.
 _INTERVAL = 2.0
 
+#: Seconds that one turn waits for a message: a worker that ends waits for the turn to be over.
+_LOOK_SECONDS = 0.5
+
 
 class DesiredStateFollower:
     """Reads adapters that are wanted, forgets those that are not, and reports."""
@@ -51,6 +54,7 @@ class DesiredStateFollower:
         self._max_pinned = max_pinned
         self._report = report
         self._nudges = queue.client.pubsub(ignore_subscribe_messages=True)
+        self._next_look = time.monotonic()
         self.version = 0
         """Of the desired state that was followed last."""
 
@@ -82,9 +86,10 @@ class DesiredStateFollower:
                 )
 
     def turn(self) -> None:
-        """Wait for a change, and follow it."""
-        self._wait()
-        self.follow()
+        """Wait a little for a change, and look if there was one or it is time to."""
+        if self._is_told() or time.monotonic() >= self._next_look:
+            self.follow()
+            self._next_look = time.monotonic() + _INTERVAL
 
     def follow(self) -> None:
         """Look at the desired state, and act on what has changed since the last look."""
@@ -214,10 +219,7 @@ class DesiredStateFollower:
             log.warning("adapter_not_pinned", adapter=name, max_pinned=self._max_pinned)
         self._registry.pin(pinned[: self._max_pinned])
 
-    def _wait(self) -> None:
+    def _is_told(self) -> bool:
         if not self._nudges.subscribed:
             self._nudges.subscribe(self._queue.keys.control)
-        deadline = time.monotonic() + _INTERVAL
-        while (left := deadline - time.monotonic()) > 0:
-            if self._nudges.get_message(timeout=left):
-                return
+        return self._nudges.get_message(timeout=_LOOK_SECONDS) is not None
