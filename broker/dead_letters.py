@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from broker.queue_reader import READ_CHUNK
-from broker.records import read_record, sound_replies
+from broker.records import read_record, seconds, sound_replies, whole_number
 from broker.scripts import load_script
 from schemas.keys import BASE, Keys
 from schemas.result import Attempt
@@ -31,8 +31,8 @@ class DeadLetter:
     attempts: int
     code: str
     reason: str
-    given_up: float
-    """Seconds since 1970 by the server's clock."""
+    given_up: float | None
+    """Seconds since 1970 by the server's clock; None if its record is damaged."""
 
 
 class DeadLetters:
@@ -90,13 +90,14 @@ class DeadLetters:
         return number
 
 
-def _letter(job_id: str, fields: dict[str, Any]) -> DeadLetter:
+def _letter(job_id: str, fields: dict[str, str | None]) -> DeadLetter:
+    """What its record tells, which another program may have damaged."""
     return DeadLetter(
         job_id,
-        fields["submissions"].split(),
+        (fields["submissions"] or "").split(),
         None if fields["adapter"] == BASE else fields["adapter"],
-        int(fields["attempts"]),
-        fields["error_code"],
-        fields["error_message"],
-        int(fields["finished"]) / 1000,
+        whole_number(fields["attempts"]),
+        fields["error_code"] or "bad_record",
+        fields["error_message"] or "the stored job is damaged: why it was given up is gone",
+        seconds(fields["finished"]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 from broker.records import read_adapters, read_version
 from broker.scripts import QueueScripts
@@ -25,6 +26,14 @@ class DesiredState(QueueScripts):
             pipeline.hgetall(self.keys.adapters)
             version, records = pipeline.execute()
         return read_version(version), read_adapters(records)
+
+    def desired_version(self) -> int:
+        """The version of the desired state, 0 if nobody has ever written it.
+
+        Raises LorryError if it is damaged.
+        """
+        version: Any = self.client.get(self.keys.adapters_version)
+        return read_version(version)
 
     def announce(self, adapters: dict[str, AdapterRecord]) -> int:
         """Add the adapters that a worker was started with to the desired state, where that does

@@ -20,7 +20,9 @@ from broker.records import (
     read_adapters,
     read_record,
     read_webhook,
+    seconds,
     sound_replies,
+    whole_number,
 )
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError, UnknownId
@@ -161,7 +163,7 @@ class QueueReader:
                 int(fields["created"]) / 1000,
                 {state: int(fields.get(state, 0)) for state in STATES},
                 int(fields.get("result_ttl", RESULT_TTL * 1000)) / 1000,
-                _seconds(fields.get("expired_at")),
+                seconds(fields.get("expired_at")),
                 read_webhook(id_, fields),
             )
         except (KeyError, ValueError) as error:
@@ -307,9 +309,11 @@ class QueueReader:
         }
 
     def backlog(self) -> Size:
-        """What waits in the queue."""
-        jobs, num_bytes = self.client.hmget(self.keys.backlog, "jobs", "bytes")
-        return Size(int(jobs or 0), int(num_bytes or 0))
+        """What waits in the queue; nothing where that is damaged."""
+        with self.client.pipeline(transaction=False) as pipeline:
+            pipeline.hmget(self.keys.backlog, "jobs", "bytes")
+            (counts,) = sound_replies(pipeline)
+        return Size(*map(whole_number, counts or ("", "")))
 
     def limits(self) -> Limits:
         """What may wait at most; raises LorryError if that is damaged."""
@@ -382,8 +386,8 @@ def _without_result(job_id: str, fields: dict[str, Any], payload: str | None) ->
         error=ErrorInfo(code=code, message=fields["error_message"] or "") if code else None,
         timings=Timings(
             queued=int(fields["queued"]) / 1000,
-            started=_seconds(fields["claimed"]),
-            finished=_seconds(fields["finished"]),
+            started=seconds(fields["claimed"]),
+            finished=seconds(fields["finished"]),
         ),
         worker=fields["worker"],
         metadata=job.metadata,
@@ -423,7 +427,3 @@ def _moment(seconds: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 86400:g} days" if seconds >= 86400 else f"{seconds:g} s"
-
-
-def _seconds(milliseconds: str | None) -> float | None:
-    return int(milliseconds) / 1000 if milliseconds else None

@@ -29,6 +29,16 @@ def sound_replies(pipeline: Any) -> list[Any]:
     return replies  # type: ignore[no-any-return]
 
 
+def whole_number(digits: str | None) -> int:
+    """A count of a record; 0 where there is none, or something else."""
+    return int(digits) if digits and digits.isdecimal() else 0
+
+
+def seconds(milliseconds: str | None) -> float | None:
+    """A moment of a record; None where there is none, or something else."""
+    return int(milliseconds) / 1000 if milliseconds and milliseconds.isdecimal() else None
+
+
 def read_record(model: type[Record], text: str, what: str) -> Record:
     """The record in a text; raises LorryError, which calls it ``what``, if there is none in it."""
     try:

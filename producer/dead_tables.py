@@ -16,8 +16,8 @@ def dead_letters(queue: str, found: Sequence[DeadLetter]) -> str:
     table = new_table("job", "submission", "adapter", "attempts", "given up", "reason")
     for letter in found:
         table.add_row(
-            *cells(letter.job_id, letter.submissions[0], letter.lora or "(base)", letter.attempts),
-            f"{age(letter.given_up)} ago",
+            *cells(letter.job_id, next(iter(letter.submissions), ""), letter.lora or "(base)"),
+            *cells(letter.attempts, f"{age(letter.given_up)} ago" if letter.given_up else ""),
             cell(f"{letter.code}: {letter.reason}"),
         )
     return printed([table])

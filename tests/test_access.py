@@ -153,6 +153,7 @@ OPERATIONS: dict[str, tuple[Callable[[JobQueue, Lease], object], set[str]]] = {
     "adopt_revision": (lambda q, _: q.adopt_revision("new", 2, "r"), STAFF),
     "retire_adapter": (lambda q, _: q.retire_adapter("old"), STAFF),
     "desired_state": (lambda q, _: q.desired_state(), set(READERS)),
+    "desired_version": (lambda q, _: q.desired_version(), set(READERS)),
 }
 
 #: Every way to read.

@@ -19,7 +19,7 @@ from benchmarks.waiting import PATIENCE, wait_until
 from broker.claims import Claim, Lease
 from broker.dead_letters import DeadLetters
 from broker.job_queue import JobQueue
-from broker.outcomes import Limits
+from broker.outcomes import Limits, Size
 from broker.queue_reader import QueueReader
 from producer.client import Client
 from producer.lines import parse_line
@@ -238,6 +238,26 @@ def test_a_damaged_bound_is_told_with_the_remedy_which_works(
         queue.client.delete(key)
         client.set_limits(Limits(bytes=10_000))
         client.submit(["x"])
+
+
+@pytest.mark.parametrize("count", ["many", "1.5", "9" * 40, None])
+def test_a_damaged_count_of_what_waits_keeps_nothing_from_being_sent_and_run(
+    queue: JobQueue, reader: QueueReader, count: str | None
+) -> None:
+    key = queue.keys.backlog
+    queue.submit("before", "file", 1, 0, [Job(id="before", prompt="x")])
+    queue.client.delete(key)
+    if count is None:
+        queue.client.set(key, "x")
+    else:
+        queue.client.hset(key, mapping={"jobs": count, "bytes": count})
+    assert isinstance(reader.backlog(), Size)
+    queue.submit("after", "file", 2, 0, [Job(id=f"after-{i}", prompt="x") for i in range(2)])
+    assert reader.backlog().jobs == 2
+    leases = [job.lease for job in claim(queue, num_jobs=3)]
+    assert [lease.job_id for lease in leases] == ["before", "after-0", "after-1"]
+    assert reader.backlog() == Size(0, 0)
+    assert queue.client.exists(key) == 0
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "9" * 40, ""])

@@ -75,6 +75,21 @@ def test_an_empty_list_says_so(producer: Producer, client: Client) -> None:
     assert listed(producer) == []
 
 
+def test_a_dead_letter_whose_record_is_damaged_is_listed_beside_the_others(
+    producer: Producer, client: Client, queue: JobQueue
+) -> None:
+    send(client, "gone", "odd", "sound")
+    give_up(queue)
+    fields = ("submissions", "attempts", "error_code", "error_message", "finished")
+    queue.client.hdel(queue.keys.job("gone"), *fields)
+    queue.client.hset(queue.keys.job("odd"), mapping={"attempts": "many", "finished": "never"})
+    assert listed(producer) == ["gone", "odd", "sound"]
+    table = producer("dead", "list")
+    assert table.exit_code == 0
+    assert "bad_record" in table.stdout
+    assert "why it was given up is gone" in " ".join(table.stdout.split())
+
+
 def test_a_job_is_shown_with_the_end_of_every_attempt(
     producer: Producer, client: Client, queue: JobQueue
 ) -> None:

