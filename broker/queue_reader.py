@@ -11,9 +11,9 @@ from itertools import islice
 from typing import Any
 
 import redis
-from pydantic import BaseModel, JsonValue
 
 from broker.connection import BLOCK_SECONDS
+from broker.job_records import JOB_FIELDS, damaged_result, read_result
 from broker.outcomes import Limits, Size
 from broker.records import (
     read_adapter,
@@ -27,7 +27,7 @@ from broker.records import (
 from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError, UnknownId
 from schemas.keys import Keys
-from schemas.result import RESULT_TTL, STATES, TERMINAL_STATES, ErrorInfo, Result, Timings
+from schemas.result import RESULT_TTL, STATES, TERMINAL_STATES, Result
 from schemas.webhook import Webhook
 from schemas.worker_state import WorkerState
 
@@ -37,11 +37,6 @@ READ_CHUNK = 500
 #: Bytes of results or jobs after which a round trip takes no further one: a result with log
 #: probabilities may have 45 MB, and the server holds a reply until it is read.
 READ_BYTES = 16 * 1024 * 1024
-
-_JOB_FIELDS = (
-    *("state", "result", "submissions", "adapter", "worker"),
-    *("queued", "claimed", "finished", "error_code", "error_message"),
-)
 
 
 @dataclass(frozen=True)
@@ -226,19 +221,21 @@ class QueueReader:
     def _results(self, job_ids: Sequence[str]) -> Iterator[Result]:
         with self.client.pipeline(transaction=False) as pipeline:
             for job_id in job_ids:
-                pipeline.hmget(self.keys.job(job_id), _JOB_FIELDS)
+                pipeline.hmget(self.keys.job(job_id), JOB_FIELDS)
             replies = sound_replies(pipeline)
         records = [
-            None if values is None else dict(zip(_JOB_FIELDS, values, strict=True))
+            None if values is None else dict(zip(JOB_FIELDS, values, strict=True))
             for values in replies
         ]
         found = list(zip(job_ids, records, strict=True))
         payloads = self.payloads([id_ for id_, record in found if record and not record["result"]])
         for job_id, record in found:
             if record is None:
-                yield _bad_record(job_id, None, _damaged_job(job_id, "its key holds no hash"))
+                yield damaged_result(job_id, "its key holds no hash")
+            elif any(record.values()):
+                yield read_result(job_id, record, None if record["result"] else next(payloads))
             else:
-                yield self._result(job_id, record, None if record["result"] else next(payloads))
+                raise UnknownId(f"Queue '{self.name}' holds no job with the id '{job_id}'.")
 
     def payloads(self, job_ids: Sequence[str]) -> Iterator[str | None]:
         """The jobs stored under the ids, as they were sent; None for an id that is free, or whose
@@ -350,64 +347,6 @@ class QueueReader:
             pipeline.hget(self.keys.waiting, adapter)
             pipeline.hget(self.keys.running, adapter)
             return sum(int(number or 0) for number in pipeline.execute())
-
-    def _result(self, job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
-        if not any(fields.values()):
-            raise UnknownId(f"Queue '{self.name}' holds no job with the id '{job_id}'.")
-        try:
-            if fields["result"]:
-                return read_record(Result, fields["result"], f"The result of job '{job_id}'")
-            return _without_result(job_id, fields, payload)
-        except LorryError as error:
-            return _bad_record(job_id, fields["submissions"], error)
-
-
-class _Sent(BaseModel):
-    """What a result repeats of a job as it was sent."""
-
-    lora: str | None = None
-    metadata: JsonValue = None
-
-
-def _without_result(job_id: str, fields: dict[str, Any], payload: str | None) -> Result:
-    """What is known of a job without an answer; raises LorryError for a damaged record."""
-    submissions = (fields["submissions"] or "").split()
-    moments = [fields["queued"], fields["claimed"] or "0", fields["finished"] or "0"]
-    are_numbers = all((moment or "").isdecimal() for moment in moments)
-    if not submissions or not are_numbers or fields["state"] not in STATES:
-        raise _damaged_job(job_id, "fields are missing, or not of their kind")
-    code = fields["error_code"]
-    job = read_record(_Sent, payload, f"What was sent as job '{job_id}'") if payload else _Sent()
-    return Result(
-        id=job_id,
-        submission=submissions[0],
-        lora=job.lora,
-        status=fields["state"],
-        error=ErrorInfo(code=code, message=fields["error_message"] or "") if code else None,
-        timings=Timings(
-            queued=int(fields["queued"]) / 1000,
-            started=seconds(fields["claimed"]),
-            finished=seconds(fields["finished"]),
-        ),
-        worker=fields["worker"],
-        metadata=job.metadata,
-    )
-
-
-def _damaged_job(job_id: str, reason: str) -> LorryError:
-    return LorryError(f"The record of job '{job_id}' is damaged: {reason}")
-
-
-def _bad_record(job_id: str, submissions: str | None, error: LorryError) -> Result:
-    """What is told of a job whose record is damaged, as far as that still says it."""
-    return Result(
-        id=job_id,
-        submission=next(iter((submissions or "").split()), ""),
-        lora=None,
-        status="failed",
-        error=ErrorInfo(code="bad_record", message=str(error)),
-        timings=Timings(queued=0),
-    )
 
 
 def _damaged_submission(id_: str) -> LorryError:

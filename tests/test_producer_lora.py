@@ -490,8 +490,15 @@ def test_an_adapter_that_is_loaded_again_while_it_drains_is_not_unloaded(
     start_worker()
     producer("lora", "load", "sql", "/adapters/sql")
     send(queue, 1)
-    threading.Timer(0.5, lambda: queue.set_adapter("sql", "/adapters/new", pinned=False)).start()
+
+    def load_again() -> None:
+        wait_until(lambda: bool(desired(queue)["sql"].unloading), "it was not unloaded")
+        queue.set_adapter("sql", "/adapters/new", pinned=False)
+
+    thread = threading.Thread(target=load_again)
+    thread.start()
     outcome = producer("lora", "unload", "sql")
+    thread.join()
     assert outcome.exit_code == 1
     assert "it was loaded again meanwhile" in outcome.stdout
 

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import threading
-import time
 import tty
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import wait_until
 from broker.job_queue import JobQueue
 from producer.bars import LINE_SECONDS, ProgressLines
 from producer.client import Client
@@ -387,7 +387,7 @@ def test_submit_and_wait_writes_results_in_input_order_to_stdout(
     file = prompts(tmp_path, *(json.dumps(line) for line in named("a", "b", "c")))
 
     def finish() -> None:
-        worker.claim()
+        wait_until(lambda: bool(worker.claim()), "nothing was sent")
         for id_ in "cba":
             worker.finish(id_)
 
@@ -411,8 +411,7 @@ def test_results_on_a_terminal_are_the_same_bytes_beside_a_bar(
         with producer.start("submit", file, "--wait", stdout=out_end, stderr=err_end) as process:
             os.close(out_end)
             os.close(err_end)
-            while not worker.claim():
-                time.sleep(0.01)
+            wait_until(lambda: bool(worker.claim()), "nothing was sent")
             for id_ in ("b", "a"):
                 worker.finish(id_, text=":dog: [red]x[/red] 🐶 " + 200 * "-")
     assert process.returncode == 0
@@ -438,7 +437,7 @@ def test_submit_and_wait_gives_up_after_the_timeout_and_says_how_to_go_on(
     out = tmp_path / "out.jsonl"
 
     def finish() -> None:
-        worker.claim()
+        wait_until(lambda: bool(worker.claim()), "nothing was sent")
         worker.finish("a")
 
     with meanwhile(finish):
