@@ -16,6 +16,7 @@ from broker.connection import BLOCK_SECONDS
 from broker.job_records import JOB_FIELDS, damaged_result, read_result
 from broker.outcomes import Limits, Size
 from broker.records import (
+    damaged_limits,
     read_adapter,
     read_adapters,
     read_record,
@@ -323,10 +324,7 @@ class QueueReader:
             if limit is not None and not re.fullmatch("[0-9]+", limit):
                 damage = f"'{limit}' is no number"
         if damage:
-            raise LorryError(
-                f"What may wait in queue '{self.name}' is damaged: {damage}. Delete the key"
-                f" '{self.keys.limits}', and set it again with `producer limits`."
-            )
+            raise damaged_limits(self.name, damage)
         return Limits(*(None if limit is None else int(limit) for limit in limits))
 
     def unfinished_by_adapter(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from schemas.adapter import AdapterRecord
 from schemas.errors import LorryError
 from schemas.faults import first_fault
 from schemas.hub import FetchRecord
+from schemas.keys import Keys
 from schemas.webhook import Webhook
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -69,6 +70,14 @@ def read_version(text: str | None) -> int:
             f"The version of the desired state is damaged: '{text:.40}' is no integer. Set the key"
             " 'adapters:version' of the queue to one above what the workers report."
         ) from error
+
+
+def damaged_limits(queue: str, damage: str) -> LorryError:
+    """How to mend what says how much may wait in a queue."""
+    return LorryError(
+        f"What may wait in queue '{queue}' is damaged: {damage}. Delete the key"
+        f" '{Keys(queue).limits}', and set it again with `producer limits`."
+    )
 
 
 def read_fetch(name: str, text: str) -> FetchRecord:

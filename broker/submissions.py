@@ -17,6 +17,7 @@ from broker.outcomes import (
     Size,
     SubmissionCancelled,
 )
+from broker.records import damaged_limits
 from broker.scripts import QueueScripts
 from schemas.errors import ServerUnavailable
 from schemas.job import Job, RefusedJob
@@ -69,8 +70,8 @@ class Submissions(QueueScripts):
         ``webhook`` is the URL that is told once the last of them has ended. ``rest`` is what comes
         behind them and must find room too. Safe to repeat. Stores none of them and raises
         ConflictError, with indices into ``jobs``, if the id of one already names a job of other
-        content; FullError if they find no room; SubmissionCancelled; or ServerUnavailable if the
-        server has lost jobs that were sent before.
+        content; FullError if they find no room; SubmissionCancelled; ServerUnavailable if the
+        server has lost jobs that were sent before; or LorryError if what may wait is damaged.
         """
         fields = chain.from_iterable(map(JobRecord.of, jobs))
         status, *details = self._run(
@@ -82,6 +83,8 @@ class Submissions(QueueScripts):
         if status == "full":
             num_fitting, num_waiting, num_bytes, *limits = details
             raise FullError(num_fitting, Size(num_waiting, num_bytes), _limits(*limits))
+        if status == "damaged":
+            raise damaged_limits(self.name, details[0])
         if status == "cancelled":
             raise SubmissionCancelled(details[0])
         if status == "gap":

@@ -8,7 +8,7 @@
 --   job of other content | {'gap', sent}: jobs before the offset are missing | {'cancelled', sent}:
 --   the submission was cancelled meanwhile | {'full', fitting, jobs, bytes, max jobs, max bytes}: so
 --   many jobs of the run, the first ones, would find room beside the jobs and bytes that wait, and
---   these are the limits ('' if there is none).
+--   these are the limits ('' if there is none) | {'damaged', how}: no limit can be told.
 -- Safe to repeat: a run that the submission already holds is not added again.
 local submission, name, total, offset, result_ttl = unpack(ARGV, 1, 5)
 local rest_jobs, rest_bytes, first = tonumber(ARGV[6]), tonumber(ARGV[7]), 9
@@ -36,10 +36,7 @@ local damage = not limits and 'it is no hash'
 for _, limit in ipairs({ max_jobs or '0', max_bytes or '0' }) do
   if not string.match(limit, '^%d+$') then damage = "'" .. limit .. "' is no number" end
 end
-if damage then
-  return redis.error_reply('ERR what may wait in the queue is damaged: ' .. damage ..
-    ". Delete the key '" .. LIMITS .. "', and set it again with `producer limits`")
-end
+if damage then return { 'damaged', damage } end
 
 local function has_room(num_new, bytes)
   return (not max_jobs or waiting_jobs + num_new <= tonumber(max_jobs))
