@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.waiting import PATIENCE
+from benchmarks.waiting import PATIENCE, wait_until
 from producer.client import Client
 from schemas.errors import BadInput, UnknownId
 from tests.end_to_end.at_work import (
@@ -15,6 +15,7 @@ from tests.end_to_end.at_work import (
     assert_answers,
     expected_tokens,
     job,
+    status_of,
     succeed,
     wait_until_running,
 )
@@ -45,10 +46,9 @@ def test_adapters_come_change_and_go_while_jobs_run(
         "lora2": "lora2",
     }
     assert_answers(client, oracle, {None: None, **names})
-    (status,) = [adapter for adapter in client.adapters() if adapter.name == "lora1"]
-    assert status.pinned
-    assert status.num_resident == 2
-    assert status.num_loaded == 2
+    wait_until(lambda: status_of(client, "lora1").num_resident == 2)  # With the next heartbeat.
+    assert status_of(client, "lora1").pinned
+    assert status_of(client, "lora1").num_loaded == 2
 
 
 def test_a_replacement_lets_running_jobs_end_on_the_weights_they_began_with(
