@@ -21,7 +21,6 @@ from broker.records import (
     read_adapters,
     read_record,
     read_webhook,
-    seconds,
     sound_replies,
     whole_number,
 )
@@ -159,7 +158,7 @@ class QueueReader:
                 int(fields["created"]) / 1000,
                 {state: int(fields.get(state, 0)) for state in STATES},
                 int(fields.get("result_ttl", RESULT_TTL * 1000)) / 1000,
-                seconds(fields.get("expired_at")),
+                int(fields["expired_at"]) / 1000 if "expired_at" in fields else None,
                 read_webhook(id_, fields),
             )
         except (KeyError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from schemas.keys import Keys
 from schemas.webhook import Webhook
 
 Record = TypeVar("Record", bound=BaseModel)
+
+#: As scripts write them: not "٣" or "1_0", which Python takes, nor more than fits into a moment.
+_WHOLE_NUMBER = re.compile("[0-9]{1,15}")
 
 
 def sound_replies(pipeline: Any) -> list[Any]:
@@ -32,12 +36,13 @@ def sound_replies(pipeline: Any) -> list[Any]:
 
 def whole_number(digits: str | None) -> int:
     """A count of a record; 0 where there is none, or something else."""
-    return int(digits) if digits and digits.isdecimal() else 0
+    return int(digits) if digits and _WHOLE_NUMBER.fullmatch(digits) else 0
 
 
 def seconds(milliseconds: str | None) -> float | None:
     """A moment of a record; None where there is none, or something else."""
-    return int(milliseconds) / 1000 if milliseconds and milliseconds.isdecimal() else None
+    is_moment = milliseconds and _WHOLE_NUMBER.fullmatch(milliseconds)
+    return int(milliseconds) / 1000 if milliseconds and is_moment else None
 
 
 def read_record(model: type[Record], text: str, what: str) -> Record:

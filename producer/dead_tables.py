@@ -15,9 +15,10 @@ def dead_letters(queue: str, found: Sequence[DeadLetter]) -> str:
         return printed([f"No dead jobs on queue '{queue}'."])
     table = new_table("job", "submission", "adapter", "attempts", "given up", "reason")
     for letter in found:
+        given_up = "" if letter.given_up is None else f"{age(letter.given_up)} ago"
+        submission = next(iter(letter.submissions), "")
         table.add_row(
-            *cells(letter.job_id, next(iter(letter.submissions), ""), letter.lora or "(base)"),
-            *cells(letter.attempts, f"{age(letter.given_up)} ago" if letter.given_up else ""),
+            *cells(letter.job_id, submission, letter.lora or "(base)", letter.attempts, given_up),
             cell(f"{letter.code}: {letter.reason}"),
         )
     return printed([table])

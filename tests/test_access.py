@@ -222,6 +222,20 @@ def test_an_operation_is_for_those_whom_the_table_names(
             call(JobQueue(client, QUEUE), lease)
 
 
+@pytest.mark.parametrize("count", ["many", None])
+def test_a_producer_may_send_though_the_count_of_what_waits_is_damaged(
+    users: Users, count: str | None
+) -> None:
+    with users.admin() as admin, users.connect("producer") as client:
+        queue = JobQueue(client, QUEUE)
+        if count is None:
+            admin.set(queue.keys.backlog, "x")
+        else:
+            admin.hset(queue.keys.backlog, "jobs", count)
+        for job in JOBS:
+            queue.submit(job.id, "file", 1, 0, [job])
+
+
 @pytest.mark.parametrize("role", READERS)
 def test_every_role_but_the_notifier_may_read_the_queue(users: Users, role: str) -> None:
     with users.admin() as admin, users.connect(role) as client:

@@ -138,7 +138,9 @@ class Worker:
         self._drop_finished()
 
     def step(self) -> None:
+        had_slots = self.slots.pinned & frozenset(self.registry.pinned)
         self.residency.follow()
+        assert had_slots <= self.slots.pinned
         self.check_pinned()
         scheduled = self.scheduler.schedule()
         if scheduled:

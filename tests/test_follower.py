@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,64 @@ def test_without_a_change_nothing_is_read_or_reported_again(
     for _ in range(3):
         follower.follow()
     assert follower.num_reports == 1
+
+
+def test_the_records_are_read_when_their_version_changes_or_some_unload(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_reads = count()
+    read = queue.desired_state
+
+    def counted() -> tuple[int, dict[str, AdapterRecord]]:
+        next(num_reads)
+        return read()
+
+    monkeypatch.setattr(queue, "desired_state", counted)
+
+    def reads_of_a_look() -> bool:
+        before = next(num_reads)
+        follower.follow()
+        return next(num_reads) > before + 1
+
+    follower = make_follower()
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    assert reads_of_a_look()
+    assert not reads_of_a_look()
+    queue.submit("sub", "file", 1, 0, [Job(id="job", prompt="x", lora="sql")])
+    queue.unload_adapter("sql", "drain")
+    assert reads_of_a_look()
+    assert reads_of_a_look(), "a job of it is left, which may end without a change of the version"
+    queue.cancel(["job"])
+    follower.follow()
+    assert read() == (follower.version, {})
+    assert not reads_of_a_look()
+
+
+def test_a_queue_that_lost_all_before_it_was_followed_is_told_again(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower(own_folders=(root / "sql",))
+    load(follower.registry, "sql", root / "sql", 0)
+    follower.announce()
+    queue.client.delete(queue.keys.adapters, queue.keys.adapters_version)
+    follower.follow()
+    assert set(queue.desired_state()[1]) == {"sql"}
+
+
+def test_a_turn_looks_when_it_is_told_or_when_it_is_time_to(
+    make_follower: MakeFollower, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    now = [100.0]
+    monkeypatch.setattr("worker.adapters.follower.time.monotonic", lambda: now[0])
+    follower = make_follower()
+    monkeypatch.setattr(follower, "follow", lambda: looks.append(now[0]))
+    told = iter([False, False, True, False])
+    monkeypatch.setattr(follower, "_is_told", lambda: next(told))
+    for moment in (100.0, 101.0, 101.5, 104.0):
+        now[0] = moment
+        follower.turn()
+    assert looks == [100.0, 101.5, 104.0]
 
 
 def test_a_load_of_other_weights_under_a_name_replaces_it(

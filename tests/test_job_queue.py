@@ -462,6 +462,16 @@ def test_a_worker_goes_on_after_flushall(queue: JobQueue) -> None:
     assert len(claim(queue)) == 1
 
 
+def test_jobs_of_more_unknown_adapters_than_lua_has_room_for_are_claimed_as_any(
+    queue: JobQueue,
+) -> None:
+    join(queue)
+    batch = [Job(id=f"job-{i}", lora=f"nobody-has-{i}", prompt="x") for i in range(9000)]
+    for start in range(0, len(batch), 500):
+        queue.submit("sub", "file", len(batch), start, batch[start : start + 500])
+    assert len(claim(queue, 16)) == 16
+
+
 def test_a_silent_worker_drops_off_the_list(queue: JobQueue, reader: QueueReader) -> None:
     state = WorkerState(
         id="silent", model="m", device="cpu", started=0, adapters={}, max_loras_per_batch=8
@@ -470,6 +480,27 @@ def test_a_silent_worker_drops_off_the_list(queue: JobQueue, reader: QueueReader
     assert [worker.id for worker in reader.workers()] == ["silent"]
     time.sleep(0.03)
     assert reader.workers() == []
+
+
+@pytest.mark.parametrize("damage", ["nothing", "deleted", "replaced", "of its state"])
+def test_a_heartbeat_writes_the_names_of_a_workers_adapters_where_they_are_not_noted(
+    queue: JobQueue, damage: str
+) -> None:
+    noted, worker = f"{queue.keys.worker('w')}:adapters", queue.keys.worker("w")
+    join(queue, adapters=("a", "b"))
+    if damage == "deleted":
+        queue.client.delete(noted)
+    elif damage == "replaced":
+        queue.client.set(noted, "x")
+    elif damage == "of its state":
+        queue.client.delete(worker)
+    join(queue, adapters=("a", "b"))
+    assert queue.client.smembers(noted) == {"a", "b"}
+    assert 0 < queue.client.pttl(noted) <= 60_000
+    join(queue, adapters=("b", "c"))
+    assert queue.client.smembers(noted) == {"b", "c"}
+    join(queue, adapters=())
+    assert queue.client.exists(noted) == 0
 
 
 def test_the_version_of_the_desired_state_rises_only_with_a_change(queue: JobQueue) -> None:

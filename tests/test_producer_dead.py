@@ -78,12 +78,14 @@ def test_an_empty_list_says_so(producer: Producer, client: Client) -> None:
 def test_a_dead_letter_whose_record_is_damaged_is_listed_beside_the_others(
     producer: Producer, client: Client, queue: JobQueue
 ) -> None:
-    send(client, "gone", "odd", "sound")
+    send(client, "gone", "odd", "endless", "sound")
     give_up(queue)
     fields = ("submissions", "attempts", "error_code", "error_message", "finished")
     queue.client.hdel(queue.keys.job("gone"), *fields)
     queue.client.hset(queue.keys.job("odd"), mapping={"attempts": "many", "finished": "never"})
-    assert listed(producer) == ["gone", "odd", "sound"]
+    endless = dict.fromkeys(("attempts", "finished"), "9" * 5000)
+    queue.client.hset(queue.keys.job("endless"), mapping=endless)
+    assert listed(producer) == ["gone", "odd", "endless", "sound"]
     table = producer("dead", "list")
     assert table.exit_code == 0
     assert "bad_record" in table.stdout

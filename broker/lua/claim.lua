@@ -46,7 +46,8 @@ for priority, name in ipairs(PRIORITIES) do
   if redis.call('EXISTS', READY .. name) == 1 then table.insert(ready_priorities, priority) end
 end
 -- A candidate is an adapter, or the base model, that has jobs to claim: {name, number of its waiting jobs,
--- its best priority, since when it is unserved, whether that is for too long}.
+-- its bands, its best priority, since when it is unserved, whether that is for too long}. A band is
+-- {adapter, priority, since when it is unserved}.
 local seen, fullest = {}, nil
 
 -- The candidates among some names that were not seen before.
@@ -59,14 +60,17 @@ local function candidates_of(names)
   end
   for i, name in ipairs(names) do
     seen[name] = true
-    local best, since
+    local bands, since = {}, nil
     for k, priority in ipairs(ready_priorities) do
       local moment = tonumber(moments[k][i] or '')
-      if moment then best, since = best or priority, math.min(since or moment, moment) end
+      if moment then
+        table.insert(bands, { adapter = name, priority = priority, since = moment })
+        since = math.min(since or moment, moment)
+      end
     end
-    if best then
-      local candidate = { name = name, num_waiting = tonumber(waiting[i] or 0), priority = best,
-        since = since, is_starved = since < starved_before }
+    if since then
+      local candidate = { name = name, num_waiting = tonumber(waiting[i] or 0), bands = bands,
+        priority = bands[1].priority, since = since, is_starved = since < starved_before }
       if not fullest or candidate.num_waiting > fullest.num_waiting then fullest = candidate end
       table.insert(found, candidate)
     end
@@ -153,23 +157,6 @@ local starving = next_ones[free_slots + 1]
 next_ones[free_slots + 1] = nil
 append(next_ones, picks)
 starving = starving and starving.is_starved and starving.name or ''
-
--- The bands of what is picked: {adapter, priority, since when it is unserved}.
-local function find_bands()
-  local names, bands = {}, {}
-  for i, candidate in ipairs(picks) do names[i] = candidate.name end
-  if #names == 0 then return bands end
-  for _, priority in ipairs(ready_priorities) do
-    local moments = redis.call('ZMSCORE', READY .. PRIORITIES[priority], unpack(names))
-    for i, name in ipairs(names) do
-      local since = tonumber(moments[i] or '')
-      if since then
-        table.insert(bands, { adapter = name, priority = priority, since = since })
-      end
-    end
-  end
-  return bands
-end
 
 -- A claim takes no further jobs once their records have so many bytes, as its reply and what they
 -- become in the worker are held at once. Of a lane so many are read together; what is read is taken.
@@ -300,7 +287,9 @@ end
 
 local rounds = {}
 for round = 1, 2 * #PRIORITIES do rounds[round] = {} end
-for _, band in ipairs(find_bands()) do table.insert(rounds[round_of(band)], band) end
+for _, candidate in ipairs(picks) do
+  for _, band in ipairs(candidate.bands) do table.insert(rounds[round_of(band)], band) end
+end
 for _, round in ipairs(rounds) do
   table.sort(round, function(a, b)
     if a.since ~= b.since then return a.since < b.since end

@@ -48,14 +48,19 @@ local function count_of_adapter(key, adapter, number)
 end
 
 -- Counts jobs that came to wait, or wait no longer (a negative number), and the bytes of their records.
--- What another program has left there instead is deleted, and counted anew.
+-- What another program has left there instead goes, and with it what was counted by then: the count is
+-- too low until what waits now has gone.
 local function count_backlog(number, bytes)
   -- Not -bytes: Lua's -0 is no integer to Redis 7.0.
   local num_bytes = call_if_sound('HINCRBY', BACKLOG, 'bytes', number < 0 and 0 - bytes or bytes)
   local num_jobs = num_bytes and call_if_sound('HINCRBY', BACKLOG, 'jobs', number)
   if num_jobs and num_jobs > 0 then return end
-  redis.call('DEL', BACKLOG)
-  if not num_jobs and number > 0 then count_backlog(number, bytes) end
+  local is_hash = call_if_sound('HDEL', BACKLOG, 'jobs', 'bytes')
+  if not is_hash then
+    if number < 0 then redis.call('DEL', BACKLOG) end -- Who only submits has no right to that.
+  elseif not num_jobs and number > 0 then
+    count_backlog(number, bytes)
+  end
 end
 
 -- Counts jobs that came to be in a state, or left it (a negative number), and the bytes of their

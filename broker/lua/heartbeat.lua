@@ -8,9 +8,8 @@ local function note_adapters()
   local names = {}
   for i = 4, #ARGV do names[i - 3] = ARGV[i] end
   local digest = redis.sha1hex(table.concat(names, ' '))
-  if redis.call('HGET', key, 'adapters') == digest and redis.call('SCARD', adapters) == #names then
-    return
-  end
+  local is_noted = call_if_sound('HGET', key, 'adapters') == digest
+  if is_noted and call_if_sound('SCARD', adapters) == #names then return end
   redis.call('DEL', adapters)
   in_pieces(names, function(...) redis.call('SADD', adapters, ...) end)
   redis.call('HSET', key, 'adapters', digest)

@@ -23,8 +23,9 @@ if redis.call('HEXISTS', SUBMISSION .. submission, 'closed') == 1 then
 end
 if sent ~= offset then return { 'gap', sent } end
 
+-- A count; 0 where another program has left something else.
 local function whole_number(digits)
-  return tonumber(string.match(digits or '', '^%d+$') or 0)
+  return string.match(digits or '', '^%d+$') and #digits < 16 and tonumber(digits) or 0
 end
 
 local backlog = call_if_sound('HMGET', BACKLOG, 'jobs', 'bytes') or {}
