@@ -12,7 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-#: The last is what transformers imports, for two seconds, when it reads a model's configuration.
+# The last is what transformers imports, for two seconds, when it reads a model's configuration.
 _context.set_forkserver_preload(["worker.engine", "worker.worker", "transformers.activations"])
 
 

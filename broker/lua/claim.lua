@@ -45,6 +45,7 @@ local ready_priorities = {}
 for priority, name in ipairs(PRIORITIES) do
   if redis.call('EXISTS', READY .. name) == 1 then table.insert(ready_priorities, priority) end
 end
+
 -- A candidate is an adapter, or the base model, that has jobs to claim: {name, number of its waiting jobs,
 -- its bands, its best priority, since when it is unserved, whether that is for too long}. A band is
 -- {adapter, priority, since when it is unserved}.
