@@ -135,7 +135,7 @@ def test_a_seeded_job_draws_the_same_tokens_after_its_worker_was_killed(
         fields = {"temperature": 1.2, "presence_penalty": 0.5, "min_p": 0.02, "n": 2}
         return [
             {**line, **fields, "id": f"{prefix}-{i}", "seed": i}
-            for i, line in enumerate(lines(4, max_tokens=100))
+            for i, line in enumerate(lines(4, max_tokens=200))
         ]
 
     flags = ("--lease-seconds", "1", "--max-running-requests", "4")
@@ -162,17 +162,17 @@ def test_sigterm_ends_a_worker_in_order_and_the_rest_of_the_work_goes_on_elsewhe
 ) -> None:
     first = start_worker("--max-running-requests", "4")
     wait_for_workers(client, 1)
-    submission = client.submit(lines(30, max_tokens=40))
+    submission = client.submit(lines(60, max_tokens=40))
     wait_for_a_result(client, submission)
     first.terminate()
     first.join(PATIENCE)
     assert first.exitcode == 0
     counts = client.status(submission).counts  # type: ignore[union-attr]
     assert counts["running"] == 0
-    assert counts["done"] + counts["waiting"] == 30
+    assert counts["done"] + counts["waiting"] == 60
     assert counts["waiting"] > 0
     start_worker("--burst")
-    assert client.wait(submission, timeout=PATIENCE).counts["done"] == 30  # type: ignore[union-attr]
+    assert client.wait(submission, timeout=PATIENCE).counts["done"] == 60  # type: ignore[union-attr]
 
 
 def test_a_second_sigterm_hands_everything_back_at_once(
