@@ -396,6 +396,13 @@ def run_one_damaged(queue: JobQueue, damage: Damage) -> list[Lease]:
     return leases
 
 
+def lose_a_claims_reply(queue: JobQueue, damage: Damage) -> None:
+    """As ``run_one_damaged``, but what they were claimed by has not come back: it is the next."""
+    number = queue._claim_number
+    run_one_damaged(queue, damage)
+    queue._claim_number = number
+
+
 def states_of_others(queue: JobQueue) -> list[str | None]:
     return [queue.client.hget(queue.keys.job(id_), "state") for id_ in "ab"]  # type: ignore[misc]
 
@@ -430,9 +437,7 @@ def test_a_record_that_is_damaged_while_it_runs_keeps_no_job_from_being_tried_ag
 def test_a_record_that_is_damaged_while_it_runs_keeps_no_worker_from_asking_again_for_its_claim(
     queue: JobQueue, damage: Damage
 ) -> None:
-    number = queue._claim_number
-    run_one_damaged(queue, damage)
-    queue._claim_number = number
+    lose_a_claims_reply(queue, damage)
     assert {"a", "b"} <= {job.lease.job_id for job in claim(queue)}
 
 
@@ -440,9 +445,7 @@ def test_a_record_that_is_damaged_while_it_runs_keeps_no_worker_from_asking_agai
 def test_a_record_that_is_damaged_while_it_runs_keeps_no_worker_from_leaving(
     queue: JobQueue, damage: Damage
 ) -> None:
-    number = queue._claim_number
-    run_one_damaged(queue, damage)
-    queue._claim_number = number
+    lose_a_claims_reply(queue, damage)
     queue.leave("w")
     assert states_of_others(queue) == ["waiting"] * 2
 

@@ -88,8 +88,7 @@ end
 if #reply > 1 then return reply end
 -- What adds nothing needs no room.
 if num_new > 0 and not has_room(num_new + rest_jobs, num_bytes + rest_bytes) then
-  return { 'full', num_fitting, waiting_jobs, waiting_bytes,
-    max_jobs or '', max_bytes or '' }
+  return { 'full', num_fitting, waiting_jobs, waiting_bytes, max_jobs or '', max_bytes or '' }
 end
 
 local now = now_ms()
