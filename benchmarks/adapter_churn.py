@@ -32,6 +32,7 @@ from worker.adapters.peft_format import Adapter
 from worker.adapters.slots import AdapterSlots
 from worker.background import change_threads_often
 from worker.engine import Engine
+from worker.host_memory import leave_alone_what_stays
 
 #: Steps of a phase, and after how many of them the next adapter is brought to a slot.
 PHASE, EVERY = 50, 5
@@ -67,7 +68,7 @@ class DiskReader:
             if self._ended.is_set():
                 return
             self.is_reading = True
-            self._slots.prepare(self._engine.adapters.loader.load(folder.name, folder))
+            self._slots.memory.prepare(self._engine.adapters.loader.load(folder.name, folder))
             self.is_reading = False
             self.num_read += 1
 
@@ -104,7 +105,7 @@ def seconds_to_slot(
     engine: Engine, slots: AdapterSlots, jobs: list[Job], adapters: Sequence[Adapter]
 ) -> list[float]:
     """From wanting an adapter to its standing in the slot, while batches run."""
-    assert slots.stream is not None
+    assert slots.memory.stream is not None
     for sequence in [engine.sequence_of(job) for job in jobs]:
         engine.add(sequence)
     for _ in range(30):
@@ -114,7 +115,7 @@ def seconds_to_slot(
         engine.step()
         began = time.perf_counter()
         slots.bring(adapter, engine.scheduler.adapters_in_use)
-        slots.stream.synchronize()
+        slots.memory.stream.synchronize()
         times.append(time.perf_counter() - began)
         # Out again, so that the next one of the rank is a load too.
         slots.forget_all_but(engine.scheduler.adapters_in_use)
@@ -166,13 +167,15 @@ def _main() -> None:
         raise BadInput(f"{folder} has no adapter that the jobs do not use.")
     engine = Engine(config)
     slots = engine.slots
-    if slots is None or slots.stream is None:
+    if slots is None or slots.memory.stream is None:
         raise BadInput("Only a GPU worker with adapters loads them while it computes.")
-    change_threads_often()  # As the command `worker` does.
+    # As the command `worker` does.
+    leave_alone_what_stays()
+    change_threads_often()
     run(engine, jobs[: len(jobs) // 4])  # Warms up.
     adapters = [engine.adapters.loader.load(path.name, path) for path in spare]
     for adapter in adapters:
-        slots.prepare(adapter)
+        slots.memory.prepare(adapter)
     reader = DiskReader(engine, slots, spare)
     following = cycle(adapters)
     loads_before = slots.num_loads

@@ -30,6 +30,7 @@ from schemas.errors import LorryError
 from schemas.job import Job
 from worker.config import WorkerConfig
 from worker.engine import Engine
+from worker.host_memory import leave_alone_what_stays
 
 PROMPT_TOKENS = 128
 
@@ -125,6 +126,7 @@ def main() -> None:
             }
         )
         engine = Engine(config)
+        leave_alone_what_stays()  # As the command `worker` does.
     except LorryError as error:
         sys.exit(f"error: {error}")
     times: dict[tuple[str, int], list[StepTime]] = defaultdict(list)

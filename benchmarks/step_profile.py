@@ -29,6 +29,7 @@ from benchmarks.workload import add_flags, configured, run
 from schemas.errors import BadInput, LorryError
 from schemas.job import Job
 from worker.engine import Engine
+from worker.host_memory import leave_alone_what_stays
 
 #: What a kernel does, by its name; the first that matches.
 KINDS = {
@@ -180,6 +181,7 @@ def main() -> None:
         if config.resolved_device.type != "cuda":
             raise BadInput("There is no GPU here to profile.")
         engine = Engine(config)
+        leave_alone_what_stays()  # As the command `worker` does.
         console = Console(width=120)
         for name, jobs in workloads.items():
             run(engine, jobs)

@@ -27,6 +27,7 @@ from schemas.errors import BadInput, LorryError
 from schemas.job import Job
 from worker.config import WorkerConfig
 from worker.engine import Engine, EngineCounters
+from worker.host_memory import leave_alone_what_stays
 from worker.lora_path import LoraPath
 
 
@@ -93,6 +94,7 @@ def measure(
     """The figures of each workload's runs."""
     started = time.perf_counter()
     engine = Engine(config)
+    leave_alone_what_stays()  # As the command `worker` does.
     fixed = {"start_up_s": round(time.perf_counter() - started, 1), "kv_tokens": engine.kv_capacity}
     for name, jobs in workloads.items():
         for number in range(1, runs + 1):

@@ -25,7 +25,8 @@ from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter, LoraFactors
 from worker.adapters.peft_targets import Place
 from worker.adapters.registry import AdapterRegistry, load_registry
-from worker.adapters.slots import AdapterSlots, rank_capacity, spare_rows
+from worker.adapters.slot_memory import spare_rows
+from worker.adapters.slots import AdapterSlots, rank_capacity
 from worker.adapters.sources import find_adapters
 from worker.config import WorkerConfig
 from worker.engine import Engine
@@ -110,7 +111,7 @@ def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
     """Every layer's and group's product equals the formula in float64; 0 for a module that the
     adapter leaves alone."""
     segments = [Segment(0, 4, slots.first_rank(adapter), adapter.rank)]
-    for seed, ((layer, group), weights) in enumerate(slots.weights.items()):
+    for seed, ((layer, group), weights) in enumerate(slots.memory.weights.items()):
         if layer is None and group not in adapter.target_groups:
             continue  # No row of the adapter comes there.
         modules = MODEL.parts_of(group)
@@ -249,9 +250,9 @@ def test_placing_again_gives_the_same_slot() -> None:
 def test_placing_again_does_not_load_again() -> None:
     slots, a = make_slots(2), random_adapter("a")
     slots.place(a, ())
-    slots.weights[0, "o_proj"].a.fill_(7)
+    slots.memory.weights[0, "o_proj"].a.fill_(7)
     slots.place(a, ())
-    assert (slots.weights[0, "o_proj"].a == 7).all()
+    assert (slots.memory.weights[0, "o_proj"].a == 7).all()
 
 
 def test_an_adapter_loaded_anew_under_its_name_is_another_one() -> None:
@@ -314,8 +315,8 @@ def test_an_adapter_laid_out_for_a_gpu_is_in_memory_once() -> None:
         random_adapter("a", rank=7, modules=TARGET_MODULES),
     )
     before = {place: (factors.a, factors.b) for place, factors in adapter.factors.items()}
-    pieces = slots._pack(adapter, page_locked=False)
-    slots._share(adapter, pieces)
+    pieces = slots.memory._pack(adapter, page_locked=False)
+    slots.memory._share(adapter, pieces)
     laid_out = {piece.memory.untyped_storage().data_ptr() for piece in pieces}
     for place, (a, b) in before.items():
         factors = adapter.factors[place]
@@ -347,7 +348,9 @@ def test_an_adapter_that_changes_no_end_pays_for_none() -> None:
 
 def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
     slots = make_slots(2, modules=("v_proj", "down_proj"))
-    assert slots.weights.keys() == {(n, g) for n in range(2) for g in ("qkv_proj", "down_proj")}
+    assert slots.memory.weights.keys() == {
+        (n, g) for n in range(2) for g in ("qkv_proj", "down_proj")
+    }
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from kernels.lora_embed import lora_embed
 from kernels.lora_expand import lora_expand_torch, lora_expand_triton
 from kernels.lora_segments import GainRows, LoraRows, LoraTile, Segment, lora_tiles
 from kernels.lora_shrink import lora_shrink_torch
+from kernels.lora_spread import lora_spread, lora_spread_triton, spread_table
 from kernels.paged_attention_decode import (
     paged_attention_decode_torch,
     paged_attention_decode_triton,
@@ -640,6 +641,18 @@ def test_shrink_lays_its_columns_as_the_rows_of_a(n_parts: int) -> None:
     rows, first = x[2:9].double(), n_parts * FIRST_RANKS[1]
     bound = rows.abs() @ a.abs().t() * IN_FEATURES * ROUNDING
     assert_within(h[2:9, first : first + n_parts * RANKS[1]], rows @ a.t(), bound)
+
+
+@pytest.mark.parametrize("spread", [lora_spread, lora_spread_triton])
+def test_spread_gives_each_factor_its_ranks_and_no_other_any(spread: Operation) -> None:
+    factors = [torch.full((4, size), -1.0) for size in (3, 2, 1, 5)]
+    table = spread_table(factors, factors[0].device)
+    # The last two, from rank 1 on: first [[0], [1]], and then [[2 to 6], [7 to 11]].
+    spread(torch.arange(12.0), factors[2:], table[2:], 1, 2)
+    assert factors[2].flatten().tolist() == [-1, 0, 1, -1]
+    assert factors[3][1:3].flatten().tolist() == list(range(2, 12))
+    untouched = [*factors[:2], factors[3][0], factors[3][3]]
+    assert all((part == -1).all() for part in untouched)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

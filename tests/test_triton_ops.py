@@ -22,6 +22,7 @@ from kernels.largest_token import NO_TOKEN, largest_token_torch, largest_token_t
 from kernels.lora_expand import lora_expand_torch, lora_expand_triton
 from kernels.lora_segments import LoraTile, Segment, lora_tiles
 from kernels.lora_shrink import SHRINK_TILE_ROWS, lora_shrink_torch, lora_shrink_triton
+from kernels.lora_spread import lora_spread_torch, lora_spread_triton, spread_table
 from kernels.paged_attention_decode import (
     paged_attention_decode_torch,
     paged_attention_decode_triton,
@@ -339,6 +340,20 @@ def test_lora_shrink(dtype: torch.dtype, count: int, n_parts: int, features: int
         columns = slice(n_parts * first_rank, n_parts * (first_rank + rank))
         if end_row > first_row:
             assert_close(actual[first_row:end_row, columns], expected[first_row:end_row, columns])
+
+
+@every_dtype
+@pytest.mark.parametrize(("first_rank", "rank"), [(0, 1), (5, 3), (16, 16), (0, 0)])
+@pytest.mark.parametrize("neighbours", [slice(0, 5), slice(1, 4), slice(4, 5)], ids=str)
+def test_lora_spread(dtype: torch.dtype, first_rank: int, rank: int, neighbours: slice) -> None:
+    factors = [poisoned(40, size, dtype=dtype) for size in (1, 1030, 7, 256, 600)]
+    table, targets = spread_table(factors, factors[0].device), factors[neighbours]
+    packed = normal(rank * sum(factor.shape[1] for factor in targets), dtype=dtype)
+    expected = [factor.clone() for factor in factors]
+    lora_spread_torch(packed, expected[neighbours], first_rank, rank)
+    lora_spread_triton(packed, targets, table[neighbours], first_rank, rank)
+    for factor, copy in zip(factors, expected, strict=True):
+        torch.testing.assert_close(factor, copy, rtol=0, atol=0, equal_nan=True)
 
 
 @every_dtype

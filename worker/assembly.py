@@ -9,7 +9,8 @@ import structlog
 import torch
 
 from worker.adapters.loader import AdapterLimits
-from worker.adapters.slots import AdapterSlots, rank_capacity, rank_levels, spare_rows
+from worker.adapters.slot_memory import spare_rows
+from worker.adapters.slots import AdapterSlots, rank_capacity, rank_levels
 from worker.config import WorkerConfig
 from worker.kv_cache import KVCache, num_pages
 from worker.model.config import ModelConfig
@@ -32,7 +33,7 @@ def build_runner(
     # One page more than the pool hands out, for rows that belong to no sequence.
     cache = KVCache(model, pages + 1, weights.device, weights.dtype)
     runner = ModelRunner(
-        Decoder(model, weights, cache, slots.weights if slots else {}, context_length),
+        Decoder(model, weights, cache, slots.memory.weights if slots else {}, context_length),
         max_running=config.running_limit,
         max_pages=num_pages(context_length),
         unused_page=pages,

@@ -87,7 +87,7 @@ class Engine:
             config,
             found,
             AdapterLoader(model, weights, limits),
-            self.slots.prepare if self.slots else None,
+            self.slots.memory.prepare if self.slots else None,
         )
         build = partial(build_runner, config, model, weights, self.slots, self.context_length)
         pages = pages_that_fit(
