@@ -44,8 +44,8 @@ class DesiredState(QueueScripts):
         return int(self._run("announce", *fields))
 
     def set_adapter(self, name: str, source: str, *, pinned: bool) -> int:
-        """Let every worker load an adapter, in place of one of that name if there is one; returns
-        the version of the desired state."""
+        """Let every worker load an adapter, in place of one of that name if there is one, whose pin
+        stays; returns the version of the desired state."""
         return int(self._run("set_adapter", name, source, int(pinned)))
 
     def pin_adapter(self, name: str, pinned: bool) -> int | None:

@@ -9,8 +9,9 @@ class FetchRequests(QueueScripts):
     """Those of one queue; ``broker.fetches`` tells what became of them."""
 
     def request_fetch(self, name: str, id_: str, source: str, *, pinned: bool) -> str:
-        """Ask for an adapter to be fetched from the hub and then loaded; ``id_`` is new. Returns
-        the id of the request: that of an equal one that is not over yet, else ``id_``."""
+        """Ask for an adapter to be fetched from the hub and then loaded; ``id_`` is new. What is
+        pinned under the name stays so. Returns the id of the request: that of one for the same
+        source that is not over yet, else ``id_``."""
         return str(self._run("request_fetch", name, id_, source, int(pinned)))
 
     def publish_fetch(self, name: str, id_: str, source: str, revision: str) -> int | None:

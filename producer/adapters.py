@@ -40,7 +40,7 @@ class Change:
     version: int
     """That of the desired state with it; 0 while the adapter is still to be fetched."""
     pinned: bool = False
-    """Whether the adapter shall keep a slot."""
+    """Whether it asks for a slot to keep; a load that does not leaves the pin as it is."""
     is_retired: bool = False
     """Whether no job of an unloaded adapter was left, so that the queue knows it no more."""
     fetch: str | None = None
@@ -93,7 +93,8 @@ class AdapterStatus:
 def load(
     queue: JobQueue, reader: QueueReader, name: str, source: Path | str, *, pinned: bool
 ) -> Change:
-    """Let every worker read an adapter from the folder, in place of one of that name."""
+    """Let every worker read an adapter from the folder, in place of one of that name; a pin of that
+    stays."""
     folder = _folder(str(source))
     check_load(reader, name, pinned=pinned)
     return Change("load", name, queue.set_adapter(name, folder, pinned=pinned), pinned)

@@ -128,12 +128,69 @@ def test_a_load_is_told_to_the_workers_and_to_be_read_by_them(
 
 
 def test_a_second_load_of_a_name_is_to_be_read_again(queue: JobQueue) -> None:
-    queue.set_adapter("sql", "/sql", pinned=True)
+    queue.set_adapter("sql", "/sql", pinned=False)
     queue.adopt_revision("sql", 1, "r1")
     assert queue.set_adapter("sql", "/sql", pinned=False) == 2
     assert record(queue) == AdapterRecord(
         source="/sql", version=2, previous=AdapterVersion(source="/sql", revision="r1")
     )
+
+
+@pytest.mark.parametrize("source", ["/sql", "/other", "hf:acme/sql"])
+def test_a_load_keeps_a_pin_and_makes_none(queue: JobQueue, source: str) -> None:
+    def load(name: str) -> bool:
+        if source.startswith("/"):
+            queue.set_adapter(name, source, pinned=False)
+        else:
+            id_ = queue.request_fetch(name, f"fetch-{name}", source, pinned=False)
+            queue.publish_fetch(name, id_, f"{source}@{'0' * 40}", "r2")
+        return record(queue, name).pinned
+
+    queue.announce({"sql": announced(), "json": announced()})
+    queue.pin_adapter("sql", True)
+    assert load("sql")
+    assert not load("json")
+    queue.pin_adapter("sql", False)
+    assert not load("sql")
+
+
+@pytest.mark.parametrize("later", ["the same", "another repository", "a folder"])
+def test_a_load_keeps_the_pin_that_was_asked_for_with_a_fetch_under_way(
+    queue: JobQueue, later: str
+) -> None:
+    queue.request_fetch("sql", "first", "hf:acme/sql", pinned=True)
+    if later == "a folder":
+        queue.set_adapter("sql", "/sql", pinned=False)
+    else:
+        source = "hf:acme/sql" if later == "the same" else "hf:acme/other"
+        id_ = queue.request_fetch("sql", "second", source, pinned=False)
+        assert id_ == ("first" if later == "the same" else "second")
+        queue.publish_fetch("sql", id_, f"{source}@{'0' * 40}", "r1")
+    assert record(queue).pinned
+
+
+def test_a_request_for_a_pin_pins_what_is_being_fetched_already(queue: JobQueue) -> None:
+    queue.request_fetch("sql", "first", "hf:acme/sql", pinned=False)
+    assert queue.request_fetch("sql", "second", "hf:acme/sql", pinned=True) == "first"
+    queue.publish_fetch("sql", "first", f"hf:acme/sql@{'0' * 40}", "r1")
+    assert record(queue).pinned
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_what_was_said_last_of_a_pin_holds_whenever_a_fetch_is_over(
+    queue: JobQueue, pinned: bool
+) -> None:
+    queue.announce({"sql": announced(pinned=not pinned)})
+    queue.request_fetch("sql", "first", "hf:acme/sql", pinned=not pinned)
+    queue.pin_adapter("sql", pinned)
+    queue.publish_fetch("sql", "first", f"hf:acme/sql@{'0' * 40}", "r1")
+    assert record(queue).pinned is pinned
+
+
+def test_a_damaged_request_keeps_no_adapter_from_being_loaded(queue: JobQueue) -> None:
+    queue.client.hset(queue.keys.fetches, "sql", "{")
+    queue.set_adapter("sql", "/sql", pinned=False)
+    assert record(queue).source == "/sql"
 
 
 def test_what_was_read_last_stays_on_record_until_its_replacement_was_read(

@@ -373,6 +373,17 @@ def test_an_adapter_is_pinned_and_unpinned_on_every_worker(
     assert reader.workers()[0].pinned == []
 
 
+def test_a_load_without_pin_leaves_the_adapter_pinned(
+    producer: Producer, reader: QueueReader, start_worker: StartWorker
+) -> None:
+    start_worker("w1")
+    assert producer("lora", "load", "sql", "/adapters/sql").exit_code == 0
+    assert producer("lora", "pin", "sql").exit_code == 0
+    for path in ("/adapters/sql", "/adapters/new"):
+        assert producer("lora", "load", "sql", path).exit_code == 0
+        assert reader.workers()[0].pinned == ["sql"]
+
+
 def test_more_pinned_adapters_than_a_worker_can_keep_are_refused_at_once(
     producer: Producer, queue: JobQueue, start_worker: StartWorker
 ) -> None:

@@ -10,12 +10,17 @@ local CHANGES = {
 local name, change = ARGV[1], CHANGES[ARGV[2]]
 if not change then return redis.error_reply('ERR no such change: ' .. ARGV[2]) end
 local field, value = unpack(change)
-local fetch = field == 'unloading' and read_fetch(name)
-if fetch then redis.call('HDEL', FETCHES, name) end
-local record = read_record(name)
+local record, fetch = read_record(name), read_fetch(name)
+if field == 'unloading' then
+  redis.call('HDEL', FETCHES, name)
+elseif record and fetch and not is_over(fetch) then
+  fetch.pinned = value -- It would pin the adapter when it is over, or take the pin away.
+  write_fetch(name, fetch)
+end
 if not record then
   -- Unloaded while it was fetched, or after that had failed: there is nothing else to take away.
-  return fetch and type(fetch.version) ~= 'number' and desired_state_changed()
+  local is_withdrawn = field == 'unloading' and fetch and type(fetch.version) ~= 'number'
+  return is_withdrawn and desired_state_changed()
 end
 if record[field] == value then return tonumber(redis.call('GET', ADAPTERS_VERSION)) end
 record[field] = value

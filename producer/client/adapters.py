@@ -21,8 +21,9 @@ class Adapters(Session):
         ``source`` is a folder as the workers see it; a relative one counts from the current folder
         of this process. Or it is a text like ``owner/name[@revision]``, if there is no such folder:
         a repository of the hub, which a fetcher fetches first (``hf:owner/name`` in any case). A
-        ``pinned`` adapter keeps a slot. Raises BadInput for what cannot be a name or a source, and
-        for more pinned adapters than a worker can keep.
+        ``pinned`` adapter keeps a slot; without it the name stays pinned or unpinned as it is.
+        Raises BadInput for what cannot be a name or a source, and for more pinned adapters than a
+        worker can keep.
         """
         repository = hub.hub_source(source) if isinstance(source, str) else None
         with self._errors():
