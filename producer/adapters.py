@@ -237,11 +237,15 @@ def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -
         if record and not record.unloading:
             return _failure(worker, "it was loaded again meanwhile")
         return None if record or name in worker.adapters else _success(worker)
+    if change.action == "load" and record and record.version > change.version:
+        # What the worker says is of that load, whatever became of this one.
+        return _failure(worker, "it was loaded again meanwhile")
     if worker.desired_version < change.version:
         return None
+    if change.action != "load" and (name in worker.pinned) == change.pinned:
+        return _success(worker)  # Also where a load of it has failed, and the old one is pinned.
     if change.action == "unpin":
-        is_pinned = name in worker.pinned
-        return _failure(worker, "it is still pinned") if is_pinned else _success(worker)
+        return _failure(worker, "it is still pinned")
     if name in worker.adapter_errors:
         return _failure(worker, worker.adapter_errors[name])
     if name not in worker.adapters:

@@ -36,7 +36,7 @@ class WorkerState(BaseModel):
     resident: list[str] = []
     """Adapters whose weights stand in a slot."""
     pinned: list[str] = []
-    """Adapters that keep their slot."""
+    """Adapters that keep their slot; not one that is to, but whose weights could not be read."""
     desired_version: int = 0
     """The version of the desired state that this worker has acted on."""
     adapter_errors: dict[str, str] = {}

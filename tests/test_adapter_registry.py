@@ -182,6 +182,7 @@ def test_an_evicted_adapter_that_is_pinned_and_has_gone_is_told(folder: Path) ->
     (folder / "a" / "weights").unlink()
     known.pin("a")
     assert known.errors == {"a": f"there is no folder {folder / 'a'}."}
+    assert known.pinned == []
 
 
 def test_what_came_back_is_no_longer_told_as_unavailable_once_it_is_loaded_again(

@@ -514,6 +514,50 @@ def test_an_adapter_that_is_loaded_again_while_it_drains_is_not_unloaded(
     assert "it was loaded again meanwhile" in outcome.stdout
 
 
+@pytest.mark.parametrize(("first", "last"), [("gone", "good"), ("good", "gone")])
+def test_a_load_is_not_answered_with_what_became_of_a_later_one(
+    client: Client, queue: JobQueue, first: str, last: str
+) -> None:
+    """Both are given while the worker is stopped."""
+    changes = [client.load_adapter("sql", f"/adapters/{folder}") for folder in (first, last)]
+    served = {"adapters": {"sql": "r"}} if last == "good" else {}
+    errors = {"adapter_errors": {"sql": "there is no folder /gone."}} if last == "gone" else {}
+    beat(queue, desired_version=2, **served, **errors)
+    (superseded,), (answer,) = (client.answers(change) for change in changes)
+    assert (superseded.success, superseded.error_message) == (
+        False,
+        "it was loaded again meanwhile",
+    )
+    assert answer.success == (last == "good")
+
+
+def test_a_load_that_was_superseded_fails_its_command(producer: Producer, queue: JobQueue) -> None:
+    beat(queue)
+
+    def load_again() -> None:
+        wait_until(lambda: bool(desired(queue)), "it was not loaded")
+        queue.set_adapter("sql", "/adapters/good", pinned=False)
+        beat(queue, adapters={"sql": "r"}, desired_version=2)
+
+    thread = threading.Thread(target=load_again)
+    thread.start()
+    outcome = producer("lora", "load", "sql", "/adapters/gone")
+    thread.join()
+    assert outcome.exit_code == 1
+    assert "it was loaded again meanwhile" in outcome.stdout
+
+
+@pytest.mark.parametrize("pinned", [["sql"], []])
+def test_a_pin_is_answered_by_what_is_pinned_though_a_load_has_failed(
+    producer: Producer, queue: JobQueue, pinned: list[str]
+) -> None:
+    """The worker serves what the load was to replace, and says what was wrong with that."""
+    queue.announce({"sql": AdapterRecord(source="/sql", revision="r")})
+    error = {"sql": "there is no folder /gone."}
+    beat(queue, adapters={"sql": "r"}, adapter_errors=error, pinned=pinned, desired_version=2)
+    assert producer("lora", "pin", "sql").exit_code == (0 if pinned else 1)
+
+
 def test_an_adapter_that_is_unloaded_while_a_load_is_waited_for_is_no_success(
     client: Client, queue: JobQueue, start_worker: StartWorker
 ) -> None:

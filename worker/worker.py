@@ -300,7 +300,7 @@ class Worker:
             started=self._started,
             adapters=engine.adapters.revisions,
             resident=engine.resident,
-            pinned=sorted(engine.adapters.pinned_names),
+            pinned=sorted(adapter.name for adapter in engine.adapters.pinned),
             desired_version=self._follower.version,
             adapter_errors=engine.adapters.errors,
             adapter_counts=engine.adapters.counts,
