@@ -70,6 +70,8 @@ def _served(adapter: AdapterStatus) -> Text:
     parts = [f"{what} on {adapter.num_loaded} of {adapter.num_workers} workers"]
     if adapter.num_resident:
         parts.append(f"in a slot on {adapter.num_resident}")
+    if adapter.pinned and adapter.num_pinned < adapter.num_workers:
+        parts.append(f"pinned on {adapter.num_pinned} of {adapter.num_workers} workers")
     if adapter.unloading:
         parts.insert(0, f"unloading ({adapter.unloading})")
     state = cell(", ".join(parts))

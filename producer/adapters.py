@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +17,7 @@ from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.advice import counted, known_adapters, listed
 from schemas.adapter import AdapterRecord, is_adapter_name
-from schemas.errors import BadInput, UnknownId
+from schemas.errors import BadInput, TooManyPinned, UnknownId
 from schemas.worker_state import AdapterCounts, WorkerState
 
 #: Seconds between two looks at the workers' heartbeats. A worker writes one once it has acted.
@@ -76,6 +78,8 @@ class AdapterStatus:
     num_loaded: int
     num_resident: int
     """Workers on which its weights stand in a slot."""
+    num_pinned: int
+    """Workers on which it keeps one."""
     errors: dict[str, str]
     """Worker -> why it does not serve the adapter."""
     waiting: int
@@ -96,15 +100,10 @@ def load(
     """Let every worker read an adapter from the folder, in place of one of that name; a pin of that
     stays."""
     folder = _folder(str(source))
-    check_load(reader, name, pinned=pinned)
-    return Change("load", name, queue.set_adapter(name, folder, pinned=pinned), pinned)
-
-
-def check_load(reader: QueueReader, name: str, *, pinned: bool) -> None:
-    """Raises BadInput for what cannot be a name, and if a worker has no slot left to keep."""
     require_name(name)
-    if pinned:
-        _require_slot_to_keep(reader, name)
+    with slots_to_keep(reader, name, pinned) as limit:
+        version = queue.set_adapter(name, folder, pinned=pinned, max_pinned=limit)
+    return Change("load", name, version, pinned)
 
 
 def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> Change:
@@ -130,11 +129,12 @@ def _retire(queue: JobQueue, reader: QueueReader, name: str) -> bool:
 def pin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
     """Let an adapter keep a slot on every worker."""
     require_name(name)
-    if record := reader.adapter(name):
-        if record.unloading:
-            raise BadInput(f"'{name}' is being unloaded; `producer lora load` brings it back.")
-        _require_slot_to_keep(reader, name)
-    version = queue.pin_adapter(name, True)
+    # All are read, so that a damaged one, with which workers follow none, is told.
+    record = reader.adapters().get(name)
+    if record and record.unloading:
+        raise BadInput(f"'{name}' is being unloaded; `producer lora load` brings it back.")
+    with slots_to_keep(reader, name) as limit:
+        version = queue.pin_adapter(name, True, max_pinned=limit)
     if version is None:
         raise unknown(reader, name)
     return Change("pin", name, version, pinned=True)
@@ -186,16 +186,16 @@ def read_statuses(reader: QueueReader, fetches: Fetches) -> list[AdapterStatus]:
     there are."""
     records, workers = reader.adapters(), reader.workers()
     waiting = reader.num_waiting_by_adapter()
-    resident = [set(worker.resident) for worker in workers]
+    resident = Counter(name for worker in workers for name in set(worker.resident))
+    pinned = Counter(name for worker in workers for name in worker.pinned)
     found = {
-        name: _status(name, record, workers, sum(name in names for names in resident), waiting)
+        name: _status(name, record, workers, resident[name], pinned[name], waiting)
         for name, record in records.items()
     }
     for name, fetch in fetches.statuses().items():
         if fetch.state != "loaded":
-            known = found.get(name) or _status(
-                name, AdapterRecord(source=fetch.source, pinned=fetch.pinned), workers, 0, waiting
-            )
+            record = AdapterRecord(source=fetch.source, pinned=fetch.pinned)
+            known = found.get(name) or _status(name, record, workers, 0, 0, waiting)
             found[name] = replace(known, fetch=fetch)
     return [found[name] for name in sorted(found)]
 
@@ -205,6 +205,7 @@ def _status(
     record: AdapterRecord,
     workers: Sequence[WorkerState],
     num_resident: int,
+    num_pinned: int,
     waiting: dict[str, int],
 ) -> AdapterStatus:
     counts = [worker.adapter_counts.get(name, _NOTHING_DONE) for worker in workers]
@@ -220,6 +221,7 @@ def _status(
         num_workers=len(workers),
         num_loaded=sum(name in worker.adapters for worker in workers),
         num_resident=num_resident,
+        num_pinned=num_pinned,
         errors={w.id: w.adapter_errors[name] for w in workers if name in w.adapter_errors},
         waiting=waiting.get(name, 0),
         requests=sum(count.requests for count in counts),
@@ -308,17 +310,23 @@ def unknown(reader: QueueReader, name: str) -> UnknownId:
     return UnknownId(f"Queue '{reader.name}' knows no adapter '{name}'{hint}{names}")
 
 
-def _require_slot_to_keep(reader: QueueReader, name: str) -> None:
-    """Raises BadInput if a worker has no slot left to keep for the adapter: one must stay free."""
-    pinned = [
-        other for other, record in reader.adapters().items() if record.pinned and other != name
-    ]
-    worker = min(reader.workers(), key=lambda w: w.max_loras_per_batch, default=None)
-    if worker is None or len(pinned) < worker.max_loras_per_batch - 1:
-        return
-    limit = worker.max_loras_per_batch - 1
-    raise BadInput(
-        f"'{name}' cannot be pinned: worker {worker.id} can keep {counted(limit, 'adapter')} pinned"
-        f" (--max-loras-per-batch {worker.max_loras_per_batch}, of which one slot stays free)"
-        + (f", and pinned already: {listed(pinned)}." if pinned else ".")
-    )
+@contextmanager
+def slots_to_keep(reader: QueueReader, name: str, wanted: bool = True) -> Iterator[int | None]:
+    """How many adapters every living worker can keep pinned, as one slot must stay free: the script
+    that is to pin one more counts them. None if no worker is alive, or no pin is wanted.
+
+    Raises BadInput if the script finds as many.
+    """
+    workers = reader.workers() if wanted else []
+    worker = min(workers, key=lambda w: w.max_loras_per_batch, default=None)
+    limit = worker.max_loras_per_batch - 1 if worker else None
+    try:
+        yield limit
+    except TooManyPinned as error:
+        if worker is None or limit is None:
+            raise
+        raise BadInput(
+            f"'{name}' cannot be pinned: worker {worker.id} can keep {counted(limit, 'adapter')}"
+            f" pinned (--max-loras-per-batch {worker.max_loras_per_batch}, of which one slot stays"
+            " free)" + (f", and pinned already: {listed(error.pinned)}." if error.pinned else ".")
+        ) from None

@@ -14,7 +14,7 @@ from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from broker.scripts import script_text
 from schemas.adapter import AdapterRecord, AdapterVersion
-from schemas.errors import LorryError
+from schemas.errors import LorryError, TooManyPinned
 from schemas.worker_state import AdapterCounts, WorkerState
 from tests.test_job_queue import claim, jobs, join, keys_left, result, submit
 
@@ -185,6 +185,42 @@ def test_what_was_said_last_of_a_pin_holds_whenever_a_fetch_is_over(
     queue.pin_adapter("sql", pinned)
     queue.publish_fetch("sql", "first", f"hf:acme/sql@{'0' * 40}", "r1")
     assert record(queue).pinned is pinned
+
+
+def test_no_more_are_pinned_than_the_caller_allows_by_whatever_command(
+    queue: JobQueue, control: Control
+) -> None:
+    queue.announce({name: announced(pinned=name < "c") for name in "abcd"})
+    assert control.heard() == [1]
+    before = queue.desired_state()
+    for pin in (
+        lambda: queue.pin_adapter("c", True, max_pinned=2),
+        lambda: queue.set_adapter("c", "/c", pinned=True, max_pinned=2),
+        lambda: queue.set_adapter("new", "/new", pinned=True, max_pinned=2),
+        lambda: queue.request_fetch("new", "f", "hf:acme/new", pinned=True, max_pinned=2),
+    ):
+        with pytest.raises(TooManyPinned) as refused:
+            pin()
+        assert refused.value.pinned == ["a", "b"]
+    assert queue.desired_state() == before
+    assert queue.client.hgetall(queue.keys.fetches) == {}
+    assert control.heard() == []
+    assert queue.pin_adapter("unknown", True, max_pinned=2) is None
+    assert queue.pin_adapter("a", True, max_pinned=1) == 1, "it is pinned already"
+    queue.set_adapter("b", "/other", pinned=True, max_pinned=1)
+    queue.set_adapter("new", "/new", pinned=False, max_pinned=0)
+    queue.pin_adapter("c", True, max_pinned=3)
+    queue.pin_adapter("d", True)
+
+
+def test_a_pin_that_comes_with_a_fetch_counts_until_that_has_failed(queue: JobQueue) -> None:
+    queue.announce({"sql": announced()})
+    queue.request_fetch("hub", "f", "hf:acme/hub", pinned=True, max_pinned=1)
+    with pytest.raises(TooManyPinned) as refused:
+        queue.pin_adapter("sql", True, max_pinned=1)
+    assert refused.value.pinned == ["hub"]
+    queue.fail_fetch("hub", "f", "no such repository")
+    assert queue.pin_adapter("sql", True, max_pinned=1) == 2
 
 
 def test_a_damaged_request_keeps_no_adapter_from_being_loaded(queue: JobQueue) -> None:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -401,6 +402,54 @@ def test_more_pinned_adapters_than_a_worker_can_keep_are_refused_at_once(
     assert queue.desired_state() == before
 
 
+def test_of_commands_at_one_moment_as_many_pin_as_a_worker_can_keep(
+    redis_url: str, queue: JobQueue, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_worker("small", slots=3)
+    names = ["a", "b", "c", "d"]
+    queue.announce({name: AdapterRecord(source="/", revision="r") for name in names})
+    have_looked = threading.Barrier(len(names))
+    look = QueueReader.workers
+
+    def look_with_the_others(reader: QueueReader) -> list[WorkerState]:
+        found = look(reader)
+        have_looked.wait(30)
+        return found
+
+    monkeypatch.setattr(QueueReader, "workers", look_with_the_others)
+
+    def refusal(name: str) -> str | None:
+        with Client(redis_url, queue.name) as client:
+            try:
+                client.pin_adapter(name)
+            except BadInput as error:
+                return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        refusals = [text for text in threads.map(refusal, names) if text]
+    pinned = [name for name, record in desired(queue).items() if record.pinned]
+    assert len(pinned) == 2
+    assert len(refusals) == 2
+    assert all(text.endswith(f"pinned already: {', '.join(pinned)}.") for text in refusals)
+
+
+def test_the_list_tells_how_many_workers_keep_what_is_pinned(
+    producer: Producer, queue: JobQueue
+) -> None:
+    """Two were each started with two pinned adapters of their own, and keep two each."""
+    names = ["a", "b", "c", "d"]
+    queue.announce({n: AdapterRecord(source="/", revision="r", pinned=True) for n in names})
+    for worker, pinned in (("w1", ["a", "b"]), ("w2", ["b", "c"])):
+        beat(queue, id=worker, adapters=dict.fromkeys(names, "r"), pinned=pinned)
+    found = json.loads(producer("lora", "list", "--json").stdout)["adapters"]
+    assert [adapter["num_pinned"] for adapter in found] == [1, 2, 1, 0]
+    _, *rows = producer("lora", "list").stdout.splitlines()
+    told = ["pinned on 1 of 2 workers", "", "pinned on 1 of 2 workers", "pinned on 0 of 2 workers"]
+    assert ["pinned on" in row for row in rows] == [bool(text) for text in told]
+    assert all(text in row for text, row in zip(told, rows, strict=True))
+
+
 def test_an_adapter_that_is_being_unloaded_cannot_be_pinned(
     producer: Producer, queue: JobQueue
 ) -> None:
@@ -661,6 +710,7 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
         "num_workers": 2,
         "num_loaded": 2,
         "num_resident": 1,
+        "num_pinned": 0,
         "errors": {},
         "waiting": 2,
         "requests": 8,

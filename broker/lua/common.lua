@@ -554,6 +554,25 @@ local function is_pinned(name)
     or fetch and not is_over(fetch) and fetch.pinned == true or false
 end
 
+-- The other adapters that are pinned, if they are as many as may be beside none of this name: `limit`,
+-- which is nil or '' where nobody knows one. nil if there is room, or if this one is pinned already.
+local function pins_in_the_way(name, limit)
+  if not tonumber(limit or '') or is_pinned(name) then return nil end
+  local are_pinned, names = {}, {}
+  for _, key in ipairs({ ADAPTERS, FETCHES }) do
+    local fields = redis.call('HGETALL', key)
+    for i = 1, #fields, 2 do
+      -- Few of 10,000 records hold this text, and to decode all of them takes 50 ms.
+      if string.find(fields[i + 1], '"pinned":true', 1, true) and is_pinned(fields[i]) then
+        are_pinned[fields[i]] = true
+      end
+    end
+  end
+  for other in pairs(are_pinned) do table.insert(names, other) end
+  table.sort(names)
+  return #names >= tonumber(limit) and names or nil
+end
+
 -- Lets every worker read an adapter from a source, in place of one of that name; returns the version
 -- of the desired state. `revision` is cjson.null where the first worker that reads it shall say. A
 -- pin stays, whatever is loaded: an unpin or an unload ends it.

@@ -27,10 +27,10 @@ class Adapters(Session):
         """
         repository = hub.hub_source(source) if isinstance(source, str) else None
         with self._errors():
+            queue, reader = self._job_queue, self._reader
             if repository:
-                adapters.check_load(self._reader, name, pinned=pinned)
-                return hub.request(self._job_queue, self._fetches, name, repository, pinned=pinned)
-            return adapters.load(self._job_queue, self._reader, name, source, pinned=pinned)
+                return hub.request(queue, reader, self._fetches, name, repository, pinned=pinned)
+            return adapters.load(queue, reader, name, source, pinned=pinned)
 
     def unload_adapter(self, name: str, *, force: bool = False) -> Change:
         """Take an adapter off all workers once its waiting jobs are finished, or, by force, failed;
