@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from broker.fetches import Fetches, FetchStatus
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.advice import counted, known_adapters, listed
 from schemas.adapter import AdapterRecord, is_adapter_name
 from schemas.errors import BadInput, TooManyPinned, UnknownId
-from schemas.worker_state import AdapterCounts, WorkerState
+from schemas.worker_state import WorkerState
 
 #: Seconds between two looks at the workers' heartbeats. A worker writes one once it has acted.
 LOOK_SECONDS = 0.1
 
 #: Seconds that a worker has for its answer, where nobody says otherwise.
 ANSWER_SECONDS = 60.0
-
-#: Of an adapter that a worker has never had.
-_NOTHING_DONE = AdapterCounts()
 
 #: Told before every pause how many jobs of the adapter are left.
 OnPause = Callable[[int], None]
@@ -58,40 +53,6 @@ class Answer:
     error_message: str | None
     loaded_adapters: dict[str, str]
     """Name -> revision of all adapters that it serves."""
-
-
-@dataclass(frozen=True)
-class AdapterStatus:
-    """An adapter of the desired state, and what the living workers say of it."""
-
-    name: str
-    source: str
-    revision: str | None
-    """None until a worker has read it."""
-    previous_revision: str | None
-    """What the last load is to replace, served until a worker has read its source."""
-    pinned: bool
-    unloading: str | None
-    """"drain" or "force"."""
-    num_workers: int
-    """Living workers; the next two count some of them."""
-    num_loaded: int
-    num_resident: int
-    """Workers on which its weights stand in a slot."""
-    num_pinned: int
-    """Workers on which it keeps one."""
-    errors: dict[str, str]
-    """Worker -> why it does not serve the adapter."""
-    waiting: int
-    """Jobs that nobody has claimed yet."""
-    requests: int
-    """Jobs that the living workers have answered, and with how many tokens."""
-    output_tokens: int
-    loads: int
-    evictions: int
-    mean_load_seconds: float | None
-    fetch: FetchStatus | None = None
-    """How its fetching from the hub is going, until it is loaded from there."""
 
 
 def load(
@@ -179,57 +140,6 @@ def answers(
             return [answer or _failure(worker, late) for worker, answer in found]
         on_pause(num_jobs)
         time.sleep(LOOK_SECONDS)
-
-
-def read_statuses(reader: QueueReader, fetches: Fetches) -> list[AdapterStatus]:
-    """Every adapter that the queue knows or fetches, by name, in a few round trips however many
-    there are."""
-    records, workers = reader.adapters(), reader.workers()
-    waiting = reader.num_waiting_by_adapter()
-    resident = Counter(name for worker in workers for name in set(worker.resident))
-    pinned = Counter(name for worker in workers for name in worker.pinned)
-    found = {
-        name: _status(name, record, workers, resident[name], pinned[name], waiting)
-        for name, record in records.items()
-    }
-    for name, fetch in fetches.statuses().items():
-        if fetch.state != "loaded":
-            record = AdapterRecord(source=fetch.source, pinned=fetch.pinned)
-            known = found.get(name) or _status(name, record, workers, 0, 0, waiting)
-            found[name] = replace(known, fetch=fetch)
-    return [found[name] for name in sorted(found)]
-
-
-def _status(
-    name: str,
-    record: AdapterRecord,
-    workers: Sequence[WorkerState],
-    num_resident: int,
-    num_pinned: int,
-    waiting: dict[str, int],
-) -> AdapterStatus:
-    counts = [worker.adapter_counts.get(name, _NOTHING_DONE) for worker in workers]
-    loads = sum(count.loads for count in counts)
-    load_seconds = sum(count.load_seconds for count in counts)
-    return AdapterStatus(
-        name=name,
-        source=record.source,
-        revision=record.revision,
-        previous_revision=record.previous.revision if record.previous else None,
-        pinned=record.pinned,
-        unloading=record.unloading,
-        num_workers=len(workers),
-        num_loaded=sum(name in worker.adapters for worker in workers),
-        num_resident=num_resident,
-        num_pinned=num_pinned,
-        errors={w.id: w.adapter_errors[name] for w in workers if name in w.adapter_errors},
-        waiting=waiting.get(name, 0),
-        requests=sum(count.requests for count in counts),
-        output_tokens=sum(count.output_tokens for count in counts),
-        loads=loads,
-        evictions=sum(count.evictions for count in counts),
-        mean_load_seconds=load_seconds / loads if loads else None,
-    )
 
 
 def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -> Answer | None:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 import typer
 
 from broker.fetches import FetchStatus
-from producer.adapters import AdapterStatus, Answer, Change
+from producer.adapter_states import AdapterStatus
+from producer.adapters import Answer, Change
 from producer.advice import no_fetcher, remedy
 from producer.bars import ProgressLines
 from producer.client import Client

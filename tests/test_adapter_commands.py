@@ -482,6 +482,29 @@ def test_a_worker_reports_what_each_adapter_has_done(queue: JobQueue, reader: Qu
     assert reader.workers() == [state]
 
 
+def test_the_state_of_many_adapters_holds_no_more_than_has_happened(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    names = [f"adapter-{number}" for number in range(10_000)]
+    read = AdapterCounts().model_copy(update={"loads": 1, "load_seconds": 0.5})
+    state = WorkerState(
+        id="w",
+        model="m",
+        device="cpu",
+        started=0,
+        adapters=dict.fromkeys(names, "r" * 16),
+        in_memory=None,
+        adapter_counts=dict.fromkeys(names, read),
+        max_loras_per_batch=8,
+    )
+    queue.heartbeat(state, alive_seconds=60)
+    assert reader.workers() == [state]
+    text: Any = queue.client.hget(queue.keys.worker("w"), "state")
+    assert '"in_memory":null,' in text
+    assert '"adapter-0":{"loads":1,"load_seconds":0.5}' in text
+    assert len(text) < 90 * len(names)
+
+
 def test_a_program_in_another_language_needs_the_scripts_alone(
     queue: JobQueue, control: Control
 ) -> None:

@@ -444,10 +444,15 @@ def test_the_list_tells_how_many_workers_keep_what_is_pinned(
         beat(queue, id=worker, adapters=dict.fromkeys(names, "r"), pinned=pinned)
     found = json.loads(producer("lora", "list", "--json").stdout)["adapters"]
     assert [adapter["num_pinned"] for adapter in found] == [1, 2, 1, 0]
-    _, *rows = producer("lora", "list").stdout.splitlines()
-    told = ["pinned on 1 of 2 workers", "", "pinned on 1 of 2 workers", "pinned on 0 of 2 workers"]
-    assert ["pinned on" in row for row in rows] == [bool(text) for text in told]
-    assert all(text in row for text, row in zip(told, rows, strict=True))
+    rows = producer("lora", "list").stdout.splitlines()[1:5]
+    told = [
+        "pinned on 1 of 2 workers",
+        "pinned",
+        "pinned on 1 of 2 workers",
+        "pinned on 0 of 2 workers",
+    ]
+    for text, row in zip(told, rows, strict=True):
+        assert f", {text}  " in row
 
 
 def test_an_adapter_that_is_being_unloaded_cannot_be_pinned(
@@ -680,14 +685,16 @@ def listed_queue(queue: JobQueue) -> None:
     )
     queue.unload_adapter("json", "drain")
     send(queue, 3)
-    counts = AdapterCounts(requests=4, output_tokens=50, loads=1, evictions=1, load_seconds=0.25)
+    counts = {"sql": AdapterCounts(requests=4, output_tokens=50, loads=1, load_seconds=0.25)}
+    w2_counts = {"sql": AdapterCounts(evictions=2, slot_loads=4, slot_evictions=3)}
     both = {"sql": "0123456789abcdef", "json": "fedcba9876543210"}
-    beat(queue, id="w1", adapters=both, resident=["sql"], adapter_counts={"sql": counts})
+    beat(queue, id="w1", adapters=both, resident=["sql"], pinned=["sql"], adapter_counts=counts)
     beat(
         queue,
         id="w2",
         adapters={"sql": "0123456789abcdef"},
-        adapter_counts={"sql": counts},
+        in_memory=[],
+        adapter_counts=w2_counts,
         adapter_errors={"json": "its rank is too large"},
     )
     claims = queue.claim("w1", ClaimRequest(1, 4, ()), lease_seconds=60, patience=60)
@@ -709,14 +716,17 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
         "unloading": None,
         "num_workers": 2,
         "num_loaded": 2,
+        "num_in_memory": 1,
         "num_resident": 1,
-        "num_pinned": 0,
+        "num_pinned": 1,
         "errors": {},
         "waiting": 2,
-        "requests": 8,
-        "output_tokens": 100,
-        "loads": 2,
+        "requests": 4,
+        "output_tokens": 50,
+        "loads": 1,
         "evictions": 2,
+        "slot_loads": 4,
+        "slot_evictions": 3,
         "mean_load_seconds": 0.25,
         "fetch": None,
     }
@@ -726,22 +736,36 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
 
 def test_the_list_is_a_table_for_a_person(producer: Producer, queue: JobQueue) -> None:
     listed_queue(queue)
-    head, json_row, sql_row, *rest = producer("lora", "list").stdout.splitlines()
-    assert head.split()[:4] == ["name", "source", "revision", "pinned"]
-    assert sql_row.split()[:4] == ["sql", "/adapters/sql", "01234567", "yes"]
-    assert "loaded on 2 of 2 workers, in a slot on 1" in sql_row
-    assert sql_row.endswith("0.250")
-    assert "unloading (drain), loaded on 1 of 2 workers, failed on 1" in json_row
+    lines = producer("lora", "list").stdout.splitlines()
+    head, json_row, sql_row, blank, counts_head, _, counts, *rest = lines
+    assert head.split() == ["name", "source", "revision", "state", "waiting"]
+    assert sql_row.split()[:3] == ["sql", "/adapters/sql", "01234567"]
+    place = "loaded on 2 of 2 workers (1 in a slot, 1 on disk), pinned on 1 of 2 workers"
+    assert place in sql_row
+    assert "unloading (drain), loaded on 1 of 2 workers (in memory), failed on 1" in json_row
+    assert blank == ""
+    assert counts_head.split()[:4] == ["name", "requests", "tokens", "loads"]
+    assert counts.split() == ["sql", "4", "50", "1", "0.250", "2", "4", "3"]
     assert "json on w2: its rank is too large" in rest
     assert "`producer lora unload NAME` forgets it" in rest[-1]
+
+
+def test_at_100_columns_a_line_of_the_list_holds_all_that_an_adapter_has_done(
+    producer: Producer, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.tables.UNBOUNDED_WIDTH", 100)
+    listed_queue(queue)
+    rows = producer("lora", "list").stdout.splitlines()
+    assert all(len(row) <= 100 for row in rows)
+    assert ["sql", "4", "50", "1", "0.250", "2", "4", "3"] in [row.split() for row in rows]
+    assert any(row.split()[:3] == ["sql", "/adapters/sql", "01234567"] for row in rows)
 
 
 def test_a_pipe_gets_every_path_and_name_whole(producer: Producer, queue: JobQueue) -> None:
     path, names = "/adapters" + "/folder" * 30, [f"adapter-{number}" for number in range(20)]
     queue.announce({name: AdapterRecord(source=path, revision="r") for name in names})
     beat(queue, id="w1", adapters=dict.fromkeys(names, "r"))
-    _, *rows = producer("lora", "list").stdout.splitlines()
-    assert len(rows) == len(names)
+    rows = producer("lora", "list").stdout.splitlines()[1 : 1 + len(names)]
     assert all(f" {path} " in row for row in rows)
     assert ", ".join(sorted(names)) in producer("status").stdout
 

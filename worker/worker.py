@@ -299,6 +299,7 @@ class Worker:
             device=engine.device.type,
             started=self._started,
             adapters=engine.adapters.revisions,
+            in_memory=engine.adapters.in_memory,
             resident=engine.resident,
             pinned=sorted(adapter.name for adapter in engine.adapters.pinned),
             desired_version=self._follower.version,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from broker.fetches import FetchStatus
-from producer import adapters, hub
-from producer.adapters import AdapterStatus, Answer, Change, OnPause
+from producer import adapter_states, adapters, hub
+from producer.adapter_states import AdapterStatus
+from producer.adapters import Answer, Change, OnPause
 from producer.client.session import Session
 from producer.hub import OnFetch
 
@@ -90,7 +91,7 @@ class Adapters(Session):
         """Every adapter that the queue knows or fetches, by name, and how the living workers serve
         it."""
         with self._errors():
-            return adapters.read_statuses(self._reader, self._fetches)
+            return adapter_states.read_statuses(self._reader, self._fetches)
 
 
 def _ignore(number: int) -> None:

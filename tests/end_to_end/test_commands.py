@@ -61,6 +61,36 @@ def test_every_command_may_be_given_twice(
     assert lora(redis_url, client, "unload", "twice").exit_code == 3
 
 
+def test_the_list_tells_where_two_workers_have_each_adapter_and_what_it_has_done(
+    client: Client, redis_url: str, root: Path, oracle: Oracle
+) -> None:
+    succeed(client, client.load_adapter("lora0", root / "lora0", pinned=True))
+    succeed(client, client.load_adapter("lora1", root / "lora1"))
+    assert not any(a.success for a in answers(client, client.load_adapter("gone", root / "gone")))
+    assert_answers(client, oracle, {"lora0": "lora0"})
+
+    def listed(*flags: str) -> str:
+        place = ("--redis-url", redis_url, "--queue", client.queue)
+        outcome = CliRunner().invoke(app, ["lora", "list", *flags, *place])
+        assert outcome.exit_code == 0, outcome.output
+        return outcome.stdout
+
+    def counts(name: str) -> list[str]:
+        return next(row.split() for row in listed().splitlines()[5:] if row.startswith(name))
+
+    # Each worker has it in a slot, and tells of the jobs with its next heartbeat.
+    wait_until(lambda: counts("lora0")[1:4] + counts("lora0")[6:] == ["3", "36", "2", "2", "0"])
+    head, gone, lora0, lora1, *_ = listed().splitlines()
+    assert head.split() == ["name", "source", "revision", "state", "waiting"]
+    assert "loaded on 0 of 2 workers, failed on 2" in gone
+    assert "loaded on 2 of 2 workers (in a slot), pinned  " in lora0
+    assert "loaded on 2 of 2 workers (in memory)  " in lora1
+    assert f": there is no folder {root / 'gone'}." in listed()
+    found = {row["name"]: row for row in json.loads(listed("--json"))["adapters"]}
+    assert [found["lora0"][f"num_{what}"] for what in ("loaded", "resident", "pinned")] == [2] * 3
+    assert found["lora1"]["slot_loads"] == 0
+
+
 @pytest.mark.parametrize("command", ["unload", "pin", "unpin"])
 def test_an_unknown_name_changes_nothing(
     client: Client, redis_url: str, root: Path, command: str
@@ -197,7 +227,10 @@ def test_an_evicted_adapter_comes_back_as_the_same_revision_or_not_at_all(
         for name in ("mine", "lora1"):
             assert_answers(client, oracle, {name: name.replace("mine", "lora0")})
         wait_until(lambda: status_of(client, "mine").evictions == 2)  # With the next heartbeat.
-        assert status_of(client, "mine").loads == 2
+        wait_until(lambda: status_of(client, "mine").slot_evictions == 1)
+        found = status_of(client, "mine")
+        assert (found.loads, found.slot_loads) == (2, 1)
+        assert (found.num_loaded, found.num_in_memory, found.num_resident) == (1, 0, 0)
         assert status_of(client, "mine").revision == loaded["mine"]
 
         shutil.rmtree(folder)
