@@ -16,6 +16,7 @@ from broker.queue_reader import QueueReader
 from producer.advice import counted, known_adapters, listed
 from schemas.adapter import AdapterRecord, is_adapter_name
 from schemas.errors import BadInput, TooManyPinned, UnknownId
+from schemas.keys import WHOLE_QUEUE
 from schemas.worker_state import WorkerState
 
 #: Seconds between two looks at the workers' heartbeats. A worker writes one once it has acted.
@@ -24,8 +25,9 @@ LOOK_SECONDS = 0.1
 #: Seconds that a worker has for its answer, where nobody says otherwise.
 ANSWER_SECONDS = 60.0
 
-#: Told before every pause how many jobs of the adapter are left.
-OnPause = Callable[[int], None]
+#: Told before every pause how many jobs of the adapter are left, and what keeps workers from them,
+#: which is empty if nothing does.
+OnPause = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,13 @@ def answers(
         unloading = record.unloading if record and num_jobs else None
         if unloading and is_served and timeout is None:
             deadline = now + seconds
+        obstacle = _pause_of(reader, change.name) if unloading == "drain" else ""
         if unloading == "drain" and not is_served and _have_followed(workers, change):
             deadline = now
         if now >= deadline or all(answer for _, answer in found):
-            late = _why_late(change, seconds, num_jobs, is_served)
+            late = _why_late(change, seconds, num_jobs, is_served, obstacle)
             return [answer or _failure(worker, late) for worker, answer in found]
-        on_pause(num_jobs)
+        on_pause(num_jobs, obstacle)
         time.sleep(LOOK_SECONDS)
 
 
@@ -182,12 +185,22 @@ def _failure(worker: WorkerState, reason: str) -> Answer:
     return Answer(worker.id, False, reason, worker.adapters)
 
 
-def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool) -> str:
+def _pause_of(reader: QueueReader, name: str) -> str:
+    """By what pause jobs of an adapter wait, and what ends it; empty if by none."""
+    paused = reader.paused()
+    if name in paused:
+        return f"'{name}' is paused: `producer resume {name}` lets its jobs be finished"
+    if WHOLE_QUEUE in paused:
+        return f"queue '{reader.name}' is paused: `producer resume` lets its jobs be finished"
+    return ""
+
+
+def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool, obstacle: str) -> str:
     if change.action != "unload" or not num_jobs:
         return f"no answer in {timeout:g} s"
     left = f"{counted(num_jobs)} of it left"
     if is_served:
-        return f"{left} after {timeout:g} s"
+        return f"{left} after {timeout:g} s" + (f"; {obstacle}" if obstacle else "")
     return f"{left}, and no worker serves it; an unload by force lets them fail"
 
 

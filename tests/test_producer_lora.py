@@ -521,6 +521,39 @@ def test_a_timeout_bounds_the_wait_for_a_drain_that_goes_on(
     wait_until(lambda: desired(queue) == {}, "the adapter was not unloaded")
 
 
+@pytest.mark.parametrize("what", ["sql", None])
+def test_a_drain_of_what_is_paused_says_so_at_once_and_when_its_time_is_over(
+    producer: Producer, client: Client, queue: JobQueue, start_worker: StartWorker, what: str | None
+) -> None:
+    start_worker()
+    producer("lora", "load", "sql", "/adapters/sql")
+    send(queue, 2)
+    client.pause(what)
+    outcome = producer("lora", "unload", "sql", "--timeout", "0.5")
+    assert outcome.exit_code == 5
+    remedy = f"paused: `producer resume{f' {what}' if what else ''}` lets its jobs be finished"
+    assert "2 jobs of it left after 0.5 s; " in outcome.stdout
+    assert remedy in outcome.stdout
+    _, notice, *rest = outcome.stderr.splitlines()
+    assert notice.startswith("2 jobs left; ")
+    assert notice.endswith(f"{remedy}.")
+    assert remedy in rest[-1]
+    assert sum(remedy in line for line in rest) == 1
+
+
+def test_a_pause_that_ends_lets_a_drain_go_on(
+    producer: Producer, client: Client, queue: JobQueue, start_worker: StartWorker
+) -> None:
+    start_worker().serves_jobs = True
+    producer("lora", "load", "sql", "/adapters/sql")
+    client.pause("sql")
+    send(queue, 2)
+    threading.Timer(0.5, client.resume, ["sql"]).start()
+    outcome = producer("lora", "unload", "sql")
+    assert outcome.exit_code == 0
+    assert "'sql' is paused" in outcome.stderr
+
+
 def test_force_fails_the_waiting_jobs_with_a_reason(
     producer: Producer, queue: JobQueue, reader: QueueReader, start_worker: StartWorker
 ) -> None:

@@ -79,7 +79,8 @@ class Adapters(Session):
 
         One that has not within ``timeout`` seconds answers that. Left out, these are 60, and an
         adapter that is unloaded may take as long as its jobs do. No worker is alive if there are
-        no answers. An adapter from the hub is waited for first, as ``fetched`` does.
+        no answers. An adapter from the hub is waited for first, as ``fetched`` does. ``on_pause``
+        is told how many of its jobs are left, and whether they are paused.
         """
         change = self.fetched(change)
         with self._errors():
@@ -94,7 +95,7 @@ class Adapters(Session):
             return adapter_states.read_statuses(self._reader, self._fetches)
 
 
-def _ignore(number: int) -> None:
+def _ignore(number: int, obstacle: str) -> None:
     pass
 
 
