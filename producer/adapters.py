@@ -42,6 +42,8 @@ class Change:
     """Whether it asks for a slot to keep; a load that does not leaves the pin as it is."""
     is_retired: bool = False
     """Whether no job of an unloaded adapter was left, so that the queue knows it no more."""
+    is_withdrawn: bool = False
+    """Whether nothing but a request to fetch it was there to be taken back."""
     fetch: str | None = None
     """The request to fetch it from the hub, if it comes from there."""
 
@@ -72,10 +74,15 @@ def load(
 def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> Change:
     """Take an adapter off all workers, once its waiting jobs are finished, or failed by force."""
     require_name(name)
+    was_known = reader.adapter(name) is not None
     version = queue.unload_adapter(name, "force" if force else "drain")
     if version is None:
         raise unknown(reader, name)
-    return Change("unload", name, version, is_retired=_retire(queue, reader, name))
+    is_retired = _retire(queue, reader, name)
+    is_withdrawn = not was_known and not is_retired and reader.adapter(name) is None
+    return Change(
+        "unload", name, version, is_retired=is_retired or is_withdrawn, is_withdrawn=is_withdrawn
+    )
 
 
 def _retire(queue: JobQueue, reader: QueueReader, name: str) -> bool:

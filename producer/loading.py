@@ -155,6 +155,8 @@ def unload(place: Place, name: str, *, force: bool, report: Report) -> None:
         change = client.unload_adapter(name, force=force)
         if force:
             say("Jobs that waited for it have failed with adapter_unloaded.")
+        if change.is_withdrawn:
+            say(f"The request to fetch '{name}' from the hub is withdrawn.")
         report.tell(client, change)
 
 
