@@ -44,6 +44,8 @@ class Change:
     """Whether no job of an unloaded adapter was left, so that the queue knows it no more."""
     is_withdrawn: bool = False
     """Whether nothing but a request to fetch it was there to be taken back."""
+    num_failed: int = 0
+    """Jobs of an adapter unloaded by force that waited for it, and have failed."""
     fetch: str | None = None
     """The request to fetch it from the hub, if it comes from there."""
 
@@ -75,13 +77,21 @@ def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> C
     """Take an adapter off all workers, once its waiting jobs are finished, or failed by force."""
     require_name(name)
     was_known = reader.adapter(name) is not None
+    # Workers fail them too, so the scripts' own numbers would tell of some of them.
+    num_waiting = reader.num_waiting_of(name) if force else 0
     version = queue.unload_adapter(name, "force" if force else "drain")
     if version is None:
         raise unknown(reader, name)
     is_retired = _retire(queue, reader, name)
     is_withdrawn = not was_known and not is_retired and reader.adapter(name) is None
+    num_failed = max(0, num_waiting - reader.num_waiting_of(name)) if num_waiting else 0
     return Change(
-        "unload", name, version, is_retired=is_retired or is_withdrawn, is_withdrawn=is_withdrawn
+        "unload",
+        name,
+        version,
+        is_retired=is_retired or is_withdrawn,
+        is_withdrawn=is_withdrawn,
+        num_failed=num_failed,
     )
 
 

@@ -153,8 +153,9 @@ def unload(place: Place, name: str, *, force: bool, report: Report) -> None:
     """Unload an adapter from all workers."""
     with place.client() as client:
         change = client.unload_adapter(name, force=force)
-        if force:
-            say("Jobs that waited for it have failed with adapter_unloaded.")
+        if change.num_failed:
+            jobs = counted(change.num_failed)
+            say(f"{jobs} that waited for it failed with adapter_unloaded.")
         if change.is_withdrawn:
             say(f"The request to fetch '{name}' from the hub is withdrawn.")
         report.tell(client, change)

@@ -242,10 +242,18 @@ def test_without_a_worker_force_fails_the_waiting_jobs_and_says_so(
     send(queue, RETIRE_LIMIT + 1)
     outcome = producer("lora", "unload", "sql", "--force", wait)
     assert outcome.exit_code == 0
-    assert "Jobs that waited for it have failed with adapter_unloaded." in outcome.stderr
+    number = RETIRE_LIMIT + 1
+    assert f"{number} jobs that waited for it failed with adapter_unloaded." in outcome.stderr
     assert reader.submission("sub").counts["failed"] == RETIRE_LIMIT + 1
     assert {r.error.code for r in reader.results(["sql-0"]) if r.error} == {"adapter_unloaded"}
     assert desired(queue) == {}
+
+
+def test_force_tells_of_no_job_where_none_waited(producer: Producer, queue: JobQueue) -> None:
+    queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    outcome = producer("lora", "unload", "sql", "--force")
+    assert outcome.exit_code == 0
+    assert "adapter_unloaded" not in outcome.stderr
 
 
 def test_without_a_worker_force_leaves_what_a_dead_one_ran_to_the_next(
@@ -560,7 +568,9 @@ def test_force_fails_the_waiting_jobs_with_a_reason(
     start_worker()
     producer("lora", "load", "sql", "/adapters/sql")
     send(queue, 3)
-    assert producer("lora", "unload", "sql", "--force").exit_code == 0
+    outcome = producer("lora", "unload", "sql", "--force")
+    assert outcome.exit_code == 0
+    assert "3 jobs that waited for it failed with adapter_unloaded." in outcome.stderr
     assert reader.submission("sub").counts["failed"] == 3
     results = [json.loads(line) for line in producer("results", "sub").stdout.splitlines()]
     assert {result["error"]["code"] for result in results} == {"adapter_unloaded"}
