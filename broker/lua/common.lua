@@ -562,7 +562,7 @@ local function pins_in_the_way(name, limit)
   for _, key in ipairs({ ADAPTERS, FETCHES }) do
     local fields = redis.call('HGETALL', key)
     for i = 1, #fields, 2 do
-      -- Few of 10,000 records hold this text, and to decode all of them takes 50 ms.
+      -- Few of thousands of records hold this text, and only those are decoded.
       if string.find(fields[i + 1], '"pinned":true', 1, true) and is_pinned(fields[i]) then
         are_pinned[fields[i]] = true
       end
