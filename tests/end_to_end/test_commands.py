@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -159,6 +161,30 @@ def test_commands_that_race_a_running_batch_do_not_change_its_answers(
     for result in client.results(running):
         assert result.token_ids == expected_tokens(oracle, result.lora, 300)
     assert {name for worker in client.overview().workers for name in worker.adapters} == {"lora0"}
+
+
+def test_each_command_given_while_a_worker_is_stopped_is_answered_for_itself(
+    redis_url: str, queue_name: str, start_bare_worker: StartWorker, root: Path
+) -> None:
+    process = start_bare_worker("--redis-url", redis_url, "--queue", queue_name)
+    assert process.pid
+    with Client(redis_url, queue_name) as client:
+        wait_for_workers(client, 1)
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            changes = [client.load_adapter("sql", root / name) for name in ("gone", "lora0")]
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        (first,), (second,) = (answers(client, change, workers=1) for change in changes)
+        assert (first.success, first.error_message) == (False, "it was loaded again meanwhile")
+        assert second.success
+        (failed,) = answers(client, client.load_adapter("sql", root / "gone"), workers=1)
+        assert not failed.success
+        succeed(client, client.pin_adapter("sql"), workers=1)
+        assert not answers(client, client.load_adapter("sql", root / "gone"), workers=1)[0].success
+        assert client.overview().workers[0].pinned == ["sql"]
+        status = status_of(client, "sql")
+        assert (status.pinned, status.num_pinned) == (True, 1)
 
 
 @pytest.fixture
