@@ -25,7 +25,7 @@ LOOK_SECONDS = 0.1
 #: Seconds that a worker has for its answer, where nobody says otherwise.
 ANSWER_SECONDS = 60.0
 
-#: Told before every pause how many jobs of the adapter are left, and what keeps workers from them,
+#: Told at every look how many jobs of the adapter are left, and what keeps workers from them,
 #: which is empty if nothing does.
 OnPause = Callable[[int, str], None]
 
@@ -155,10 +155,10 @@ def answers(
         obstacle = _pause_of(reader, change.name) if unloading == "drain" else ""
         if unloading == "drain" and not is_served and _have_followed(workers, change):
             deadline = now
+        on_pause(num_jobs, obstacle)
         if now >= deadline or all(answer for _, answer in found):
             late = _why_late(change, seconds, num_jobs, is_served, obstacle)
             return [answer or _failure(worker, late) for worker, answer in found]
-        on_pause(num_jobs, obstacle)
         time.sleep(LOOK_SECONDS)
 
 

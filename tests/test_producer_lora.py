@@ -529,18 +529,24 @@ def test_a_timeout_bounds_the_wait_for_a_drain_that_goes_on(
     wait_until(lambda: desired(queue) == {}, "the adapter was not unloaded")
 
 
+@pytest.mark.parametrize("seconds", ["0", "0.5"])
 @pytest.mark.parametrize("what", ["sql", None])
 def test_a_drain_of_what_is_paused_says_so_at_once_and_when_its_time_is_over(
-    producer: Producer, client: Client, queue: JobQueue, start_worker: StartWorker, what: str | None
+    producer: Producer,
+    client: Client,
+    queue: JobQueue,
+    start_worker: StartWorker,
+    what: str | None,
+    seconds: str,
 ) -> None:
     start_worker()
     producer("lora", "load", "sql", "/adapters/sql")
     send(queue, 2)
     client.pause(what)
-    outcome = producer("lora", "unload", "sql", "--timeout", "0.5")
+    outcome = producer("lora", "unload", "sql", "--timeout", seconds)
     assert outcome.exit_code == 5
     remedy = f"paused: `producer resume{f' {what}' if what else ''}` lets its jobs be finished"
-    assert "2 jobs of it left after 0.5 s; " in outcome.stdout
+    assert f"2 jobs of it left after {seconds} s; " in outcome.stdout
     assert remedy in outcome.stdout
     _, notice, *rest = outcome.stderr.splitlines()
     assert notice.startswith("2 jobs left; ")
