@@ -43,15 +43,26 @@ class DesiredState(QueueScripts):
         )
         return int(self._run("announce", *fields))
 
-    def set_adapter(self, name: str, source: str, *, pinned: bool) -> int:
-        """Let every worker load an adapter, in place of one of that name if there is one; returns
-        the version of the desired state."""
-        return int(self._run("set_adapter", name, source, int(pinned)))
+    def set_adapter(
+        self, name: str, source: str, *, pinned: bool, max_pinned: int | None = None
+    ) -> int:
+        """Let every worker load an adapter, in place of one of that name if there is one, whose pin
+        stays; returns the version of the desired state.
 
-    def pin_adapter(self, name: str, pinned: bool) -> int | None:
+        Raises TooManyPinned if ``max_pinned`` others are pinned, and it is to be.
+        """
+        version = self._run_pinning("set_adapter", name, source, int(pinned), max_pinned=max_pinned)
+        return int(version)
+
+    def pin_adapter(self, name: str, pinned: bool, *, max_pinned: int | None = None) -> int | None:
         """Let an adapter keep a slot on every worker, or no longer; returns the version of the
-        desired state, None if the name is unknown."""
-        version: int | None = self._run("change_adapter", name, "pin" if pinned else "unpin")
+        desired state, None if the name is unknown.
+
+        Raises TooManyPinned if ``max_pinned`` others are pinned.
+        """
+        version: int | None = self._run_pinning(
+            "change_adapter", name, "pin" if pinned else "unpin", max_pinned=max_pinned
+        )
         return version
 
     def unload_adapter(self, name: str, how: Unloading) -> int | None:

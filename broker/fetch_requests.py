@@ -8,10 +8,17 @@ from broker.scripts import QueueScripts
 class FetchRequests(QueueScripts):
     """Those of one queue; ``broker.fetches`` tells what became of them."""
 
-    def request_fetch(self, name: str, id_: str, source: str, *, pinned: bool) -> str:
-        """Ask for an adapter to be fetched from the hub and then loaded; ``id_`` is new. Returns
-        the id of the request: that of an equal one that is not over yet, else ``id_``."""
-        return str(self._run("request_fetch", name, id_, source, int(pinned)))
+    def request_fetch(
+        self, name: str, id_: str, source: str, *, pinned: bool, max_pinned: int | None = None
+    ) -> str:
+        """Ask for an adapter to be fetched from the hub and then loaded; ``id_`` is new. What is
+        pinned under the name stays so. Returns the id of the request: that of one for the same
+        source that is not over yet, else ``id_``.
+
+        Raises TooManyPinned if ``max_pinned`` others are pinned, and it is to be.
+        """
+        args = (name, id_, source, int(pinned))
+        return str(self._run_pinning("request_fetch", *args, max_pinned=max_pinned))
 
     def publish_fetch(self, name: str, id_: str, source: str, revision: str) -> int | None:
         """Load an adapter that was fetched; returns the version of the desired state, None if the

@@ -15,6 +15,9 @@ class JobQueue(Submissions, Leasing, Sweeping, Steering, DesiredState, FetchRequ
     """One queue on one server."""
 
     def heartbeat(self, state: WorkerState, *, alive_seconds: float) -> None:
-        """Write a worker's observed state; it counts as alive for ``alive_seconds``."""
-        alive_ms = round(alive_seconds * 1000)
-        self._run("heartbeat", state.id, alive_ms, state.model_dump_json(), *state.adapters)
+        """Write a worker's observed state; it counts as alive for ``alive_seconds``.
+
+        What is unset stays out: of 10,000 adapters' counts most are, and a third of the state.
+        """
+        alive_ms, text = round(alive_seconds * 1000), state.model_dump_json(exclude_unset=True)
+        self._run("heartbeat", state.id, alive_ms, text, *state.adapters)

@@ -338,6 +338,10 @@ class QueueReader:
         """Jobs that nobody has claimed, of every adapter that has such."""
         return _numbers(self.client.hgetall(self.keys.waiting))
 
+    def num_waiting_of(self, adapter: str) -> int:
+        """Jobs of an adapter that nobody has claimed."""
+        return int(self.client.hget(self.keys.waiting, adapter) or 0)
+
     def num_jobs_of(self, adapter: str) -> int:
         """Waiting and running jobs of an adapter."""
         with self.client.pipeline(transaction=True) as pipeline:

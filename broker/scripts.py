@@ -9,6 +9,7 @@ import redis
 from redis.commands.core import Script
 
 from schemas import WIRE_VERSION
+from schemas.errors import TooManyPinned
 from schemas.job import PRIORITIES, Job
 from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, GROUP, KEY_NAMES, Keys
 
@@ -33,6 +34,13 @@ class QueueScripts:
 
     def _run(self, script: str, *args: Any) -> Any:
         return self._scripts[script](keys=[self.keys.prefix], args=args)
+
+    def _run_pinning(self, script: str, name: str, *args: Any, max_pinned: int | None) -> Any:
+        """Run a script that may pin an adapter; raises TooManyPinned if as many are as may be."""
+        reply = self._run(script, name, *args, "" if max_pinned is None else max_pinned)
+        if isinstance(reply, list):
+            raise TooManyPinned(name, reply)
+        return reply
 
 
 def load_script(client: redis.Redis, name: str) -> Script:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.table import Table
 from rich.text import Text
 
-from producer.adapters import AdapterStatus, Answer
+from producer.adapter_states import AdapterStatus
+from producer.adapters import Answer
 from producer.advice import listed
 from producer.hub import describe
 from producer.messages import printable
@@ -30,23 +32,33 @@ def answers(found: Sequence[Answer]) -> str:
 
 
 def adapters(queue: str, found: Sequence[AdapterStatus]) -> str:
-    """One row an adapter."""
+    """Where each adapter is, and below what each has done: side by side they need 150 columns."""
     if not found:
         return printed([f"Queue '{queue}' knows no adapter: producer lora load NAME PATH"])
+    places = new_table("name", "source", "revision", "state", "waiting")
+    for adapter in found:
+        places.add_row(
+            *cells(adapter.name, adapter.source, _short_revision(adapter)),
+            _state(adapter),
+            str(adapter.waiting),
+        )
+    return printed([places, "", _counts(found), *_errors(found)])
+
+
+def _counts(found: Sequence[AdapterStatus]) -> Table:
+    """What each adapter has done on the living workers."""
     table = new_table(
-        *("name", "source", "revision", "pinned", "state", "waiting", "requests", "tokens"),
-        *("loads", "evictions", "s a load"),
+        *("name", "requests", "tokens", "loads", "s a load", "evictions"),
+        *("slot loads", "slot evictions"),
     )
     for adapter in found:
         mean = adapter.mean_load_seconds
         table.add_row(
-            *cells(adapter.name, adapter.source, _short_revision(adapter)),
-            "yes" if adapter.pinned else "",
-            _state(adapter),
-            *cells(adapter.waiting, adapter.requests, adapter.output_tokens),
-            *cells(adapter.loads, adapter.evictions, "" if mean is None else f"{mean:.3f}"),
+            *cells(adapter.name, adapter.requests, adapter.output_tokens, adapter.loads),
+            *cells("" if mean is None else f"{mean:.3f}", adapter.evictions),
+            *cells(adapter.slot_loads, adapter.slot_evictions),
         )
-    return printed([table, *_errors(found)])
+    return table
 
 
 def _short_revision(adapter: AdapterStatus) -> str:
@@ -67,15 +79,32 @@ def _state(adapter: AdapterStatus) -> Text:
 
 def _served(adapter: AdapterStatus) -> Text:
     what = "old revision loaded" if adapter.previous_revision else "loaded"
-    parts = [f"{what} on {adapter.num_loaded} of {adapter.num_workers} workers"]
-    if adapter.num_resident:
-        parts.append(f"in a slot on {adapter.num_resident}")
+    parts = [f"{what} on {adapter.num_loaded} of {adapter.num_workers} workers{_where(adapter)}"]
+    if adapter.pinned:
+        is_held = adapter.num_pinned == adapter.num_workers
+        by = "" if is_held else f" on {adapter.num_pinned} of {adapter.num_workers} workers"
+        parts.append(f"pinned{by}")
     if adapter.unloading:
         parts.insert(0, f"unloading ({adapter.unloading})")
     state = cell(", ".join(parts))
     if adapter.errors:
         state.append(f", failed on {len(adapter.errors)}", "red")
     return state
+
+
+def _where(adapter: AdapterStatus) -> str:
+    """ " (1 in a slot, 2 in memory)": the nearest place of its weights on each worker."""
+    in_slot = min(adapter.num_resident, adapter.num_loaded)
+    in_memory = max(adapter.num_in_memory - in_slot, 0)
+    numbers = {
+        "in a slot": in_slot,
+        "in memory": in_memory,
+        "on disk": adapter.num_loaded - in_slot - in_memory,
+    }
+    places = [(place, number) for place, number in numbers.items() if number > 0]
+    if len(places) == 1:
+        return f" ({places[0][0]})"
+    return f" ({', '.join(f'{number} {place}' for place, number in places)})" if places else ""
 
 
 def _errors(found: Sequence[AdapterStatus]) -> list[Text]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from broker.fetches import Fetches, FetchStatus
 from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from producer.advice import counted, known_adapters, listed
 from schemas.adapter import AdapterRecord, is_adapter_name
-from schemas.errors import BadInput, UnknownId
-from schemas.worker_state import AdapterCounts, WorkerState
+from schemas.errors import BadInput, TooManyPinned, UnknownId
+from schemas.keys import WHOLE_QUEUE
+from schemas.worker_state import WorkerState
 
 #: Seconds between two looks at the workers' heartbeats. A worker writes one once it has acted.
 LOOK_SECONDS = 0.1
@@ -24,11 +25,9 @@ LOOK_SECONDS = 0.1
 #: Seconds that a worker has for its answer, where nobody says otherwise.
 ANSWER_SECONDS = 60.0
 
-#: Of an adapter that a worker has never had.
-_NOTHING_DONE = AdapterCounts()
-
-#: Told before every pause how many jobs of the adapter are left.
-OnPause = Callable[[int], None]
+#: Told at every look how many jobs of the adapter are left, and what keeps workers from them,
+#: which is empty if nothing does.
+OnPause = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,13 @@ class Change:
     version: int
     """That of the desired state with it; 0 while the adapter is still to be fetched."""
     pinned: bool = False
-    """Whether the adapter shall keep a slot."""
+    """Whether it asks for a slot to keep; a load that does not leaves the pin as it is."""
     is_retired: bool = False
     """Whether no job of an unloaded adapter was left, so that the queue knows it no more."""
+    is_withdrawn: bool = False
+    """Whether nothing but a request to fetch it was there to be taken back."""
+    num_failed: int = 0
+    """Jobs of an adapter unloaded by force that waited for it, and have failed."""
     fetch: str | None = None
     """The request to fetch it from the hub, if it comes from there."""
 
@@ -58,61 +61,38 @@ class Answer:
     """Name -> revision of all adapters that it serves."""
 
 
-@dataclass(frozen=True)
-class AdapterStatus:
-    """An adapter of the desired state, and what the living workers say of it."""
-
-    name: str
-    source: str
-    revision: str | None
-    """None until a worker has read it."""
-    previous_revision: str | None
-    """What the last load is to replace, served until a worker has read its source."""
-    pinned: bool
-    unloading: str | None
-    """"drain" or "force"."""
-    num_workers: int
-    """Living workers; the next two count some of them."""
-    num_loaded: int
-    num_resident: int
-    """Workers on which its weights stand in a slot."""
-    errors: dict[str, str]
-    """Worker -> why it does not serve the adapter."""
-    waiting: int
-    """Jobs that nobody has claimed yet."""
-    requests: int
-    """Jobs that the living workers have answered, and with how many tokens."""
-    output_tokens: int
-    loads: int
-    evictions: int
-    mean_load_seconds: float | None
-    fetch: FetchStatus | None = None
-    """How its fetching from the hub is going, until it is loaded from there."""
-
-
 def load(
     queue: JobQueue, reader: QueueReader, name: str, source: Path | str, *, pinned: bool
 ) -> Change:
-    """Let every worker read an adapter from the folder, in place of one of that name."""
+    """Let every worker read an adapter from the folder, in place of one of that name; a pin of that
+    stays."""
     folder = _folder(str(source))
-    check_load(reader, name, pinned=pinned)
-    return Change("load", name, queue.set_adapter(name, folder, pinned=pinned), pinned)
-
-
-def check_load(reader: QueueReader, name: str, *, pinned: bool) -> None:
-    """Raises BadInput for what cannot be a name, and if a worker has no slot left to keep."""
     require_name(name)
-    if pinned:
-        _require_slot_to_keep(reader, name)
+    with slots_to_keep(reader, name, pinned) as limit:
+        version = queue.set_adapter(name, folder, pinned=pinned, max_pinned=limit)
+    return Change("load", name, version, pinned)
 
 
 def unload(queue: JobQueue, reader: QueueReader, name: str, *, force: bool) -> Change:
     """Take an adapter off all workers, once its waiting jobs are finished, or failed by force."""
     require_name(name)
+    was_known = reader.adapter(name) is not None
+    # Workers fail them too, so the scripts' own numbers would tell of some of them.
+    num_waiting = reader.num_waiting_of(name) if force else 0
     version = queue.unload_adapter(name, "force" if force else "drain")
     if version is None:
         raise unknown(reader, name)
-    return Change("unload", name, version, is_retired=_retire(queue, reader, name))
+    is_retired = _retire(queue, reader, name)
+    is_withdrawn = not was_known and not is_retired and reader.adapter(name) is None
+    num_failed = max(0, num_waiting - reader.num_waiting_of(name)) if num_waiting else 0
+    return Change(
+        "unload",
+        name,
+        version,
+        is_retired=is_retired or is_withdrawn,
+        is_withdrawn=is_withdrawn,
+        num_failed=num_failed,
+    )
 
 
 def _retire(queue: JobQueue, reader: QueueReader, name: str) -> bool:
@@ -129,11 +109,12 @@ def _retire(queue: JobQueue, reader: QueueReader, name: str) -> bool:
 def pin(queue: JobQueue, reader: QueueReader, name: str) -> Change:
     """Let an adapter keep a slot on every worker."""
     require_name(name)
-    if record := reader.adapter(name):
-        if record.unloading:
-            raise BadInput(f"'{name}' is being unloaded; `producer lora load` brings it back.")
-        _require_slot_to_keep(reader, name)
-    version = queue.pin_adapter(name, True)
+    # All are read, so that a damaged one, with which workers follow none, is told.
+    record = reader.adapters().get(name)
+    if record and record.unloading:
+        raise BadInput(f"'{name}' is being unloaded; `producer lora load` brings it back.")
+    with slots_to_keep(reader, name) as limit:
+        version = queue.pin_adapter(name, True, max_pinned=limit)
     if version is None:
         raise unknown(reader, name)
     return Change("pin", name, version, pinned=True)
@@ -171,62 +152,14 @@ def answers(
         unloading = record.unloading if record and num_jobs else None
         if unloading and is_served and timeout is None:
             deadline = now + seconds
+        obstacle = _pause_of(reader, change.name) if unloading == "drain" else ""
         if unloading == "drain" and not is_served and _have_followed(workers, change):
             deadline = now
+        on_pause(num_jobs, obstacle)
         if now >= deadline or all(answer for _, answer in found):
-            late = _why_late(change, seconds, num_jobs, is_served)
+            late = _why_late(change, seconds, num_jobs, is_served, obstacle)
             return [answer or _failure(worker, late) for worker, answer in found]
-        on_pause(num_jobs)
         time.sleep(LOOK_SECONDS)
-
-
-def read_statuses(reader: QueueReader, fetches: Fetches) -> list[AdapterStatus]:
-    """Every adapter that the queue knows or fetches, by name, in a few round trips however many
-    there are."""
-    records, workers = reader.adapters(), reader.workers()
-    waiting = reader.num_waiting_by_adapter()
-    resident = [set(worker.resident) for worker in workers]
-    found = {
-        name: _status(name, record, workers, sum(name in names for names in resident), waiting)
-        for name, record in records.items()
-    }
-    for name, fetch in fetches.statuses().items():
-        if fetch.state != "loaded":
-            known = found.get(name) or _status(
-                name, AdapterRecord(source=fetch.source, pinned=fetch.pinned), workers, 0, waiting
-            )
-            found[name] = replace(known, fetch=fetch)
-    return [found[name] for name in sorted(found)]
-
-
-def _status(
-    name: str,
-    record: AdapterRecord,
-    workers: Sequence[WorkerState],
-    num_resident: int,
-    waiting: dict[str, int],
-) -> AdapterStatus:
-    counts = [worker.adapter_counts.get(name, _NOTHING_DONE) for worker in workers]
-    loads = sum(count.loads for count in counts)
-    load_seconds = sum(count.load_seconds for count in counts)
-    return AdapterStatus(
-        name=name,
-        source=record.source,
-        revision=record.revision,
-        previous_revision=record.previous.revision if record.previous else None,
-        pinned=record.pinned,
-        unloading=record.unloading,
-        num_workers=len(workers),
-        num_loaded=sum(name in worker.adapters for worker in workers),
-        num_resident=num_resident,
-        errors={w.id: w.adapter_errors[name] for w in workers if name in w.adapter_errors},
-        waiting=waiting.get(name, 0),
-        requests=sum(count.requests for count in counts),
-        output_tokens=sum(count.output_tokens for count in counts),
-        loads=loads,
-        evictions=sum(count.evictions for count in counts),
-        mean_load_seconds=load_seconds / loads if loads else None,
-    )
 
 
 def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -> Answer | None:
@@ -236,11 +169,15 @@ def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -
         if record and not record.unloading:
             return _failure(worker, "it was loaded again meanwhile")
         return None if record or name in worker.adapters else _success(worker)
+    if change.action == "load" and record and record.version > change.version:
+        # What the worker says is of that load, whatever became of this one.
+        return _failure(worker, "it was loaded again meanwhile")
     if worker.desired_version < change.version:
         return None
+    if change.action != "load" and (name in worker.pinned) == change.pinned:
+        return _success(worker)  # Also where a load of it has failed, and the old one is pinned.
     if change.action == "unpin":
-        is_pinned = name in worker.pinned
-        return _failure(worker, "it is still pinned") if is_pinned else _success(worker)
+        return _failure(worker, "it is still pinned")
     if name in worker.adapter_errors:
         return _failure(worker, worker.adapter_errors[name])
     if name not in worker.adapters:
@@ -265,12 +202,22 @@ def _failure(worker: WorkerState, reason: str) -> Answer:
     return Answer(worker.id, False, reason, worker.adapters)
 
 
-def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool) -> str:
+def _pause_of(reader: QueueReader, name: str) -> str:
+    """By what pause jobs of an adapter wait, and what ends it; empty if by none."""
+    paused = reader.paused()
+    if name in paused:
+        return f"'{name}' is paused: `producer resume {name}` lets its jobs be finished"
+    if WHOLE_QUEUE in paused:
+        return f"queue '{reader.name}' is paused: `producer resume` lets its jobs be finished"
+    return ""
+
+
+def _why_late(change: Change, timeout: float, num_jobs: int, is_served: bool, obstacle: str) -> str:
     if change.action != "unload" or not num_jobs:
         return f"no answer in {timeout:g} s"
     left = f"{counted(num_jobs)} of it left"
     if is_served:
-        return f"{left} after {timeout:g} s"
+        return f"{left} after {timeout:g} s" + (f"; {obstacle}" if obstacle else "")
     return f"{left}, and no worker serves it; an unload by force lets them fail"
 
 
@@ -303,17 +250,23 @@ def unknown(reader: QueueReader, name: str) -> UnknownId:
     return UnknownId(f"Queue '{reader.name}' knows no adapter '{name}'{hint}{names}")
 
 
-def _require_slot_to_keep(reader: QueueReader, name: str) -> None:
-    """Raises BadInput if a worker has no slot left to keep for the adapter: one must stay free."""
-    pinned = [
-        other for other, record in reader.adapters().items() if record.pinned and other != name
-    ]
-    worker = min(reader.workers(), key=lambda w: w.max_loras_per_batch, default=None)
-    if worker is None or len(pinned) < worker.max_loras_per_batch - 1:
-        return
-    limit = worker.max_loras_per_batch - 1
-    raise BadInput(
-        f"'{name}' cannot be pinned: worker {worker.id} can keep {counted(limit, 'adapter')} pinned"
-        f" (--max-loras-per-batch {worker.max_loras_per_batch}, of which one slot stays free)"
-        + (f", and pinned already: {listed(pinned)}." if pinned else ".")
-    )
+@contextmanager
+def slots_to_keep(reader: QueueReader, name: str, wanted: bool = True) -> Iterator[int | None]:
+    """How many adapters every living worker can keep pinned, as one slot must stay free: the script
+    that is to pin one more counts them. None if no worker is alive, or no pin is wanted.
+
+    Raises BadInput if the script finds as many.
+    """
+    workers = reader.workers() if wanted else []
+    worker = min(workers, key=lambda w: w.max_loras_per_batch, default=None)
+    limit = worker.max_loras_per_batch - 1 if worker else None
+    try:
+        yield limit
+    except TooManyPinned as error:
+        if worker is None or limit is None:
+            raise
+        raise BadInput(
+            f"'{name}' cannot be pinned: worker {worker.id} can keep {counted(limit, 'adapter')}"
+            f" pinned (--max-loras-per-batch {worker.max_loras_per_batch}, of which one slot stays"
+            " free)" + (f", and pinned already: {listed(error.pinned)}." if error.pinned else ".")
+        ) from None

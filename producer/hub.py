@@ -11,7 +11,8 @@ from datetime import datetime
 
 from broker.fetches import Fetches, FetchStatus
 from broker.job_queue import JobQueue
-from producer.adapters import LOOK_SECONDS, Change
+from broker.queue_reader import QueueReader
+from producer.adapters import LOOK_SECONDS, Change, require_name, slots_to_keep
 from producer.advice import no_fetcher
 from schemas.errors import BadInput, LorryError, NoWorker
 from schemas.hub import FETCH_BACKOFF, HUB_PREFIX, HubSource
@@ -37,12 +38,20 @@ def hub_source(text: str) -> HubSource | None:
 
 
 def request(
-    queue: JobQueue, fetches: Fetches, name: str, source: HubSource, *, pinned: bool
+    queue: JobQueue,
+    reader: QueueReader,
+    fetches: Fetches,
+    name: str,
+    source: HubSource,
+    *,
+    pinned: bool,
 ) -> Change:
     """Let a fetcher fetch an adapter, and every worker load it then."""
+    require_name(name)
     fetches.require_rq()
     new_id = f"fetch-{secrets.token_hex(8)}"
-    id_ = queue.request_fetch(name, new_id, str(source), pinned=pinned)
+    with slots_to_keep(reader, name, pinned) as limit:
+        id_ = queue.request_fetch(name, new_id, str(source), pinned=pinned, max_pinned=limit)
     fetches.enqueue(name, id_)
     return Change("load", name, 0, pinned, fetch=id_)
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 import typer
 
 from broker.fetches import FetchStatus
-from producer.adapters import AdapterStatus, Answer, Change
-from producer.advice import no_fetcher, remedy
+from producer.adapter_states import AdapterStatus
+from producer.adapters import Answer, Change
+from producer.advice import counted, no_fetcher, remedy
 from producer.bars import ProgressLines
 from producer.client import Client
 from producer.hub import describe
@@ -39,11 +40,11 @@ class Report:
         Raises LorryError if a worker failed, NotFinished if an adapter is still unloading, and
         NoWorker if none is alive to act on it.
         """
-        lines = ProgressLines(f"jobs of '{change.name}' left", None)
+        lines = JobLines(change.name)
         try:
             if self.wait:
                 change = client.fetched(change, FetchLines())
-            answers = client.answers(change, self.timeout, lines.update) if self.wait else []
+            answers = client.answers(change, self.timeout, lines) if self.wait else []
         except KeyboardInterrupt:
             say("The workers act on it all the same.")
             raise
@@ -58,7 +59,7 @@ class Report:
 
             typer.echo(adapter_tables.answers(answers), nl=False)
         if answers:
-            _require_success(client, change, answers)
+            _require_success(client, change, answers, lines.obstacle)
         elif change.is_retired:
             say(f"Queue '{client.queue}' does not know '{change.name}' any more.")
         elif not self.wait and change.fetch:
@@ -80,7 +81,10 @@ def _once_started(change: Change) -> str:
     return f"workers {change.action} '{change.name}' once they start."
 
 
-def _require_success(client: Client, change: Change, answers: Sequence[Answer]) -> None:
+def _require_success(
+    client: Client, change: Change, answers: Sequence[Answer], obstacle: str
+) -> None:
+    """``obstacle``: what keeps the workers from the jobs of an adapter that is unloading."""
     failed = [answer for answer in answers if not answer.success]
     if not failed:
         return
@@ -88,7 +92,8 @@ def _require_success(client: Client, change: Change, answers: Sequence[Answer]) 
     status = next((adapter for adapter in client.adapters() if adapter.name == name), None)
     if change.action == "unload" and status and status.unloading and status.num_loaded:
         raise NotFinished(
-            f"'{name}' takes no new jobs, but is not unloaded yet; the workers go on with it."
+            f"'{name}' takes no new jobs, but is not unloaded yet;"
+            f" {obstacle or 'the workers go on with it'}."
             f" `producer lora unload {name}` waits again, and with --force fails the jobs that"
             " wait."
         )
@@ -104,6 +109,21 @@ def _after_failed_load(status: AdapterStatus) -> str:
     if status.num_loaded:
         return f"{status.num_loaded} of {status.num_workers} serve it."
     return f"Its name stays on the queue: {remedy(status.name)}"
+
+
+class JobLines:
+    """Tells on stderr how many jobs of an adapter are left, now and then, and what keeps workers
+    from them, as soon as that changes."""
+
+    def __init__(self, name: str) -> None:
+        self._lines = ProgressLines(f"jobs of '{name}' left", None)
+        self.obstacle = ""
+
+    def __call__(self, num_jobs: int, obstacle: str) -> None:
+        if obstacle and obstacle != self.obstacle:
+            notice(f"{counted(num_jobs)} left; {obstacle}.")
+        self.obstacle = obstacle
+        self._lines.update(num_jobs)
 
 
 class FetchLines:
@@ -133,8 +153,11 @@ def unload(place: Place, name: str, *, force: bool, report: Report) -> None:
     """Unload an adapter from all workers."""
     with place.client() as client:
         change = client.unload_adapter(name, force=force)
-        if force:
-            say("Jobs that waited for it have failed with adapter_unloaded.")
+        if change.num_failed:
+            jobs = counted(change.num_failed)
+            say(f"{jobs} that waited for it failed with adapter_unloaded.")
+        if change.is_withdrawn:
+            say(f"The request to fetch '{name}' from the hub is withdrawn.")
         report.tell(client, change)
 
 

@@ -41,7 +41,12 @@ def load(
             " of that name here wins; hf:OWNER/NAME is always the hub, ./OWNER/NAME never.",
         ),
     ],
-    pin: Annotated[bool, typer.Option("--pin", help="Let it keep a slot on every worker.")] = False,
+    pin: Annotated[
+        bool,
+        typer.Option(
+            "--pin", help="Let it keep a slot on every worker; left out, a pin stays as it is."
+        ),
+    ] = False,
     wait: Wait = True,
     timeout: Timeout = None,
     json: Json = False,

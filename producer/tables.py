@@ -41,6 +41,8 @@ _NUMBERS |= {
     "tokens",
     "loads",
     "evictions",
+    "slot loads",
+    "slot evictions",
     "s a load",
 }
 

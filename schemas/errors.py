@@ -2,7 +2,8 @@
 
 LorryError                    exit code of the command line
 |- BadInput                   2   a flag, a file or a line is wrong; says where and what to do
-|  `- BadParameter            2   the value of a parameter of the Python client, or a flag
+|  |- BadParameter            2   the value of a parameter of the Python client, or a flag
+|  `- TooManyPinned           2   as many adapters are pinned as may be
 |- UnknownId                  3   no such job, submission or adapter on this queue
 |- ServerUnavailable          4   the Redis server cannot be reached or used
 |- NotFinished                5   results are not complete yet
@@ -33,6 +34,14 @@ class BadParameter(BadInput):
         super().__init__(f"{name}: {fault}")
         self.name = name
         self.fault = fault
+
+
+class TooManyPinned(BadInput):
+    """As many adapters are pinned as the caller allows; nothing was changed."""
+
+    def __init__(self, name: str, pinned: list[str]) -> None:
+        super().__init__(f"'{name}' cannot be pinned beside {', '.join(pinned) or 'none'}.")
+        self.pinned = pinned
 
 
 class UnknownId(LorryError):

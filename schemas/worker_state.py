@@ -20,6 +20,10 @@ class AdapterCounts(BaseModel):
     """How often it was dropped from the worker's memory to make room for another one."""
     load_seconds: float = 0.0
     """Time that all its loads took."""
+    slot_loads: int = 0
+    """How often its weights were sent to a slot."""
+    slot_evictions: int = 0
+    """How often they left one to make room for another adapter's."""
 
 
 class WorkerState(BaseModel):
@@ -33,10 +37,13 @@ class WorkerState(BaseModel):
     started: float
     adapters: dict[str, str]
     """Name -> revision of every adapter that this worker can run."""
+    in_memory: list[str] | None = None
+    """Those of them whose weights are in host memory; None if all are, so that thousands are not
+    named twice."""
     resident: list[str] = []
     """Adapters whose weights stand in a slot."""
     pinned: list[str] = []
-    """Adapters that keep their slot."""
+    """Adapters that keep their slot; not one that is to, but whose weights could not be read."""
     desired_version: int = 0
     """The version of the desired state that this worker has acted on."""
     adapter_errors: dict[str, str] = {}

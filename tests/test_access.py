@@ -183,6 +183,7 @@ READINGS: dict[str, Callable[[QueueReader], object]] = {
     "limits": lambda r: r.limits(),
     "unfinished_by_adapter": lambda r: r.unfinished_by_adapter(),
     "num_waiting_by_adapter": lambda r: r.num_waiting_by_adapter(),
+    "num_waiting_of": lambda r: r.num_waiting_of("sql"),
     "num_jobs_of": lambda r: r.num_jobs_of("sql"),
 }
 

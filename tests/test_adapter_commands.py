@@ -14,7 +14,7 @@ from broker.job_queue import JobQueue
 from broker.queue_reader import QueueReader
 from broker.scripts import script_text
 from schemas.adapter import AdapterRecord, AdapterVersion
-from schemas.errors import LorryError
+from schemas.errors import LorryError, TooManyPinned
 from schemas.worker_state import AdapterCounts, WorkerState
 from tests.test_job_queue import claim, jobs, join, keys_left, result, submit
 
@@ -128,12 +128,105 @@ def test_a_load_is_told_to_the_workers_and_to_be_read_by_them(
 
 
 def test_a_second_load_of_a_name_is_to_be_read_again(queue: JobQueue) -> None:
-    queue.set_adapter("sql", "/sql", pinned=True)
+    queue.set_adapter("sql", "/sql", pinned=False)
     queue.adopt_revision("sql", 1, "r1")
     assert queue.set_adapter("sql", "/sql", pinned=False) == 2
     assert record(queue) == AdapterRecord(
         source="/sql", version=2, previous=AdapterVersion(source="/sql", revision="r1")
     )
+
+
+@pytest.mark.parametrize("source", ["/sql", "/other", "hf:acme/sql"])
+def test_a_load_keeps_a_pin_and_makes_none(queue: JobQueue, source: str) -> None:
+    def load(name: str) -> bool:
+        if source.startswith("/"):
+            queue.set_adapter(name, source, pinned=False)
+        else:
+            id_ = queue.request_fetch(name, f"fetch-{name}", source, pinned=False)
+            queue.publish_fetch(name, id_, f"{source}@{'0' * 40}", "r2")
+        return record(queue, name).pinned
+
+    queue.announce({"sql": announced(), "json": announced()})
+    queue.pin_adapter("sql", True)
+    assert load("sql")
+    assert not load("json")
+    queue.pin_adapter("sql", False)
+    assert not load("sql")
+
+
+@pytest.mark.parametrize("later", ["the same", "another repository", "a folder"])
+def test_a_load_keeps_the_pin_that_was_asked_for_with_a_fetch_under_way(
+    queue: JobQueue, later: str
+) -> None:
+    queue.request_fetch("sql", "first", "hf:acme/sql", pinned=True)
+    if later == "a folder":
+        queue.set_adapter("sql", "/sql", pinned=False)
+    else:
+        source = "hf:acme/sql" if later == "the same" else "hf:acme/other"
+        id_ = queue.request_fetch("sql", "second", source, pinned=False)
+        assert id_ == ("first" if later == "the same" else "second")
+        queue.publish_fetch("sql", id_, f"{source}@{'0' * 40}", "r1")
+    assert record(queue).pinned
+
+
+def test_a_request_for_a_pin_pins_what_is_being_fetched_already(queue: JobQueue) -> None:
+    queue.request_fetch("sql", "first", "hf:acme/sql", pinned=False)
+    assert queue.request_fetch("sql", "second", "hf:acme/sql", pinned=True) == "first"
+    queue.publish_fetch("sql", "first", f"hf:acme/sql@{'0' * 40}", "r1")
+    assert record(queue).pinned
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_what_was_said_last_of_a_pin_holds_whenever_a_fetch_is_over(
+    queue: JobQueue, pinned: bool
+) -> None:
+    queue.announce({"sql": announced(pinned=not pinned)})
+    queue.request_fetch("sql", "first", "hf:acme/sql", pinned=not pinned)
+    queue.pin_adapter("sql", pinned)
+    queue.publish_fetch("sql", "first", f"hf:acme/sql@{'0' * 40}", "r1")
+    assert record(queue).pinned is pinned
+
+
+def test_no_more_are_pinned_than_the_caller_allows_by_whatever_command(
+    queue: JobQueue, control: Control
+) -> None:
+    queue.announce({name: announced(pinned=name < "c") for name in "abcd"})
+    assert control.heard() == [1]
+    before = queue.desired_state()
+    for pin in (
+        lambda: queue.pin_adapter("c", True, max_pinned=2),
+        lambda: queue.set_adapter("c", "/c", pinned=True, max_pinned=2),
+        lambda: queue.set_adapter("new", "/new", pinned=True, max_pinned=2),
+        lambda: queue.request_fetch("new", "f", "hf:acme/new", pinned=True, max_pinned=2),
+    ):
+        with pytest.raises(TooManyPinned) as refused:
+            pin()
+        assert refused.value.pinned == ["a", "b"]
+    assert queue.desired_state() == before
+    assert queue.client.hgetall(queue.keys.fetches) == {}
+    assert control.heard() == []
+    assert queue.pin_adapter("unknown", True, max_pinned=2) is None
+    assert queue.pin_adapter("a", True, max_pinned=1) == 1, "it is pinned already"
+    queue.set_adapter("b", "/other", pinned=True, max_pinned=1)
+    queue.set_adapter("new", "/new", pinned=False, max_pinned=0)
+    queue.pin_adapter("c", True, max_pinned=3)
+    queue.pin_adapter("d", True)
+
+
+def test_a_pin_that_comes_with_a_fetch_counts_until_that_has_failed(queue: JobQueue) -> None:
+    queue.announce({"sql": announced()})
+    queue.request_fetch("hub", "f", "hf:acme/hub", pinned=True, max_pinned=1)
+    with pytest.raises(TooManyPinned) as refused:
+        queue.pin_adapter("sql", True, max_pinned=1)
+    assert refused.value.pinned == ["hub"]
+    queue.fail_fetch("hub", "f", "no such repository")
+    assert queue.pin_adapter("sql", True, max_pinned=1) == 2
+
+
+def test_a_damaged_request_keeps_no_adapter_from_being_loaded(queue: JobQueue) -> None:
+    queue.client.hset(queue.keys.fetches, "sql", "{")
+    queue.set_adapter("sql", "/sql", pinned=False)
+    assert record(queue).source == "/sql"
 
 
 def test_what_was_read_last_stays_on_record_until_its_replacement_was_read(
@@ -387,6 +480,29 @@ def test_a_worker_reports_what_each_adapter_has_done(queue: JobQueue, reader: Qu
     )
     queue.heartbeat(state, alive_seconds=60)
     assert reader.workers() == [state]
+
+
+def test_the_state_of_many_adapters_holds_no_more_than_has_happened(
+    queue: JobQueue, reader: QueueReader
+) -> None:
+    names = [f"adapter-{number}" for number in range(10_000)]
+    read = AdapterCounts().model_copy(update={"loads": 1, "load_seconds": 0.5})
+    state = WorkerState(
+        id="w",
+        model="m",
+        device="cpu",
+        started=0,
+        adapters=dict.fromkeys(names, "r" * 16),
+        in_memory=None,
+        adapter_counts=dict.fromkeys(names, read),
+        max_loras_per_batch=8,
+    )
+    queue.heartbeat(state, alive_seconds=60)
+    assert reader.workers() == [state]
+    text: Any = queue.client.hget(queue.keys.worker("w"), "state")
+    assert '"in_memory":null,' in text
+    assert '"adapter-0":{"loads":1,"load_seconds":0.5}' in text
+    assert len(text) < 90 * len(names)
 
 
 def test_a_program_in_another_language_needs_the_scripts_alone(

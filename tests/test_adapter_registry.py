@@ -88,6 +88,34 @@ def test_by_fifo_the_first_one_loaded_makes_room(folder: Path) -> None:
     assert loaded(known) == "bcd"
 
 
+def test_those_in_memory_are_named_where_some_are_not(folder: Path) -> None:
+    known = registry(folder, "abc", max_loaded=3)
+    assert known.in_memory is None
+    load(known, "d", folder / "d", 4)
+    assert known.in_memory == ["b", "c", "d"]
+    known.forget("a")
+    assert known.in_memory is None
+
+
+def test_what_leaves_a_slot_for_good_was_not_evicted(folder: Path) -> None:
+    known = registry(folder, "abcd", max_loaded=4)
+    replaced, unloaded, again, evicted = (known.get(name) for name in "abcd")
+    assert replaced
+    assert unloaded
+    assert again
+    assert evicted
+    for adapter in (replaced, unloaded, again, evicted):
+        known.count_in_slot(adapter, loads=1)
+    (folder / "a" / "weights").write_text("second a")
+    load(known, "a", folder / "a", 5)
+    known.keep_only("ad")
+    load(known, "c", folder / "c", 6)
+    for adapter in (replaced, unloaded, again, evicted):
+        known.count_in_slot(adapter, evictions=1)
+    slots = {name: (c.slot_loads, c.slot_evictions) for name, c in known.counts.items()}
+    assert slots == {"a": (1, 0), "c": (0, 0), "d": (1, 1)}
+
+
 def test_adapters_in_use_and_pinned_ones_stay(folder: Path) -> None:
     known = registry(folder, "abc", max_loaded=3)
     known.in_use = lambda: ["a"]
@@ -182,6 +210,7 @@ def test_an_evicted_adapter_that_is_pinned_and_has_gone_is_told(folder: Path) ->
     (folder / "a" / "weights").unlink()
     known.pin("a")
     assert known.errors == {"a": f"there is no folder {folder / 'a'}."}
+    assert known.pinned == []
 
 
 def test_what_came_back_is_no_longer_told_as_unavailable_once_it_is_loaded_again(

@@ -515,6 +515,16 @@ def test_a_module_outside_the_limit_is_refused_by_name(model_folder: Path, folde
     )
 
 
+def test_a_module_that_the_model_does_not_have_is_refused_with_those_that_it_has(
+    model_folder: Path, folder: Path
+) -> None:
+    told = refusal(model_folder, folder, lora_target_modules=("q_proj", "gate_up_proj"))
+    assert told == (
+        "--lora-target-modules: the model has no gate_up_proj; it has q_proj, k_proj, v_proj,"
+        " o_proj, gate_proj, up_proj, down_proj, embed_tokens, lm_head."
+    )
+
+
 def test_all_as_target_modules_allows_every_module(model_folder: Path, folder: Path) -> None:
     assert registry(model_folder, folder, lora_target_modules=("all",)).get("mine")
 

@@ -132,6 +132,26 @@ def test_the_policy_says_which_adapter_leaves_its_slot(
     assert " ".join(sorted(engine.resident)) == left
 
 
+def test_adapters_that_take_turns_in_a_slot_are_counted_there(
+    model_folder: Path, adapters: dict[str, Path]
+) -> None:
+    two = {name: adapters[name] for name in ("one", "three")}
+    engine = make_engine(model_folder, two, max_loras_per_batch=1)
+    for number, name in enumerate(("one", "three") * 3):
+        run(engine, [Job(id=f"{number}", lora=name, prompt_token_ids=[5], max_tokens=1)])
+    counts = engine.adapters.counts
+    assert [
+        (c.loads, c.slot_loads, c.slot_evictions) for c in (counts["one"], counts["three"])
+    ] == [
+        (1, 3, 3),
+        (1, 3, 2),
+    ]
+    engine.adapters.keep_only(["one"])
+    engine.schedule()
+    assert engine.resident == []
+    assert "three" not in engine.adapters.counts, "it was unloaded, and made room for none"
+
+
 def test_an_adapter_pinned_while_others_hold_all_slots_gets_the_next_free_one(
     model_folder: Path, adapters: dict[str, Path], oracle: Oracle
 ) -> None:

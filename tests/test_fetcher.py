@@ -27,6 +27,7 @@ from benchmarks.waiting import PATIENCE
 from broker.connection import undecoded
 from broker.fetches import Fetches, FetchStatus
 from broker.job_queue import JobQueue
+from broker.queue_reader import QueueReader
 from producer import hub as producer_hub
 from schemas.adapter import AdapterRecord
 from schemas.hub import FETCH_BACKOFF, FETCH_FUNCTION, FETCH_TIMEOUT, FetchProgress, HubSource
@@ -63,13 +64,16 @@ class Fetching:
 
     def __init__(self, queue: JobQueue, fetches: Fetches, make: Callable[[], Fetcher]) -> None:
         self.queue, self.fetches, self.make = queue, fetches, make
+        self.reader = QueueReader(queue.client, queue.name)
         self.fetcher = make()
 
     def ask(self, name: str, source: str, *, pinned: bool = False) -> str:
         """Request a fetch as a producer does; returns its id."""
         repository = HubSource.parse(source)
         assert repository
-        change = producer_hub.request(self.queue, self.fetches, name, repository, pinned=pinned)
+        change = producer_hub.request(
+            self.queue, self.reader, self.fetches, name, repository, pinned=pinned
+        )
         assert change.fetch
         return change.fetch
 

@@ -442,6 +442,18 @@ def test_what_a_worker_reads_is_what_the_fetcher_read(
     assert "holds revision hub weights here, and other weights" in follower.registry.errors["sql"]
 
 
+def test_a_second_fetch_of_what_is_served_leaves_nothing_to_replace(
+    queue: JobQueue, make_follower: MakeFollower, cached: Path
+) -> None:
+    follower = make_follower(hub_owners=["acme"])
+    for number in range(2):
+        id_ = queue.request_fetch("sql", f"fetch-{number}", "hf:acme/sql", pinned=False)
+        queue.publish_fetch("sql", id_, f"hf:acme/sql@{COMMIT}", "hub weights")
+        follower.follow()
+        assert record(queue, "sql").previous is None
+    assert follower.registry.loader.num_read["sql"] == 1  # type: ignore[attr-defined]
+
+
 # --- The command line's adapters ----------------------------------------------------------------
 
 

@@ -151,6 +151,19 @@ def test_a_repository_without_an_adapter_is_refused_before_anything_is_downloade
     assert len(hub.requests) == 1
 
 
+@pytest.mark.parametrize("answered", ["", "v1", "0" * 39])
+def test_a_hub_that_names_no_commit_may_do_so_later(
+    hub: FakeHub, adapter: Path, answered: str
+) -> None:
+    commit = hub.push("acme/sql", adapter)
+    repository = hub.repositories["acme/sql"]
+    repository.commits[answered] = repository.commits.pop(commit)
+    repository.refs["main"] = answered
+    with pytest.raises(HubUnavailable, match=r"^hf:acme/sql: the hub names no commit\.$"):
+        at("acme/sql").download()
+    assert not any("resolve" in line for line in hub.requests)
+
+
 def test_a_cache_that_cannot_be_written_is_told_with_the_remedy(
     hub: FakeHub, cache: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

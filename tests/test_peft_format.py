@@ -22,6 +22,7 @@ from benchmarks.waiting import PATIENCE
 from schemas.errors import BadInput
 from tests.tiny_models import ALL_MODULES, make_adapter, make_llama
 from worker.adapters import device_weights
+from worker.adapters import loader as loader_module
 from worker.adapters.loader import AdapterLimits, AdapterLoader
 from worker.adapters.peft_format import Adapter, check_adapter, load_adapter
 from worker.model.config import ModelConfig
@@ -1194,3 +1195,36 @@ def test_weights_of_any_floating_type_are_read(
 def test_a_file_without_any_weights_is_refused(folder: Path, model: ModelConfig) -> None:
     save_file({}, folder / WEIGHTS)
     assert refusal(folder, model) == f"{folder / WEIGHTS}: holds no LoRA weights."
+
+
+# --- What cannot be read again ------------------------------------------------------------------
+
+
+def test_weights_that_cannot_be_read_for_their_hash_are_told_with_their_place(
+    folder: Path, model: ModelConfig, base: DecoderWeights
+) -> None:
+    loader = AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES))
+    assert len(loader.revision(folder)) == 16
+    weights = folder / WEIGHTS
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")  # Opened by anybody, while nothing can be read there.
+    with pytest.raises(BadInput) as error:
+        loader.revision(folder)
+    assert str(error.value) == f"{weights}: Input/output error"
+
+
+@pytest.mark.parametrize("fault", [OSError(36, "File name too long"), ValueError("a null byte")])
+def test_a_folder_that_no_system_can_look_into_is_told_with_the_reason(
+    folder: Path,
+    model: ModelConfig,
+    base: DecoderWeights,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+) -> None:
+    def fail(_: Path) -> str:
+        raise fault
+
+    monkeypatch.setattr(loader_module, "revision_of", fail)
+    with pytest.raises(BadInput) as error:
+        AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES)).revision(folder)
+    assert str(error.value) == f"{folder}: cannot be read: {fault}"

@@ -236,6 +236,39 @@ def test_the_list_tells_how_far_each_fetch_is(
     assert "sql" not in producer("lora", "list").stdout
 
 
+@pytest.mark.parametrize("flags", [(), ("--no-wait",), ("--force",)])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_request_that_nothing_came_of_yet_is_withdrawn_without_a_worker(
+    producer: Producer,
+    fetches: Fetches,
+    fetcher: StandIn,
+    queue: JobQueue,
+    flags: tuple[str, ...],
+    ended: bool,
+) -> None:
+    producer("lora", "load", "sql", "acme/sql", "--no-wait")
+    if ended:
+        fetcher.fail("no such repository")
+    outcome = producer("lora", "unload", "sql", *flags)
+    assert outcome.exit_code == 0
+    assert "The request to fetch 'sql' from the hub is withdrawn." in outcome.stderr
+    assert "No worker is alive" not in outcome.stderr
+    assert (desired(queue), fetches.records()) == ({}, {})
+    assert producer("lora", "unload", "sql").exit_code == 3
+
+
+def test_a_request_to_fetch_what_is_loaded_is_withdrawn_with_it(
+    producer: Producer, fetches: Fetches, queue: JobQueue
+) -> None:
+    queue.set_adapter("sql", "/sql", pinned=False)
+    producer("lora", "load", "sql", "acme/sql", "--no-wait")
+    outcome = producer("lora", "unload", "sql")
+    assert outcome.exit_code == 0
+    assert "does not know 'sql' any more" in outcome.stderr
+    assert "withdrawn" not in outcome.stderr
+    assert (desired(queue), fetches.records()) == ({}, {})
+
+
 # --- A folder or a repository -------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -241,10 +242,18 @@ def test_without_a_worker_force_fails_the_waiting_jobs_and_says_so(
     send(queue, RETIRE_LIMIT + 1)
     outcome = producer("lora", "unload", "sql", "--force", wait)
     assert outcome.exit_code == 0
-    assert "Jobs that waited for it have failed with adapter_unloaded." in outcome.stderr
+    number = RETIRE_LIMIT + 1
+    assert f"{number} jobs that waited for it failed with adapter_unloaded." in outcome.stderr
     assert reader.submission("sub").counts["failed"] == RETIRE_LIMIT + 1
     assert {r.error.code for r in reader.results(["sql-0"]) if r.error} == {"adapter_unloaded"}
     assert desired(queue) == {}
+
+
+def test_force_tells_of_no_job_where_none_waited(producer: Producer, queue: JobQueue) -> None:
+    queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    outcome = producer("lora", "unload", "sql", "--force")
+    assert outcome.exit_code == 0
+    assert "adapter_unloaded" not in outcome.stderr
 
 
 def test_without_a_worker_force_leaves_what_a_dead_one_ran_to_the_next(
@@ -373,6 +382,17 @@ def test_an_adapter_is_pinned_and_unpinned_on_every_worker(
     assert reader.workers()[0].pinned == []
 
 
+def test_a_load_without_pin_leaves_the_adapter_pinned(
+    producer: Producer, reader: QueueReader, start_worker: StartWorker
+) -> None:
+    start_worker("w1")
+    assert producer("lora", "load", "sql", "/adapters/sql").exit_code == 0
+    assert producer("lora", "pin", "sql").exit_code == 0
+    for path in ("/adapters/sql", "/adapters/new"):
+        assert producer("lora", "load", "sql", path).exit_code == 0
+        assert reader.workers()[0].pinned == ["sql"]
+
+
 def test_more_pinned_adapters_than_a_worker_can_keep_are_refused_at_once(
     producer: Producer, queue: JobQueue, start_worker: StartWorker
 ) -> None:
@@ -388,6 +408,59 @@ def test_more_pinned_adapters_than_a_worker_can_keep_are_refused_at_once(
         assert "worker small can keep 1 adapter pinned (--max-loras-per-batch 2" in outcome.stderr
         assert "pinned already: sql." in outcome.stderr
     assert queue.desired_state() == before
+
+
+def test_of_commands_at_one_moment_as_many_pin_as_a_worker_can_keep(
+    redis_url: str, queue: JobQueue, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_worker("small", slots=3)
+    names = ["a", "b", "c", "d"]
+    queue.announce({name: AdapterRecord(source="/", revision="r") for name in names})
+    have_looked = threading.Barrier(len(names))
+    look = QueueReader.workers
+
+    def look_with_the_others(reader: QueueReader) -> list[WorkerState]:
+        found = look(reader)
+        have_looked.wait(30)
+        return found
+
+    monkeypatch.setattr(QueueReader, "workers", look_with_the_others)
+
+    def refusal(name: str) -> str | None:
+        with Client(redis_url, queue.name) as client:
+            try:
+                client.pin_adapter(name)
+            except BadInput as error:
+                return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        refusals = [text for text in threads.map(refusal, names) if text]
+    pinned = [name for name, record in desired(queue).items() if record.pinned]
+    assert len(pinned) == 2
+    assert len(refusals) == 2
+    assert all(text.endswith(f"pinned already: {', '.join(pinned)}.") for text in refusals)
+
+
+def test_the_list_tells_how_many_workers_keep_what_is_pinned(
+    producer: Producer, queue: JobQueue
+) -> None:
+    """Two were each started with two pinned adapters of their own, and keep two each."""
+    names = ["a", "b", "c", "d"]
+    queue.announce({n: AdapterRecord(source="/", revision="r", pinned=True) for n in names})
+    for worker, pinned in (("w1", ["a", "b"]), ("w2", ["b", "c"])):
+        beat(queue, id=worker, adapters=dict.fromkeys(names, "r"), pinned=pinned)
+    found = json.loads(producer("lora", "list", "--json").stdout)["adapters"]
+    assert [adapter["num_pinned"] for adapter in found] == [1, 2, 1, 0]
+    rows = producer("lora", "list").stdout.splitlines()[1:5]
+    told = [
+        "pinned on 1 of 2 workers",
+        "pinned",
+        "pinned on 1 of 2 workers",
+        "pinned on 0 of 2 workers",
+    ]
+    for text, row in zip(told, rows, strict=True):
+        assert f", {text}  " in row
 
 
 def test_an_adapter_that_is_being_unloaded_cannot_be_pinned(
@@ -456,13 +529,54 @@ def test_a_timeout_bounds_the_wait_for_a_drain_that_goes_on(
     wait_until(lambda: desired(queue) == {}, "the adapter was not unloaded")
 
 
+@pytest.mark.parametrize("seconds", ["0", "0.5"])
+@pytest.mark.parametrize("what", ["sql", None])
+def test_a_drain_of_what_is_paused_says_so_at_once_and_when_its_time_is_over(
+    producer: Producer,
+    client: Client,
+    queue: JobQueue,
+    start_worker: StartWorker,
+    what: str | None,
+    seconds: str,
+) -> None:
+    start_worker()
+    producer("lora", "load", "sql", "/adapters/sql")
+    send(queue, 2)
+    client.pause(what)
+    outcome = producer("lora", "unload", "sql", "--timeout", seconds)
+    assert outcome.exit_code == 5
+    remedy = f"paused: `producer resume{f' {what}' if what else ''}` lets its jobs be finished"
+    assert f"2 jobs of it left after {seconds} s; " in outcome.stdout
+    assert remedy in outcome.stdout
+    _, notice, *rest = outcome.stderr.splitlines()
+    assert notice.startswith("2 jobs left; ")
+    assert notice.endswith(f"{remedy}.")
+    assert remedy in rest[-1]
+    assert sum(remedy in line for line in rest) == 1
+
+
+def test_a_pause_that_ends_lets_a_drain_go_on(
+    producer: Producer, client: Client, queue: JobQueue, start_worker: StartWorker
+) -> None:
+    start_worker().serves_jobs = True
+    producer("lora", "load", "sql", "/adapters/sql")
+    client.pause("sql")
+    send(queue, 2)
+    threading.Timer(0.5, client.resume, ["sql"]).start()
+    outcome = producer("lora", "unload", "sql")
+    assert outcome.exit_code == 0
+    assert "'sql' is paused" in outcome.stderr
+
+
 def test_force_fails_the_waiting_jobs_with_a_reason(
     producer: Producer, queue: JobQueue, reader: QueueReader, start_worker: StartWorker
 ) -> None:
     start_worker()
     producer("lora", "load", "sql", "/adapters/sql")
     send(queue, 3)
-    assert producer("lora", "unload", "sql", "--force").exit_code == 0
+    outcome = producer("lora", "unload", "sql", "--force")
+    assert outcome.exit_code == 0
+    assert "3 jobs that waited for it failed with adapter_unloaded." in outcome.stderr
     assert reader.submission("sub").counts["failed"] == 3
     results = [json.loads(line) for line in producer("results", "sub").stdout.splitlines()]
     assert {result["error"]["code"] for result in results} == {"adapter_unloaded"}
@@ -501,6 +615,50 @@ def test_an_adapter_that_is_loaded_again_while_it_drains_is_not_unloaded(
     thread.join()
     assert outcome.exit_code == 1
     assert "it was loaded again meanwhile" in outcome.stdout
+
+
+@pytest.mark.parametrize(("first", "last"), [("gone", "good"), ("good", "gone")])
+def test_a_load_is_not_answered_with_what_became_of_a_later_one(
+    client: Client, queue: JobQueue, first: str, last: str
+) -> None:
+    """Both are given while the worker is stopped."""
+    changes = [client.load_adapter("sql", f"/adapters/{folder}") for folder in (first, last)]
+    served = {"adapters": {"sql": "r"}} if last == "good" else {}
+    errors = {"adapter_errors": {"sql": "there is no folder /gone."}} if last == "gone" else {}
+    beat(queue, desired_version=2, **served, **errors)
+    (superseded,), (answer,) = (client.answers(change) for change in changes)
+    assert (superseded.success, superseded.error_message) == (
+        False,
+        "it was loaded again meanwhile",
+    )
+    assert answer.success == (last == "good")
+
+
+def test_a_load_that_was_superseded_fails_its_command(producer: Producer, queue: JobQueue) -> None:
+    beat(queue)
+
+    def load_again() -> None:
+        wait_until(lambda: bool(desired(queue)), "it was not loaded")
+        queue.set_adapter("sql", "/adapters/good", pinned=False)
+        beat(queue, adapters={"sql": "r"}, desired_version=2)
+
+    thread = threading.Thread(target=load_again)
+    thread.start()
+    outcome = producer("lora", "load", "sql", "/adapters/gone")
+    thread.join()
+    assert outcome.exit_code == 1
+    assert "it was loaded again meanwhile" in outcome.stdout
+
+
+@pytest.mark.parametrize("pinned", [["sql"], []])
+def test_a_pin_is_answered_by_what_is_pinned_though_a_load_has_failed(
+    producer: Producer, queue: JobQueue, pinned: list[str]
+) -> None:
+    """The worker serves what the load was to replace, and says what was wrong with that."""
+    queue.announce({"sql": AdapterRecord(source="/sql", revision="r")})
+    error = {"sql": "there is no folder /gone."}
+    beat(queue, adapters={"sql": "r"}, adapter_errors=error, pinned=pinned, desired_version=2)
+    assert producer("lora", "pin", "sql").exit_code == (0 if pinned else 1)
 
 
 def test_an_adapter_that_is_unloaded_while_a_load_is_waited_for_is_no_success(
@@ -576,14 +734,16 @@ def listed_queue(queue: JobQueue) -> None:
     )
     queue.unload_adapter("json", "drain")
     send(queue, 3)
-    counts = AdapterCounts(requests=4, output_tokens=50, loads=1, evictions=1, load_seconds=0.25)
+    counts = {"sql": AdapterCounts(requests=4, output_tokens=50, loads=1, load_seconds=0.25)}
+    w2_counts = {"sql": AdapterCounts(evictions=2, slot_loads=4, slot_evictions=3)}
     both = {"sql": "0123456789abcdef", "json": "fedcba9876543210"}
-    beat(queue, id="w1", adapters=both, resident=["sql"], adapter_counts={"sql": counts})
+    beat(queue, id="w1", adapters=both, resident=["sql"], pinned=["sql"], adapter_counts=counts)
     beat(
         queue,
         id="w2",
         adapters={"sql": "0123456789abcdef"},
-        adapter_counts={"sql": counts},
+        in_memory=[],
+        adapter_counts=w2_counts,
         adapter_errors={"json": "its rank is too large"},
     )
     claims = queue.claim("w1", ClaimRequest(1, 4, ()), lease_seconds=60, patience=60)
@@ -605,13 +765,17 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
         "unloading": None,
         "num_workers": 2,
         "num_loaded": 2,
+        "num_in_memory": 1,
         "num_resident": 1,
+        "num_pinned": 1,
         "errors": {},
         "waiting": 2,
-        "requests": 8,
-        "output_tokens": 100,
-        "loads": 2,
+        "requests": 4,
+        "output_tokens": 50,
+        "loads": 1,
         "evictions": 2,
+        "slot_loads": 4,
+        "slot_evictions": 3,
         "mean_load_seconds": 0.25,
         "fetch": None,
     }
@@ -621,22 +785,36 @@ def test_the_list_tells_where_adapters_are_and_what_they_have_done(
 
 def test_the_list_is_a_table_for_a_person(producer: Producer, queue: JobQueue) -> None:
     listed_queue(queue)
-    head, json_row, sql_row, *rest = producer("lora", "list").stdout.splitlines()
-    assert head.split()[:4] == ["name", "source", "revision", "pinned"]
-    assert sql_row.split()[:4] == ["sql", "/adapters/sql", "01234567", "yes"]
-    assert "loaded on 2 of 2 workers, in a slot on 1" in sql_row
-    assert sql_row.endswith("0.250")
-    assert "unloading (drain), loaded on 1 of 2 workers, failed on 1" in json_row
+    lines = producer("lora", "list").stdout.splitlines()
+    head, json_row, sql_row, blank, counts_head, _, counts, *rest = lines
+    assert head.split() == ["name", "source", "revision", "state", "waiting"]
+    assert sql_row.split()[:3] == ["sql", "/adapters/sql", "01234567"]
+    place = "loaded on 2 of 2 workers (1 in a slot, 1 on disk), pinned on 1 of 2 workers"
+    assert place in sql_row
+    assert "unloading (drain), loaded on 1 of 2 workers (in memory), failed on 1" in json_row
+    assert blank == ""
+    assert counts_head.split()[:4] == ["name", "requests", "tokens", "loads"]
+    assert counts.split() == ["sql", "4", "50", "1", "0.250", "2", "4", "3"]
     assert "json on w2: its rank is too large" in rest
     assert "`producer lora unload NAME` forgets it" in rest[-1]
+
+
+def test_at_100_columns_a_line_of_the_list_holds_all_that_an_adapter_has_done(
+    producer: Producer, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.tables.UNBOUNDED_WIDTH", 100)
+    listed_queue(queue)
+    rows = producer("lora", "list").stdout.splitlines()
+    assert all(len(row) <= 100 for row in rows)
+    assert ["sql", "4", "50", "1", "0.250", "2", "4", "3"] in [row.split() for row in rows]
+    assert any(row.split()[:3] == ["sql", "/adapters/sql", "01234567"] for row in rows)
 
 
 def test_a_pipe_gets_every_path_and_name_whole(producer: Producer, queue: JobQueue) -> None:
     path, names = "/adapters" + "/folder" * 30, [f"adapter-{number}" for number in range(20)]
     queue.announce({name: AdapterRecord(source=path, revision="r") for name in names})
     beat(queue, id="w1", adapters=dict.fromkeys(names, "r"))
-    _, *rows = producer("lora", "list").stdout.splitlines()
-    assert len(rows) == len(names)
+    rows = producer("lora", "list").stdout.splitlines()[1 : 1 + len(names)]
     assert all(f" {path} " in row for row in rows)
     assert ", ".join(sorted(names)) in producer("status").stdout
 

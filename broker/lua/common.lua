@@ -532,22 +532,11 @@ local function what_is_replaced(name)
   return { source = record.source, revision = record.revision }
 end
 
--- Lets every worker read an adapter from a source, in place of one of that name; returns the version
--- of the desired state. `revision` is cjson.null where the first worker that reads it shall say.
-local function load_adapter(name, source, revision, pinned)
-  local version = desired_state_changed()
-  write_record(name, {
-    source = source, revision = revision, pinned = pinned, unloading = cjson.null,
-    version = version, previous = what_is_replaced(name),
-  })
-  return version
-end
-
 -- The newest request to fetch an adapter of that name, if it is the one of this id, or of any id.
+-- Nil too if another program has left something else there.
 local function read_fetch(name, id)
-  local fetch = redis.call('HGET', FETCHES, name)
-  fetch = fetch and cjson.decode(fetch)
-  return fetch and (not id or fetch.id == id) and fetch or nil
+  local is_json, fetch = pcall(cjson.decode, redis.call('HGET', FETCHES, name) or '')
+  return is_json and type(fetch) == 'table' and (not id or fetch.id == id) and fetch or nil
 end
 
 local function write_fetch(name, fetch)
@@ -556,4 +545,42 @@ end
 
 local function is_over(fetch)
   return type(fetch.error) == 'string' or type(fetch.version) == 'number'
+end
+
+-- Whether an adapter keeps a slot, or shall once it is fetched.
+local function is_pinned(name)
+  local record, fetch = read_record(name), read_fetch(name)
+  return record and record.pinned == true
+    or fetch and not is_over(fetch) and fetch.pinned == true or false
+end
+
+-- The other adapters that are pinned, if they are as many as may be beside none of this name: `limit`,
+-- which is nil or '' where nobody knows one. nil if there is room, or if this one is pinned already.
+local function pins_in_the_way(name, limit)
+  if not tonumber(limit or '') or is_pinned(name) then return nil end
+  local are_pinned, names = {}, {}
+  for _, key in ipairs({ ADAPTERS, FETCHES }) do
+    local fields = redis.call('HGETALL', key)
+    for i = 1, #fields, 2 do
+      -- Few of thousands of records hold this text, and only those are decoded.
+      if string.find(fields[i + 1], '"pinned":true', 1, true) and is_pinned(fields[i]) then
+        are_pinned[fields[i]] = true
+      end
+    end
+  end
+  for other in pairs(are_pinned) do table.insert(names, other) end
+  table.sort(names)
+  return #names >= tonumber(limit) and names or nil
+end
+
+-- Lets every worker read an adapter from a source, in place of one of that name; returns the version
+-- of the desired state. `revision` is cjson.null where the first worker that reads it shall say. A
+-- pin stays, whatever is loaded: an unpin or an unload ends it.
+local function load_adapter(name, source, revision, wants_pin)
+  local version = desired_state_changed()
+  write_record(name, {
+    source = source, revision = revision, pinned = wants_pin or is_pinned(name),
+    unloading = cjson.null, version = version, previous = what_is_replaced(name),
+  })
+  return version
 end

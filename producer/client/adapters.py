@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from broker.fetches import FetchStatus
-from producer import adapters, hub
-from producer.adapters import AdapterStatus, Answer, Change, OnPause
+from producer import adapter_states, adapters, hub
+from producer.adapter_states import AdapterStatus
+from producer.adapters import Answer, Change, OnPause
 from producer.client.session import Session
 from producer.hub import OnFetch
 
@@ -21,15 +22,16 @@ class Adapters(Session):
         ``source`` is a folder as the workers see it; a relative one counts from the current folder
         of this process. Or it is a text like ``owner/name[@revision]``, if there is no such folder:
         a repository of the hub, which a fetcher fetches first (``hf:owner/name`` in any case). A
-        ``pinned`` adapter keeps a slot. Raises BadInput for what cannot be a name or a source, and
-        for more pinned adapters than a worker can keep.
+        ``pinned`` adapter keeps a slot; without it the name stays pinned or unpinned as it is.
+        Raises BadInput for what cannot be a name or a source, and for more pinned adapters than a
+        worker can keep.
         """
         repository = hub.hub_source(source) if isinstance(source, str) else None
         with self._errors():
+            queue, reader = self._job_queue, self._reader
             if repository:
-                adapters.check_load(self._reader, name, pinned=pinned)
-                return hub.request(self._job_queue, self._fetches, name, repository, pinned=pinned)
-            return adapters.load(self._job_queue, self._reader, name, source, pinned=pinned)
+                return hub.request(queue, reader, self._fetches, name, repository, pinned=pinned)
+            return adapters.load(queue, reader, name, source, pinned=pinned)
 
     def unload_adapter(self, name: str, *, force: bool = False) -> Change:
         """Take an adapter off all workers once its waiting jobs are finished, or, by force, failed;
@@ -77,7 +79,8 @@ class Adapters(Session):
 
         One that has not within ``timeout`` seconds answers that. Left out, these are 60, and an
         adapter that is unloaded may take as long as its jobs do. No worker is alive if there are
-        no answers. An adapter from the hub is waited for first, as ``fetched`` does.
+        no answers. An adapter from the hub is waited for first, as ``fetched`` does. ``on_pause``
+        is told how many of its jobs are left, and whether they are paused.
         """
         change = self.fetched(change)
         with self._errors():
@@ -89,10 +92,10 @@ class Adapters(Session):
         """Every adapter that the queue knows or fetches, by name, and how the living workers serve
         it."""
         with self._errors():
-            return adapters.read_statuses(self._reader, self._fetches)
+            return adapter_states.read_statuses(self._reader, self._fetches)
 
 
-def _ignore(number: int) -> None:
+def _ignore(number: int, obstacle: str) -> None:
     pass
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import cache
 
 from benchmarks.waiting import PATIENCE, wait_until
-from producer.adapters import AdapterStatus, Answer, Change
+from producer.adapter_states import AdapterStatus
+from producer.adapters import Answer, Change
 from producer.client import Client
 from tests.tiny_models import Oracle
 

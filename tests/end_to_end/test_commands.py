@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -59,6 +61,36 @@ def test_every_command_may_be_given_twice(
     assert_answers(client, oracle, {None: None, "twice": "lora0"})
     assert lora(redis_url, client, "unload", "twice").exit_code == 0
     assert lora(redis_url, client, "unload", "twice").exit_code == 3
+
+
+def test_the_list_tells_where_two_workers_have_each_adapter_and_what_it_has_done(
+    client: Client, redis_url: str, root: Path, oracle: Oracle
+) -> None:
+    succeed(client, client.load_adapter("lora0", root / "lora0", pinned=True))
+    succeed(client, client.load_adapter("lora1", root / "lora1"))
+    assert not any(a.success for a in answers(client, client.load_adapter("gone", root / "gone")))
+    assert_answers(client, oracle, {"lora0": "lora0"})
+
+    def listed(*flags: str) -> str:
+        place = ("--redis-url", redis_url, "--queue", client.queue)
+        outcome = CliRunner().invoke(app, ["lora", "list", *flags, *place])
+        assert outcome.exit_code == 0, outcome.output
+        return outcome.stdout
+
+    def counts(name: str) -> list[str]:
+        return next(row.split() for row in listed().splitlines()[5:] if row.startswith(name))
+
+    # Each worker has it in a slot, and tells of the jobs with its next heartbeat.
+    wait_until(lambda: counts("lora0")[1:4] + counts("lora0")[6:] == ["3", "36", "2", "2", "0"])
+    head, gone, lora0, lora1, *_ = listed().splitlines()
+    assert head.split() == ["name", "source", "revision", "state", "waiting"]
+    assert "loaded on 0 of 2 workers, failed on 2" in gone
+    assert "loaded on 2 of 2 workers (in a slot), pinned  " in lora0
+    assert "loaded on 2 of 2 workers (in memory)  " in lora1
+    assert f": there is no folder {root / 'gone'}." in listed()
+    found = {row["name"]: row for row in json.loads(listed("--json"))["adapters"]}
+    assert [found["lora0"][f"num_{what}"] for what in ("loaded", "resident", "pinned")] == [2] * 3
+    assert found["lora1"]["slot_loads"] == 0
 
 
 @pytest.mark.parametrize("command", ["unload", "pin", "unpin"])
@@ -131,6 +163,30 @@ def test_commands_that_race_a_running_batch_do_not_change_its_answers(
     assert {name for worker in client.overview().workers for name in worker.adapters} == {"lora0"}
 
 
+def test_each_command_given_while_a_worker_is_stopped_is_answered_for_itself(
+    redis_url: str, queue_name: str, start_bare_worker: StartWorker, root: Path
+) -> None:
+    process = start_bare_worker("--redis-url", redis_url, "--queue", queue_name)
+    assert process.pid
+    with Client(redis_url, queue_name) as client:
+        wait_for_workers(client, 1)
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            changes = [client.load_adapter("sql", root / name) for name in ("gone", "lora0")]
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        (first,), (second,) = (answers(client, change, workers=1) for change in changes)
+        assert (first.success, first.error_message) == (False, "it was loaded again meanwhile")
+        assert second.success
+        (failed,) = answers(client, client.load_adapter("sql", root / "gone"), workers=1)
+        assert not failed.success
+        succeed(client, client.pin_adapter("sql"), workers=1)
+        assert not answers(client, client.load_adapter("sql", root / "gone"), workers=1)[0].success
+        assert client.overview().workers[0].pinned == ["sql"]
+        status = status_of(client, "sql")
+        assert (status.pinned, status.num_pinned) == (True, 1)
+
+
 @pytest.fixture
 def server_folder() -> Iterator[Path]:
     # Not tmp_path: the path of a Unix socket must be short.
@@ -197,7 +253,10 @@ def test_an_evicted_adapter_comes_back_as_the_same_revision_or_not_at_all(
         for name in ("mine", "lora1"):
             assert_answers(client, oracle, {name: name.replace("mine", "lora0")})
         wait_until(lambda: status_of(client, "mine").evictions == 2)  # With the next heartbeat.
-        assert status_of(client, "mine").loads == 2
+        wait_until(lambda: status_of(client, "mine").slot_evictions == 1)
+        found = status_of(client, "mine")
+        assert (found.loads, found.slot_loads) == (2, 1)
+        assert (found.num_loaded, found.num_in_memory, found.num_resident) == (1, 0, 0)
         assert status_of(client, "mine").revision == loaded["mine"]
 
         shutil.rmtree(folder)

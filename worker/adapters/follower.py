@@ -142,6 +142,8 @@ class DesiredStateFollower:
     def _load(self, name: str, record: AdapterRecord) -> None:
         known = self._registry.known(name)
         if known and (known.source, known.revision) == (record.source, record.revision):
+            if record.previous:  # It was read before it was loaded, so nobody needs the old one.
+                self._queue.adopt_revision(name, record.version, known.revision)
             self._registry.accept(name, record.version)
             return
         try:

@@ -207,6 +207,22 @@ class AdapterRegistry:
                 }
             )
 
+    def count_in_slot(self, adapter: Adapter, *, loads: int = 0, evictions: int = 0) -> None:
+        """Count that an adapter came into a slot or left one, unless it has been unloaded or
+        replaced meanwhile: then nothing took its place."""
+        name = adapter.name
+        with self._lock:
+            known = self._known.get(name)
+            if not known or known.revision != adapter.revision:
+                return
+            if self._loaded.get(name, adapter) is not adapter:
+                return  # Unloaded, and loaded again.
+            counts = self._counts_of(name)
+            more = {"slot_loads": loads, "slot_evictions": evictions}
+            self._counts[name] = counts.model_copy(
+                update={field: getattr(counts, field) + n for field, n in more.items() if n}
+            )
+
     @property
     def revisions(self) -> dict[str, str]:
         """Name -> revision."""
@@ -243,6 +259,12 @@ class AdapterRegistry:
         """Those in host memory."""
         with self._lock:
             return frozenset(self._loaded.values())
+
+    @property
+    def in_memory(self) -> list[str] | None:
+        """Names of those in host memory; None if that are all."""
+        with self._lock:
+            return None if len(self._loaded) == len(self._known) else list(self._loaded)
 
     @property
     def pinned(self) -> list[Adapter]:

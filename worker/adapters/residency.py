@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 
 from worker.adapters.registry import AdapterRegistry
@@ -20,6 +21,8 @@ class AdapterResidency:
         self._scheduler = scheduler
         self._seen_generation = -1
         self._is_behind = False
+        slots.on_load = partial(registry.count_in_slot, loads=1)
+        slots.on_leave = partial(registry.count_in_slot, evictions=1)
 
     def follow(self) -> None:
         """Pin, and let go of, what the registry says. What sequences still use goes after them, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import structlog
 import torch
@@ -75,6 +75,9 @@ class AdapterSlots:
         self._last_used: dict[Adapter, int] = {}
         self._clock = 0
         self.num_loads = 0
+        self.on_load: Callable[[Adapter], None] = lambda adapter: None
+        self.on_leave: Callable[[Adapter], None] = lambda adapter: None
+        """Told what comes into a slot, and what leaves one, be it for another or for good."""
         self.pinned: frozenset[Adapter] = frozenset()
         """They stay where they stand whether they are in use or not."""
         self._arriving: dict[Adapter, torch.cuda.Event] = {}
@@ -150,6 +153,7 @@ class AdapterSlots:
             if arrival := self.memory.load(adapter, first, after=reads):
                 self._arriving[adapter] = arrival
             self.num_loads += 1
+            self.on_load(adapter)
             self._first_ranks[adapter] = first
             megabytes = round(self.num_bytes(adapter) / 1e6, 1)
             log.info("adapter_loads", adapter=adapter.name, rank=adapter.rank, megabytes=megabytes)
@@ -179,6 +183,7 @@ class AdapterSlots:
     def _vacate(self, adapter: Adapter) -> None:
         del self._first_ranks[adapter], self._last_used[adapter]
         self._arriving.pop(adapter, None)
+        self.on_leave(adapter)
 
     def _held_in(self, first: int, size: int) -> list[Adapter]:
         return [
