@@ -255,6 +255,21 @@ def test_a_refused_adapter_leaves_the_others_alone_and_is_served_once_loaded_rig
     assert set(follower.registry.revisions) == {"chat", "sql"}
 
 
+def test_what_nobody_foresaw_in_reading_an_adapter_is_a_refusal_and_ends_no_worker(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("chat", str(root / "chat"), pinned=False)
+    (root / "sql" / "weights").write_bytes(b"\xff")  # The loader of these tests reads text.
+    with capture_logs() as logs:
+        follower.load("sql", root / "sql")
+    assert follower.registry.revisions == {"chat": "chat weights"}
+    reason = "reading it failed (UnicodeDecodeError); the worker's log has the traceback."
+    assert follower.registry.errors == {"sql": reason}
+    (told,) = [entry for entry in logs if entry["event"] == "adapter_reading_failed"]
+    assert (told["adapter"], told["exc_info"]) == ("sql", True)
+
+
 # --- A replacement that fails -------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -963,6 +964,42 @@ def test_a_broken_config_is_refused_with_the_place_of_the_break(
 ) -> None:
     (folder / CONFIG).write_text(text)
     assert refusal(folder, model).startswith(f"{folder / CONFIG}: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"peft_type":"\\ud800"}', "holds '\\ud800', half of a character, in a text."),
+        (b'{"\xed\xa0\x80":1}', "holds '\\ud800', half of a character, in a text."),
+        (b"[" * 200_000, "is nested too deeply to be a config."),
+        (b'{"a":' * 150_000, "is nested too deeply to be a config."),
+        (b" " * 1_000_001, "has more than 1000000 bytes, which no config needs."),
+    ],
+)
+def test_a_config_that_no_reason_could_tell_of_is_refused(
+    folder: Path, model: ModelConfig, base: DecoderWeights, content: bytes, problem: str
+) -> None:
+    (folder / CONFIG).write_bytes(content)
+    assert refusal(folder, model) == f"{folder / CONFIG}: {problem}"
+    with pytest.raises(BadInput, match=re.escape(problem)):
+        AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES)).revision(folder)
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_refused_and_keeps_nobody_waiting(
+    folder: Path, model: ModelConfig, base: DecoderWeights, file: str, kind: str
+) -> None:
+    path = folder / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    expected = f"{path}: is no regular file; put a file, or a link to one, in its place."
+    assert refusal(folder, model) == expected
+    with pytest.raises(BadInput, match=re.escape(expected)):
+        AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES)).revision(folder)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])

@@ -13,8 +13,10 @@ from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, LorryError
 from schemas.hub import HUB_PREFIX, HubSource
+from worker.adapters.contained import contained
 from worker.adapters.registry import AdapterRegistry, ReadAdapter
 from worker.hub.repository import HubRepository
+from worker.reasons import kept
 
 log = structlog.get_logger()
 
@@ -174,13 +176,15 @@ class DesiredStateFollower:
         try:
             read = self._read(name, previous.source, record.version)
         except BadInput as error:
-            log.warning("previous_adapter_unavailable", adapter=name, reason=str(error))
+            reason = kept(str(error))
+            log.warning("previous_adapter_unavailable", adapter=name, reason=reason)
             return
         if read.known.revision == previous.revision:
             self._registry.serve(name, read)
 
     def _read(self, name: str, source: str, version: int) -> ReadAdapter:
-        return self._registry.read(name, self._allowed(source), version, source=source)
+        with contained(name):
+            return self._registry.read(name, self._allowed(source), version, source=source)
 
     def _allowed(self, source: str) -> Path:
         """Raises BadInput for a folder that commands may not name."""

@@ -13,10 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.errors import BadInput
 from schemas.faults import first_fault
+from worker.adapters.files import open_file
+from worker.reasons import shown
 
 Number = TypeVar("Number", int, float)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+#: Of a config: a rank and an alpha for each linear module of 126 layers take 130 KB. While a file
+#: is parsed no other thread runs.
+_MAX_CONFIG_BYTES = 1_000_000
 
 #: How PEFT 0.21 reads a key of ``rank_pattern`` and ``alpha_pattern`` (``get_pattern_key``), and an
 #: entry of ``layers_pattern`` (``check_target_module_exists``).
@@ -68,7 +74,8 @@ _IGNORED_SETTINGS = {
 }
 
 
-_Rank = Annotated[int, Field(ge=1)]
+# No more than torch can count: floats, of which the scaling is one, hold any of these.
+_Rank = Annotated[int, Field(ge=1, lt=1 << 63)]
 _Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -127,7 +134,7 @@ def read_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_FILE
     settings = read_settings(folder)
     if (peft_type := settings.get("peft_type", "missing")) != "LORA":
-        raise BadInput(f"{path}: peft_type is {peft_type}; only LORA can be served.")
+        raise BadInput(f"{path}: peft_type is {shown(peft_type)}; only LORA can be served.")
     try:
         config = PeftConfig.model_validate(settings)
     except ValidationError as error:
@@ -139,16 +146,31 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the file holds; raises BadInput if that is no JSON object."""
+    """What the file holds, which can be written as JSON again; raises BadInput if that is no JSON
+    object."""
     path = folder / CONFIG_FILE
     try:
-        settings = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            content = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(content) > _MAX_CONFIG_BYTES:
+            raise BadInput(
+                f"{path}: has more than {_MAX_CONFIG_BYTES} bytes, which no config needs."
+            )
+        settings = json.loads(content)
         if not isinstance(settings, dict):
             raise ValueError("it holds something else")
+        # Python reads halves of characters (surrogates) as text, which nobody can write.
+        json.dumps(settings, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise BadInput(f"{folder} is no PEFT adapter: it lacks {CONFIG_FILE}.") from error
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{path}: holds {error.object[error.start]!a}, half of a character, in a text."
+        ) from error
+    except RecursionError as error:
+        raise BadInput(f"{path}: is nested too deeply to be a config.") from error
     except ValueError as error:
         raise BadInput(f"{path}: is no JSON object: {error}") from error
     return settings
@@ -160,7 +182,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
             raise BadInput(f"{path}: {setting}: {_REFUSED_SETTINGS[setting]} is not supported.")
         if value and setting not in _REFUSED_SETTINGS and setting not in _IGNORED_SETTINGS:
             raise BadInput(
-                f"{path}: the setting '{setting}' is unknown here, so the adapter may not be"
+                f"{path}: the setting '{shown(setting)}' is unknown here, so the adapter may not be"
                 " served as it was trained. Remove the setting if it does not matter."
             )
     _check_init(path, settings.get("init_lora_weights", True))
@@ -170,7 +192,7 @@ def _check_init(path: Path, init: object) -> None:
     kind = str(init).lower()
     if kind in _INNOCENT_INIT:
         return
-    place = f"{path}: init_lora_weights is '{init}'"
+    place = f"{path}: init_lora_weights is '{shown(init)}'"
     if _CONVERTIBLE_INIT.fullmatch(kind):
         raise BadInput(
             f"{place}, which changes the base model's weights."

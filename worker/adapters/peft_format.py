@@ -17,6 +17,7 @@ import torch
 
 from schemas.errors import BadInput
 from worker.adapters.device_weights import DeviceWeights, stack_gains
+from worker.adapters.files import open_file
 from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_config, read_settings
 from worker.adapters.peft_targets import Place, select
 from worker.adapters.peft_tensors import (
@@ -145,7 +146,7 @@ def revision_of(folder: Path) -> str:
     """
     digest, path = _hash_of_settings(folder), weights_file(folder)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             hashlib.file_digest(file, lambda: digest)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error
