@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from schemas.errors import BadInput
 from schemas.faults import first_fault
 from worker.adapters.files import open_file
+from worker.adapters.module_patterns import Matches, PatternSetting, match_names
 from worker.reasons import shown
 
 Number = TypeVar("Number", int, float)
@@ -28,6 +29,9 @@ _MAX_CONFIG_BYTES = 1_000_000
 #: entry of ``layers_pattern`` (``check_target_module_exists``).
 _MODULE_PATTERN = r"(.*\.)?({})$"
 _LAYER_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+#: Where ``layers_pattern`` is not given, the layer is the first number between dots.
+_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 #: Ways to begin training (in lower case, as PEFT compares them) that leave the base model's weights
 #: as they are. The others change them, and an adapter over the unchanged base would answer wrongly.
@@ -104,33 +108,46 @@ class PeftConfig(BaseModel):
     ensure_weight_tying: bool = False
     modules_to_save: list[str] | None = None
 
-    @property
-    def layer_patterns(self) -> list[str]:
-        """What ``layers_pattern`` asks for; each holds the layer as the group ``idx``."""
-        given = self.layers_pattern or []
-        patterns = [given] if isinstance(given, str) else given
-        return [_LAYER_PATTERN.format(pattern) for pattern in patterns]
+    _matches: Matches = PrivateAttr(default_factory=dict)
+    """Of regular expressions, with the names of the model's modules."""
+
+    def matches(self, setting: str, module: str) -> bool:
+        """Whether the regular expression of ``target_modules`` or ``exclude_modules`` does."""
+        return module in self._matches[setting]
+
+    def is_in_layers(self, module: str) -> bool:
+        """Whether ``layers_to_transform`` leaves the module in."""
+        layers = self.layers_to_transform
+        if layers is None or layers == []:
+            return True
+        match = self._matches["layers_pattern"].get(module)
+        # A pattern with `|` may match without its layer.
+        if match is None or match.layer is None:
+            return False
+        return int(match.layer) in ([layers] if isinstance(layers, int) else layers)
 
     def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern or {}, module, self.r)
+        return self._by_pattern("rank_pattern", self.rank_pattern, module, self.r)
 
     def scaling_of(self, module: str) -> float:
         """``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilized LoRA (Kalajdzievski, 2023)."""
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
+        alpha = self._by_pattern("alpha_pattern", self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def _by_pattern(
+        self, setting: str, values: Mapping[str, Number] | None, module: str, otherwise: Number
+    ) -> Number:
+        """The value of the first pattern that matches, in the order of the file."""
+        match = self._matches[setting].get(module)
+        return values[match.pattern] if values and match else otherwise
 
-def _by_pattern(values: Mapping[str, Number], module: str, otherwise: Number) -> Number:
-    """The value of the first pattern that matches, in the order of the file."""
-    for pattern, value in values.items():
-        if re.match(_MODULE_PATTERN.format(pattern), module):
-            return value
-    return otherwise
 
+def read_config(folder: Path, modules: Sequence[str]) -> PeftConfig:
+    """``modules`` are the names of those that the model has, of which the config may tell.
 
-def read_config(folder: Path) -> PeftConfig:
-    """Raises BadInput, naming the setting, for a config that cannot be served exactly."""
+    Raises BadInput, naming the setting, for a config that cannot be served exactly.
+    """
     path = folder / CONFIG_FILE
     settings = read_settings(folder)
     if (peft_type := settings.get("peft_type", "missing")) != "LORA":
@@ -141,7 +158,7 @@ def read_config(folder: Path) -> PeftConfig:
         raise BadInput(f"{path}: {first_fault(error)}") from error
     _check_settings(path, config.model_extra or {})
     _check_targets(path, config)
-    _check_patterns(path, config)
+    config._matches = match_names(path, [*_patterns(config)], modules)
     return config
 
 
@@ -223,27 +240,21 @@ def _check_targets(path: Path, config: PeftConfig) -> None:
         raise BadInput(f"{path}: layers_pattern does not go without layers_to_transform.")
 
 
-def _check_patterns(path: Path, config: PeftConfig) -> None:
-    for setting, pattern in _patterns(config):
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise BadInput(
-                f"{path}: {setting}: '{pattern}' is no regular expression: {error}."
-            ) from error
-
-
-def _patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:
-    """Every regular expression, in the form in which it is used, after its setting."""
+def _patterns(config: PeftConfig) -> Iterator[PatternSetting]:
+    """Every regular expression that counts."""
     for setting, patterns in (
         ("rank_pattern", config.rank_pattern),
         ("alpha_pattern", config.alpha_pattern),
     ):
-        yield from ((setting, _MODULE_PATTERN.format(pattern)) for pattern in patterns or ())
+        yield PatternSetting(setting, tuple(patterns or ()), _MODULE_PATTERN, whole=False)
     for setting, names in (
         ("target_modules", config.target_modules),
         ("exclude_modules", config.exclude_modules),
     ):
         if isinstance(names, str):
-            yield setting, names
-    yield from (("layers_pattern", pattern) for pattern in config.layer_patterns)
+            yield PatternSetting(setting, (names,), "{}", whole=True)
+    layers = config.layers_pattern or ()
+    if given := (layers,) if isinstance(layers, str) else tuple(layers):
+        yield PatternSetting("layers_pattern", given, _LAYER_PATTERN, whole=False)
+    else:
+        yield PatternSetting("layers_pattern", ("",), _ANY_LAYER, whole=False)

@@ -19,7 +19,7 @@ from schemas.errors import BadInput
 from worker.adapters.device_weights import DeviceWeights, stack_gains
 from worker.adapters.files import open_file
 from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_config, read_settings
-from worker.adapters.peft_targets import Place, select
+from worker.adapters.peft_targets import Place, module_names, select
 from worker.adapters.peft_tensors import (
     check_base_copy,
     check_tied,
@@ -95,7 +95,7 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     exactly.
     """
     stamp = _stamp(folder)
-    config = read_config(folder)
+    config = read_config(folder, module_names(model))
     selection = select(folder, config, model)
     file = with_current_names(SafetensorsFile.open(weights_file(folder)), model)
     weights = find_weights(file.path, file.tensors, config, selection, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,6 @@ from worker.model.config import END_MODULES, ModelConfig
 #: A layer and one of its linear modules, or no layer and one of ``END_MODULES``.
 Place = tuple[int | None, str]
 
-#: Where ``layers_pattern`` is not given, the layer is the first number between dots.
-_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
-
 
 def all_places(model: ModelConfig) -> list[Place]:
     """Every module that an adapter can change."""
@@ -23,6 +19,11 @@ def all_places(model: ModelConfig) -> list[Place]:
         (layer, module) for layer in range(model.num_layers) for module in model.linear_modules
     ]
     return [*layers, *((None, module) for module in END_MODULES)]
+
+
+def module_names(model: ModelConfig) -> list[str]:
+    """What transformers calls each of them."""
+    return [model.family.module_name(*place) for place in all_places(model)]
 
 
 @dataclass(frozen=True)
@@ -98,31 +99,18 @@ def _selects(config: PeftConfig, place: Place, model: ModelConfig) -> bool:
     name = model.family.module_name(layer, module)
     targets, excluded = config.target_modules or [], config.exclude_modules or []
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, name):
+        if config.matches("exclude_modules", name):
             return False
     elif _is_named(name, excluded):
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             return layer is not None
-        return re.fullmatch(targets, name) is not None
+        return config.matches("target_modules", name)
     # A whole name is selected whatever layers_to_transform says.
-    return name in targets or (_is_named(name, targets) and _is_in_layers(config, name))
+    return name in targets or (_is_named(name, targets) and config.is_in_layers(name))
 
 
 def _is_named(name: str, names: list[str]) -> bool:
     """Whether one of the names is the module's whole name or the end of it."""
     return any(name == end or name.endswith(f".{end}") for end in names)
-
-
-def _is_in_layers(config: PeftConfig, name: str) -> bool:
-    """Whether ``layers_to_transform`` leaves the module in."""
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
-    matches = (re.match(pattern, name) for pattern in config.layer_patterns or [_ANY_LAYER])
-    match = next(filter(None, matches), None)
-    # A pattern with `|` may match without its layer.
-    if match is None or match["idx"] is None:
-        return False
-    return int(match["idx"]) in ([layers] if isinstance(layers, int) else layers)
