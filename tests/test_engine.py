@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -67,6 +69,21 @@ def make_engine(model_folder: Path, adapters: dict[str, Path], **flags: object) 
         "device": DEVICE,
     }
     return Engine(WorkerConfig(model_path=model_folder, lora_paths=loras, **(settings | flags)))
+
+
+def test_the_repository_of_the_base_model_is_that_of_the_flag_or_of_its_config(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    def repository(folder: Path, **flags: object) -> str | None:
+        return make_engine(folder, {}, **flags).adapters.loader.repository
+
+    assert repository(model_folder) is None
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    for name, expected in (("acme/llama", "acme/llama"), ("/models/llama", None)):
+        (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
+        assert repository(folder) == expected
+        assert repository(folder, repository="other/llama") == "other/llama"
 
 
 def random_jobs(count: int, *, max_prompt: int = 90, max_tokens: int = 40) -> list[Job]:

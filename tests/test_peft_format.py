@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
 from benchmarks.waiting import PATIENCE
 from schemas.errors import BadInput
@@ -1008,6 +1009,44 @@ def test_an_alpha_that_is_no_finite_number_is_refused(
 ) -> None:
     edit_config(folder, lora_alpha=alpha)
     assert "lora_alpha" in refusal(folder, model)
+
+
+# --- Another base model -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base_name", "repository", "is_told"),
+    [
+        ("other/llama@main", "acme/llama", True),
+        ("acme/Llama", "ACME/llama", False),
+        ("/models/llama", "acme/llama", False),
+        ("llama", "acme/llama", False),
+        (None, "acme/llama", False),
+        (["other/llama"], "acme/llama", False),
+        ("other/llama", None, False),
+    ],
+)
+def test_an_adapter_that_names_another_base_than_the_worker_has_is_told_once(
+    folder: Path,
+    model: ModelConfig,
+    base: DecoderWeights,
+    base_name: object,
+    repository: str | None,
+    is_told: bool,
+) -> None:
+    edit_config(folder, base_model_name_or_path=base_name)
+    loader = AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES), repository)
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert loader.load("sql", folder).rank == RANK
+    told = {
+        "event": "adapter_of_another_base",
+        "log_level": "warning",
+        "adapter": "sql",
+        "base": "other/llama",
+        "model": repository,
+    }
+    assert logs == [told] * is_told
 
 
 # --- Weights that are refused -------------------------------------------------------------------

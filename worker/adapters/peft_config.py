@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from schemas.errors import BadInput
 from schemas.faults import first_fault
+from schemas.hub import HubSource
 from worker.adapters.files import open_file
 from worker.adapters.module_patterns import Matches, PatternSetting, match_names
 from worker.reasons import shown
@@ -110,6 +111,13 @@ class PeftConfig(BaseModel):
 
     _matches: Matches = PrivateAttr(default_factory=dict)
     """Of regular expressions, with the names of the model's modules."""
+
+    @property
+    def base_repository(self) -> str | None:
+        """What the adapter was trained on, if that is named as a repository of the hub is."""
+        name = (self.model_extra or {}).get("base_model_name_or_path")
+        source = HubSource.parse(name) if isinstance(name, str) else None
+        return source.repo if source else None
 
     def matches(self, setting: str, module: str) -> bool:
         """Whether the regular expression of ``target_modules`` or ``exclude_modules`` does."""

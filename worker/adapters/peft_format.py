@@ -78,6 +78,8 @@ class AdapterOutline:
     weights: StoredWeights
     file: SafetensorsFile
     stamp: Stamp
+    base_repository: str | None
+    """What it was trained on, as it says."""
 
     @property
     def rank(self) -> int:
@@ -99,7 +101,7 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     selection = select(folder, config, model)
     file = with_current_names(SafetensorsFile.open(weights_file(folder)), model)
     weights = find_weights(file.path, file.tensors, config, selection, model)
-    return AdapterOutline(weights, file, stamp)
+    return AdapterOutline(weights, file, stamp, config.base_repository)
 
 
 def load_adapter(
