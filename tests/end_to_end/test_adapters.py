@@ -22,6 +22,9 @@ from tests.end_to_end.at_work import (
 )
 from tests.tiny_models import Oracle, OracleOfEach, make_adapter
 
+#: A config whose regular expression takes years.
+ENDLESS = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "(([a-z._0-9])+)+X"}'
+
 
 def test_adapters_come_change_and_go_while_jobs_run(
     client: Client, root: Path, oracle: Oracle
@@ -110,9 +113,10 @@ def test_a_folder_that_cannot_be_served_is_refused_by_each_worker_with_the_reaso
     [
         (b'{"peft_type":"\\ud800"}', "half of a character"),
         (b"[" * 200_000, "nested too deeply"),
+        (ENDLESS, "takes too long to match"),
         (None, "is no regular file"),
     ],
-    ids=["half of a character", "nested deeply", "a pipe"],
+    ids=["half of a character", "nested deeply", "an endless pattern", "a pipe"],
 )
 def test_a_config_that_breaks_its_readers_ends_no_worker_and_stops_no_other_adapter(
     client: Client, root: Path, oracle: Oracle, config: bytes | None, reason: str
