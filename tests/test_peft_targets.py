@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +203,16 @@ def test_a_config_selects_what_peft_selects_or_is_refused(
             return
         found = []
     assert found == list(peft_selects(LoraConfig(**targets)))
+
+
+def test_a_long_list_of_names_is_compared_at_once(tmp_path: Path, model: ModelConfig) -> None:
+    names = [f"{number:x}" for number in range(100_000)]
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 10, "target_modules": [*names, "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    begun = time.process_time()
+    config = read_config(tmp_path, module_names(model))
+    assert len(select(tmp_path, config, model).places) == NUM_LAYERS
+    assert time.process_time() - begun < 2
 
 
 def peft_selects(config: LoraConfig) -> Iterator[Place]:

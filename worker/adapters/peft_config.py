@@ -83,6 +83,10 @@ _IGNORED_SETTINGS = {
 _Rank = Annotated[int, Field(ge=1, lt=1 << 63)]
 _Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
+# No more than the first fault is told, and to collect those of 300,000 items takes seconds.
+_Names = Annotated[list[str], Field(fail_fast=True)]
+_Layers = Annotated[list[int], Field(fail_fast=True)]
+
 
 class PeftConfig(BaseModel):
     """The part of ``adapter_config.json`` that decides the product.
@@ -100,14 +104,14 @@ class PeftConfig(BaseModel):
     use_dora: bool = False
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Alpha] | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    target_modules: _Names | str | None = None
+    exclude_modules: _Names | str | None = None
+    layers_to_transform: _Layers | int | None = None
+    layers_pattern: _Names | str | None = None
     # PEFT trains and saves biases of the base model, and Llama has none.
     bias: Literal["none", "all", "lora_only"] = "none"
     ensure_weight_tying: bool = False
-    modules_to_save: list[str] | None = None
+    modules_to_save: _Names | None = None
 
     _matches: Matches = PrivateAttr(default_factory=dict)
     """Of regular expressions, with the names of the model's modules."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,10 @@ class Selection:
 def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
     """Raises BadInput, naming the setting, if nothing is selected, or what cannot be changed."""
     path = folder / CONFIG_FILE
-    places = [place for place in all_places(model) if _selects(config, place, model)]
+    targets, excluded = _names(config.target_modules), _names(config.exclude_modules)
+    places = [
+        place for place in all_places(model) if _selects(config, targets, excluded, place, model)
+    ]
     trained = _trained(path, config, model)
     is_tied = model.tie_word_embeddings and config.ensure_weight_tying
     if is_tied and trained:
@@ -93,11 +97,21 @@ def _trained(path: Path, config: PeftConfig, model: ModelConfig) -> list[str]:
     return [module for module, whole in ends.items() if _is_named(whole, names)]
 
 
-def _selects(config: PeftConfig, place: Place, model: ModelConfig) -> bool:
+#: Of one setting: a regular expression, or names or ends of names.
+Names = str | frozenset[str]
+
+
+def _names(given: list[str] | str | None) -> Names:
+    # Of lists of 100,000 names each comparison with all modules of a model would take seconds.
+    return given if isinstance(given, str) else frozenset(given or ())
+
+
+def _selects(
+    config: PeftConfig, targets: Names, excluded: Names, place: Place, model: ModelConfig
+) -> bool:
     """As PEFT 0.21's ``check_target_module_exists`` and ``_maybe_include_all_linear_layers``."""
     layer, module = place
     name = model.family.module_name(layer, module)
-    targets, excluded = config.target_modules or [], config.exclude_modules or []
     if isinstance(excluded, str):
         if config.matches("exclude_modules", name):
             return False
@@ -111,6 +125,7 @@ def _selects(config: PeftConfig, place: Place, model: ModelConfig) -> bool:
     return name in targets or (_is_named(name, targets) and config.is_in_layers(name))
 
 
-def _is_named(name: str, names: list[str]) -> bool:
+def _is_named(name: str, names: Collection[str]) -> bool:
     """Whether one of the names is the module's whole name or the end of it."""
-    return any(name == end or name.endswith(f".{end}") for end in names)
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
