@@ -12,6 +12,7 @@ from threading import Barrier
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from schemas.errors import BadInput, JobError
 from worker.adapters.loader import AdapterLoader
@@ -182,6 +183,33 @@ def test_that_an_evicted_adapter_cannot_come_back_is_told_until_it_does(folder: 
     weights.write_text("first a")
     assert known.get("a")
     assert known.errors == {}
+
+
+def test_an_evicted_adapter_whose_reading_fails_as_nobody_foresaw_fails_its_jobs(
+    folder: Path,
+) -> None:
+    known = registry(folder, "ab", max_loaded=1)
+    (folder / "a" / "weights").write_bytes(b"\xff")  # The loader of these tests reads text.
+    with capture_logs() as logs, pytest.raises(JobError) as error:
+        known.get("a")
+    reason = "reading it failed (UnicodeDecodeError); the worker's log has the traceback."
+    assert (error.value.code, error.value.message) == (
+        "adapter_unavailable",
+        f"adapter 'a': {reason}",
+    )
+    assert known.errors == {"a": reason}
+    assert logs[0]["event"] == "adapter_reading_failed"
+    assert logs[0]["exc_info"]
+    assert known.get("b")
+
+
+def test_a_reason_is_kept_as_it_can_be_written_and_read(folder: Path) -> None:
+    known = registry(folder, "")
+    known.refuse("a", 1, "half of one: \ud800,\n\x1b[31m " + "x" * 3_000_000)
+    reason = known.errors["a"]
+    assert reason.startswith("half of one: \\ud800, \\x1b[31m xxx")
+    assert len(reason) == 500
+    assert reason.endswith("x...")
 
 
 def test_what_could_not_come_back_and_is_loaded_again_or_forgotten_is_told_no_more(

@@ -25,7 +25,7 @@ from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter, LoraFactors
 from worker.adapters.peft_targets import Place
 from worker.adapters.registry import AdapterRegistry, load_registry
-from worker.adapters.slot_memory import spare_rows
+from worker.adapters.slot_memory import bytes_of_slots, spare_rows
 from worker.adapters.slots import AdapterSlots, rank_capacity
 from worker.adapters.sources import find_adapters
 from worker.config import WorkerConfig
@@ -351,6 +351,13 @@ def test_groups_that_no_adapter_may_change_have_no_weights() -> None:
     assert slots.memory.weights.keys() == {
         (n, g) for n in range(2) for g in ("qkv_proj", "down_proj")
     }
+
+
+@pytest.mark.parametrize("modules", [("v_proj", "down_proj"), TARGET_MODULES], ids=["some", "all"])
+def test_the_bytes_that_slots_take_are_known_before(modules: Collection[str]) -> None:
+    slots = make_slots(2, modules=modules)
+    taken = sum(made.a.nbytes + made.b.nbytes for made in slots.memory.weights.values())
+    assert bytes_of_slots(MODEL, modules, slots.capacity, torch.float32) == taken
 
 
 @pytest.mark.parametrize(

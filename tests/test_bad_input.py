@@ -28,7 +28,9 @@ from schemas.job import Job
 from schemas.keys import BASE, DEFAULT_MAX_ATTEMPTS, Keys
 from schemas.result import TERMINAL_STATES
 from tests.test_job_queue import claim, join, result
+from worker.adapters.peft_config import CONFIG_FILE, PeftConfig, read_config
 from worker.claimer import _job_of
+from worker.reasons import kept
 
 #: Much more than a stack holds.
 DEEP = 100_000
@@ -104,6 +106,60 @@ def test_a_stored_job_is_read_or_fails_with_a_reason(payload: bytes) -> None:
     except JobError as error:
         found = f"{error.code}: {error.message}"
     assert isinstance(found, Job) or found.startswith("bad_record: the stored job is damaged: ")
+
+
+#: As Python reads it from JSON: halves of characters too, and numbers that no float holds.
+any_text = st.text(st.characters(exclude_categories=()), max_size=8)
+config_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3),
+    max_leaves=8,
+)
+
+#: Configs that would be served, but for some settings.
+almost_configs = st.builds(
+    lambda changes: {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "x"} | changes,
+    st.dictionaries(
+        st.sampled_from([*PeftConfig.model_fields, "init_lora_weights", "task_type"]) | any_text,
+        config_values,
+        max_size=3,
+    ),
+)
+
+hostile_configs = st.sampled_from(
+    [
+        b'{"peft_type":"\\ud800"}',
+        b'{"peft_type":"\xed\xa0\x80"}',
+        b'{"\\udfff":1}',
+        b'{"peft_type":' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"peft_type":"' + b"x" * 3_000_000 + b'"}',
+    ]
+)
+
+configs = (
+    st.binary(max_size=200)
+    | hostile
+    | hostile_configs
+    | (almost_configs | config_values).map(lambda value: json.dumps(value).encode())
+)
+
+
+@given(configs)
+@settings(deadline=None)
+def test_an_adapters_config_is_read_or_refused_with_a_reason(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    folder, module = tmp_path_factory.getbasetemp(), "model.layers.0.mlp.up_proj"
+    (folder / CONFIG_FILE).write_bytes(content)
+    try:
+        config = read_config(folder, [module])
+    except BadInput as error:
+        reason = kept(str(error))
+    else:
+        assert config.scaling_of(module) < float("inf")
+        return
+    assert 0 < len(reason) <= 500, "a person reads it"
+    assert reason.encode().decode().isprintable()
 
 
 @pytest.fixture(scope="module")

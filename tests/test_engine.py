@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from schemas.errors import JobError
+from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from tests.tiny_models import Oracle, make_adapter, make_llama
 from worker.config import WorkerConfig
@@ -67,6 +70,62 @@ def make_engine(model_folder: Path, adapters: dict[str, Path], **flags: object) 
         "device": DEVICE,
     }
     return Engine(WorkerConfig(model_path=model_folder, lora_paths=loras, **(settings | flags)))
+
+
+def test_the_repository_of_the_base_model_is_that_of_the_flag_or_of_its_config(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    def repository(folder: Path, **flags: object) -> str | None:
+        return make_engine(folder, {}, **flags).adapters.loader.repository
+
+    assert repository(model_folder) is None
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    for name, expected in (("acme/llama", "acme/llama"), ("/models/llama", None)):
+        (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
+        assert repository(folder) == expected
+        assert repository(folder, repository="other/llama") == "other/llama"
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "max_adapters"), [(10_000_000, 8), (8, 10_000_000), (10**30, 8), (8, 10**30)]
+)
+def test_slots_that_no_memory_holds_are_refused_with_their_bytes_and_the_flags(
+    model_folder: Path, max_rank: int, max_adapters: int
+) -> None:
+    with pytest.raises(BadInput) as error:
+        make_engine(
+            model_folder,
+            {},
+            enable_lora=True,
+            lora_target_modules=("all",),
+            max_lora_rank=max_rank,
+            max_loras_per_batch=max_adapters,
+        )
+    assert re.fullmatch(
+        f"--max-lora-rank {max_rank} and --max-loras-per-batch {max_adapters}: slots for them take"
+        r" \d+ bytes, and there is not so much memory beside the base model. Lower one of them.",
+        str(error.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "raised"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.", BadInput),
+        ("a fault of ours", RuntimeError),
+    ],
+)
+def test_memory_that_the_allocator_does_not_have_for_slots_is_told_likewise(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, message: str, raised: type[Exception]
+) -> None:
+    def fail(*args: object, **settings: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("worker.assembly.AdapterSlots", fail)
+    flags = {"enable_lora": True, "lora_target_modules": ("all",), "max_lora_rank": 8}
+    with pytest.raises(raised, match=r"slots for them take \d+ bytes|a fault of ours"):
+        make_engine(model_folder, {}, **flags)
 
 
 def random_jobs(count: int, *, max_prompt: int = 90, max_tokens: int = 40) -> list[Job]:

@@ -284,6 +284,35 @@ def test_weights_that_are_not_finite_are_found_by_the_fetcher(
     assert fetching.desired() == {}
 
 
+def test_a_config_that_no_reason_could_tell_of_is_given_up_at_once(
+    fetching: Fetching, hub: FakeHub, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapters["sql"], tmp_path / "odd"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "\\ud800"}')
+    hub.push("acme/odd", folder)
+    fetching.ask("sql", "acme/odd")
+    failed = fetching.until("sql", "failed", "retrying")
+    assert failed.state == "failed"
+    assert (failed.reason or "").endswith("holds '\\ud800', half of a character, in a text.")
+
+
+def test_whatever_is_wrong_the_reason_is_kept_and_the_fetcher_goes_on(
+    fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: AdapterChecker, folder: Path) -> str:
+        raise RuntimeError("\ud800" + "x" * 3_000_000)
+
+    with monkeypatch.context() as patched, capture_logs():
+        patched.setattr(AdapterChecker, "revision", fail)
+        fetching.ask("sql", "acme/sql")
+        told = fetching.until("sql", "retrying")
+        assert (told.reason or "").startswith("\\ud800xxx")
+        failed = fetching.until("sql", "failed")
+    assert len(failed.reason or "") < 600
+    fetching.ask("chat", "acme/chat")
+    fetching.until("chat", "loaded")
+
+
 def test_what_may_pass_is_tried_again_and_then_succeeds(fetching: Fetching, hub: FakeHub) -> None:
     hub.failures = [503]
     hub.corrupt_downloads = 1

@@ -15,6 +15,7 @@ from schemas.adapter import AdapterRecord
 from schemas.job import Job
 from tests.test_adapter_registry import TextLoader, load
 from worker.adapters.follower import DesiredStateFollower
+from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from worker.adapters.peft_format import Adapter
 from worker.adapters.registry import AdapterRegistry
 
@@ -208,6 +209,42 @@ def test_a_folder_outside_the_roots_is_refused(
         assert reason == f"{source} is not below --lora-root {root}."
 
 
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_file_that_leads_out_of_the_roots_is_not_read(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, tmp_path: Path, file: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "secret").write_text("secret")
+    (root / "sql" / file).symlink_to(elsewhere / "secret")
+    assert refusal(queue, make_follower(), root / "sql") == (
+        f"{root / 'sql' / file} leads out of --lora-root {root}, and is not read. Put the file"
+        " itself there, or start the worker with the folder that holds it as a further root."
+    )
+    for settings in (
+        {"roots": (root, elsewhere)},
+        {"own_folders": [elsewhere]},
+        {"own_folders": [root / "sql"]},
+    ):
+        follower = make_follower(**settings)
+        follower.load("sql", root / "sql")
+        assert follower.registry.revisions == {"sql": "sql weights"}, settings
+
+
+def test_a_root_may_be_a_cache_of_the_hub_whose_files_are_links_within_it(
+    make_follower: MakeFollower, root: Path
+) -> None:
+    blobs, snapshot = root / "models--acme--sql" / "blobs", root / "models--acme--sql/snapshots/1"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    for file in (CONFIG_FILE, WEIGHTS_FILE, "weights"):
+        (blobs / file).write_text("cached")
+        (snapshot / file).symlink_to(f"../../blobs/{file}")
+    follower = make_follower()
+    follower.load("sql", snapshot)
+    assert follower.registry.revisions == {"sql": "cached"}
+
+
 @pytest.mark.parametrize("name", ["a" * 300, "circle/sql", "a\0b"])
 def test_a_path_that_no_system_can_look_up_is_refused_and_ends_no_worker(
     make_follower: MakeFollower, root: Path, name: str
@@ -253,6 +290,21 @@ def test_a_refused_adapter_leaves_the_others_alone_and_is_served_once_loaded_rig
     follower.load("sql", root / "sql")
     assert follower.registry.errors == {}
     assert set(follower.registry.revisions) == {"chat", "sql"}
+
+
+def test_what_nobody_foresaw_in_reading_an_adapter_is_a_refusal_and_ends_no_worker(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    follower = make_follower()
+    queue.set_adapter("chat", str(root / "chat"), pinned=False)
+    (root / "sql" / "weights").write_bytes(b"\xff")  # The loader of these tests reads text.
+    with capture_logs() as logs:
+        follower.load("sql", root / "sql")
+    assert follower.registry.revisions == {"chat": "chat weights"}
+    reason = "reading it failed (UnicodeDecodeError); the worker's log has the traceback."
+    assert follower.registry.errors == {"sql": reason}
+    (told,) = [entry for entry in logs if entry["event"] == "adapter_reading_failed"]
+    assert (told["adapter"], told["exc_info"]) == ("sql", True)
 
 
 # --- A replacement that fails -------------------------------------------------------------------

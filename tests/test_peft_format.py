@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from peft import IA3Config
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
 from benchmarks.waiting import PATIENCE
 from schemas.errors import BadInput
@@ -966,12 +968,86 @@ def test_a_broken_config_is_refused_with_the_place_of_the_break(
     assert refusal(folder, model).startswith(f"{folder / CONFIG}: {problem}")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"peft_type":"\\ud800"}', "holds '\\ud800', half of a character, in a text."),
+        (b'{"\xed\xa0\x80":1}', "holds '\\ud800', half of a character, in a text."),
+        (b"[" * 200_000, "is nested too deeply to be a config."),
+        (b'{"a":' * 150_000, "is nested too deeply to be a config."),
+        (b" " * 1_000_001, "has more than 1000000 bytes, which no config needs."),
+    ],
+)
+def test_a_config_that_no_reason_could_tell_of_is_refused(
+    folder: Path, model: ModelConfig, base: DecoderWeights, content: bytes, problem: str
+) -> None:
+    (folder / CONFIG).write_bytes(content)
+    assert refusal(folder, model) == f"{folder / CONFIG}: {problem}"
+    with pytest.raises(BadInput, match=re.escape(problem)):
+        AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES)).revision(folder)
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_refused_and_keeps_nobody_waiting(
+    folder: Path, model: ModelConfig, base: DecoderWeights, file: str, kind: str
+) -> None:
+    path = folder / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    expected = f"{path}: is no regular file; put a file, or a link to one, in its place."
+    assert refusal(folder, model) == expected
+    with pytest.raises(BadInput, match=re.escape(expected)):
+        AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES)).revision(folder)
+
+
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_an_alpha_that_is_no_finite_number_is_refused(
     folder: Path, model: ModelConfig, alpha: float
 ) -> None:
     edit_config(folder, lora_alpha=alpha)
     assert "lora_alpha" in refusal(folder, model)
+
+
+# --- Another base model -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base_name", "repository", "is_told"),
+    [
+        ("other/llama@main", "acme/llama", True),
+        ("acme/Llama", "ACME/llama", False),
+        ("/models/llama", "acme/llama", False),
+        ("llama", "acme/llama", False),
+        (None, "acme/llama", False),
+        (["other/llama"], "acme/llama", False),
+        ("other/llama", None, False),
+    ],
+)
+def test_an_adapter_that_names_another_base_than_the_worker_has_is_told_once(
+    folder: Path,
+    model: ModelConfig,
+    base: DecoderWeights,
+    base_name: object,
+    repository: str | None,
+    is_told: bool,
+) -> None:
+    edit_config(folder, base_model_name_or_path=base_name)
+    loader = AdapterLoader(model, base, AdapterLimits(8, ALL_MODULES), repository)
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert loader.load("sql", folder).rank == RANK
+    told = {
+        "event": "adapter_of_another_base",
+        "log_level": "warning",
+        "adapter": "sql",
+        "base": "other/llama",
+        "model": repository,
+    }
+    assert logs == [told] * is_told
 
 
 # --- Weights that are refused -------------------------------------------------------------------

@@ -115,6 +115,26 @@ def test_what_the_library_refuses_is_refused(tmp_path: Path, content: bytes) -> 
         read(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"\\udfff","shape":[2],"data_offsets":[0,8]}}',
+        b'{"__metadata__":{"a":"\xed\xa0\x80"}}',
+        b'{"a":' * 100_000,
+        json.dumps({"a": tensor(0, 8, shape=[2, *[1] * 100_000])}).encode(),
+        json.dumps({"a": tensor(0, 8)}).encode() + b" " * 4_000_000,
+    ],
+)
+def test_a_header_that_nobody_could_tell_of_or_wait_for_is_refused(
+    tmp_path: Path, header: bytes
+) -> None:
+    (tmp_path / "file").write_bytes(stored(header))
+    with pytest.raises(BadInput, match="file: is damaged or not completely copied: ") as error:
+        read(tmp_path / "file")
+    assert str(error.value).encode()
+
+
 @given(seed=st.integers(0, 2**32), num_changes=st.integers(1, 3))
 def test_bytes_changed_at_random_are_read_as_by_the_library_or_refused(
     tmp_path_factory: pytest.TempPathFactory, seed: int, num_changes: int

@@ -25,6 +25,7 @@ from worker.device_memory import set_up_allocators
 from worker.kv_cache import PAGE_SIZE, pages_that_fit
 from worker.logits_processors import logits_processors
 from worker.model.config import ModelConfig
+from worker.model_place import repository_in
 from worker.model_runner import Launched
 from worker.page_pool import PagePool, prefix_keys
 from worker.scheduler import Scheduler
@@ -83,10 +84,11 @@ class Engine:
         found = find_adapters(config.lora_paths)
         limits = find_limits(config, found, model)
         weights, self.slots = load_weights_and_slots(config, model, limits, self.device, self.dtype)
+        repository = config.repository or repository_in(config.model_path)
         self.adapters = load_registry(
             config,
             found,
-            AdapterLoader(model, weights, limits),
+            AdapterLoader(model, weights, limits, repository),
             self.slots.memory.prepare if self.slots else None,
         )
         build = partial(build_runner, config, model, weights, self.slots, self.context_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -73,6 +74,13 @@ def find_model(model_path: str) -> ModelPlace:
         found, folder = HubRepository(source, MODEL_OUTLINE).download_or_find(_Progress(source))
     log.info("model_found", repository=str(found), folder=str(folder))
     return ModelPlace(folder, found)
+
+
+def repository_in(folder: Path) -> str | None:
+    """The repository that the config of a model's folder names, ``OWNER/NAME``."""
+    name = json.loads((folder / "config.json").read_bytes()).get("_name_or_path")
+    source = HubSource.parse(name) if isinstance(name, str) else None
+    return source.repo if source else None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from tests.end_to_end.at_work import (
     wait_until_running,
 )
 from tests.tiny_models import Oracle, OracleOfEach, make_adapter
+
+#: A config whose regular expression takes years.
+ENDLESS = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "(([a-z._0-9])+)+X"}'
 
 
 def test_adapters_come_change_and_go_while_jobs_run(
@@ -102,6 +106,34 @@ def test_a_folder_that_cannot_be_served_is_refused_by_each_worker_with_the_reaso
         assert all(reason in (answer.error_message or "") for answer in found)
         assert all(set(answer.loaded_adapters) == {"lora2"} for answer in found)
     assert_answers(client, oracle, {None: None, "lora2": "lora2"})
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (b'{"peft_type":"\\ud800"}', "half of a character"),
+        (b"[" * 200_000, "nested too deeply"),
+        (ENDLESS, "takes too long to match"),
+        (None, "is no regular file"),
+    ],
+    ids=["half of a character", "nested deeply", "an endless pattern", "a pipe"],
+)
+def test_a_config_that_breaks_its_readers_ends_no_worker_and_stops_no_other_adapter(
+    client: Client, root: Path, oracle: Oracle, config: bytes | None, reason: str
+) -> None:
+    path = root / "breaks" / "adapter_config.json"
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if config is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(config)
+    before = {worker.id for worker in client.overview().workers}
+    found = answers(client, client.load_adapter("bad", path.parent))
+    assert all(reason in (answer.error_message or "") for answer in found)
+    succeed(client, client.load_adapter("lora2", root / "lora2"))
+    assert_answers(client, oracle, {None: None, "lora2": "lora2"})
+    assert {worker.id for worker in client.overview().workers} == before
 
 
 def test_pins_beyond_the_limit_and_unknown_names_are_refused_at_once(

@@ -13,8 +13,11 @@ from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, LorryError
 from schemas.hub import HUB_PREFIX, HubSource
+from worker.adapters.contained import contained
+from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from worker.adapters.registry import AdapterRegistry, ReadAdapter
 from worker.hub.repository import HubRepository
+from worker.reasons import kept
 
 log = structlog.get_logger()
 
@@ -176,16 +179,18 @@ class DesiredStateFollower:
         try:
             read = self._read(name, previous.source, record.version)
         except BadInput as error:
-            log.warning("previous_adapter_unavailable", adapter=name, reason=str(error))
+            reason = kept(str(error))
+            log.warning("previous_adapter_unavailable", adapter=name, reason=reason)
             return
         if read.known.revision == previous.revision:
             self._registry.serve(name, read)
 
     def _read(self, name: str, source: str, version: int) -> ReadAdapter:
-        return self._registry.read(name, self._allowed(source), version, source=source)
+        with contained(name):
+            return self._registry.read(name, self._allowed(source), version, source=source)
 
     def _allowed(self, source: str) -> Path:
-        """Raises BadInput for a folder that commands may not name."""
+        """Raises BadInput for a folder, or a file by a link, that commands may not name."""
         if not self._is_enabled:
             raise BadInput(
                 "this worker serves no adapters; start it with --enable-lora, --lora-paths or"
@@ -205,9 +210,17 @@ class DesiredStateFollower:
                 f"{source}: this worker was started without --lora-root, so commands can load no"
                 " folder into it."
             )
+        roots = ", ".join(map(str, self._roots))
         if not any(folder.is_relative_to(root) for root in self._roots):
-            roots = ", ".join(map(str, self._roots))
             raise BadInput(f"{source} is not below --lora-root {roots}.")
+        # Links between these folders are fine: the hub's cache consists of such.
+        within = (*self._roots, *self._own_folders)
+        for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+            if not any(Path(os.path.realpath(path)).is_relative_to(known) for known in within):
+                raise BadInput(
+                    f"{path} leads out of --lora-root {roots}, and is not read. Put the file itself"
+                    " there, or start the worker with the folder that holds it as a further root."
+                )
         return folder
 
     def _allowed_in_cache(self, source: str) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import structlog
 import torch
 
 from schemas.errors import BadInput
@@ -24,6 +25,8 @@ from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 from worker.model.config import TARGET_MODULES, ModelConfig
 from worker.model.weights import DecoderWeights
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,10 @@ class AdapterLoader:
     model: ModelConfig
     base: DecoderWeights
     limits: AdapterLimits
+    repository: str | None = None
+    """That of the base model, ``OWNER/NAME``, if it is known."""
+    _told: set[tuple[str, str]] = field(default_factory=set, init=False)
+    """Names of adapters and repositories of which the log tells that they are of another base."""
 
     def load(self, name: str, folder: Path) -> Adapter:
         """Raises BadInput for an adapter that cannot be served."""
@@ -114,12 +121,22 @@ class AdapterLoader:
         self.limits.check(outline)
         try:
             with _beside_batches(self.base.device):
-                return load_adapter(name, folder, outline, self.model, self.base)
+                adapter = load_adapter(name, folder, outline, self.model, self.base)
         except torch.OutOfMemoryError as error:
             raise BadInput(
                 "the device's memory is full. Unload other adapters, or start the worker with a"
                 " lower --mem-fraction-static or --max-loaded-loras."
             ) from error
+        self._tell_of_another_base(name, outline.base_repository)
+        return adapter
+
+    def _tell_of_another_base(self, name: str, base: str | None) -> None:
+        """Not refused: the served model may be a copy, or what was trained on from the base."""
+        if base is None or self.repository is None or base.lower() == self.repository.lower():
+            return
+        if (name, base) not in self._told:
+            self._told.add((name, base))
+            log.warning("adapter_of_another_base", adapter=name, base=base, model=self.repository)
 
     def revision(self, folder: Path) -> str:
         """A hash of what decides the adapter's answers; raises BadInput if it cannot be read."""

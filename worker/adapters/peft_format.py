@@ -17,8 +17,9 @@ import torch
 
 from schemas.errors import BadInput
 from worker.adapters.device_weights import DeviceWeights, stack_gains
+from worker.adapters.files import open_file
 from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE, read_config, read_settings
-from worker.adapters.peft_targets import Place, select
+from worker.adapters.peft_targets import Place, module_names, select
 from worker.adapters.peft_tensors import (
     check_base_copy,
     check_tied,
@@ -77,6 +78,8 @@ class AdapterOutline:
     weights: StoredWeights
     file: SafetensorsFile
     stamp: Stamp
+    base_repository: str | None
+    """What it was trained on, as it says."""
 
     @property
     def rank(self) -> int:
@@ -94,11 +97,11 @@ def check_adapter(folder: Path, model: ModelConfig) -> AdapterOutline:
     exactly.
     """
     stamp = _stamp(folder)
-    config = read_config(folder)
+    config = read_config(folder, module_names(model))
     selection = select(folder, config, model)
     file = with_current_names(SafetensorsFile.open(weights_file(folder)), model)
     weights = find_weights(file.path, file.tensors, config, selection, model)
-    return AdapterOutline(weights, file, stamp)
+    return AdapterOutline(weights, file, stamp, config.base_repository)
 
 
 def load_adapter(
@@ -145,7 +148,7 @@ def revision_of(folder: Path) -> str:
     """
     digest, path = _hash_of_settings(folder), weights_file(folder)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             hashlib.file_digest(file, lambda: digest)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,6 @@ from worker.model.config import END_MODULES, ModelConfig
 #: A layer and one of its linear modules, or no layer and one of ``END_MODULES``.
 Place = tuple[int | None, str]
 
-#: Where ``layers_pattern`` is not given, the layer is the first number between dots.
-_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
-
 
 def all_places(model: ModelConfig) -> list[Place]:
     """Every module that an adapter can change."""
@@ -23,6 +20,11 @@ def all_places(model: ModelConfig) -> list[Place]:
         (layer, module) for layer in range(model.num_layers) for module in model.linear_modules
     ]
     return [*layers, *((None, module) for module in END_MODULES)]
+
+
+def module_names(model: ModelConfig) -> list[str]:
+    """What transformers calls each of them."""
+    return [model.family.module_name(*place) for place in all_places(model)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Selection:
 def select(folder: Path, config: PeftConfig, model: ModelConfig) -> Selection:
     """Raises BadInput, naming the setting, if nothing is selected, or what cannot be changed."""
     path = folder / CONFIG_FILE
-    places = [place for place in all_places(model) if _selects(config, place, model)]
+    targets, excluded = _names(config.target_modules), _names(config.exclude_modules)
+    places = [
+        place for place in all_places(model) if _selects(config, targets, excluded, place, model)
+    ]
     trained = _trained(path, config, model)
     is_tied = model.tie_word_embeddings and config.ensure_weight_tying
     if is_tied and trained:
@@ -92,37 +97,35 @@ def _trained(path: Path, config: PeftConfig, model: ModelConfig) -> list[str]:
     return [module for module, whole in ends.items() if _is_named(whole, names)]
 
 
-def _selects(config: PeftConfig, place: Place, model: ModelConfig) -> bool:
+#: Of one setting: a regular expression, or names or ends of names.
+Names = str | frozenset[str]
+
+
+def _names(given: list[str] | str | None) -> Names:
+    # Of lists of 100,000 names each comparison with all modules of a model would take seconds.
+    return given if isinstance(given, str) else frozenset(given or ())
+
+
+def _selects(
+    config: PeftConfig, targets: Names, excluded: Names, place: Place, model: ModelConfig
+) -> bool:
     """As PEFT 0.21's ``check_target_module_exists`` and ``_maybe_include_all_linear_layers``."""
     layer, module = place
     name = model.family.module_name(layer, module)
-    targets, excluded = config.target_modules or [], config.exclude_modules or []
     if isinstance(excluded, str):
-        if re.fullmatch(excluded, name):
+        if config.matches("exclude_modules", name):
             return False
     elif _is_named(name, excluded):
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             return layer is not None
-        return re.fullmatch(targets, name) is not None
+        return config.matches("target_modules", name)
     # A whole name is selected whatever layers_to_transform says.
-    return name in targets or (_is_named(name, targets) and _is_in_layers(config, name))
+    return name in targets or (_is_named(name, targets) and config.is_in_layers(name))
 
 
-def _is_named(name: str, names: list[str]) -> bool:
+def _is_named(name: str, names: Collection[str]) -> bool:
     """Whether one of the names is the module's whole name or the end of it."""
-    return any(name == end or name.endswith(f".{end}") for end in names)
-
-
-def _is_in_layers(config: PeftConfig, name: str) -> bool:
-    """Whether ``layers_to_transform`` leaves the module in."""
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
-    matches = (re.match(pattern, name) for pattern in config.layer_patterns or [_ANY_LAYER])
-    match = next(filter(None, matches), None)
-    # A pattern with `|` may match without its layer.
-    if match is None or match["idx"] is None:
-        return False
-    return int(match["idx"]) in ([layers] if isinstance(layers, int) else layers)
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))

@@ -19,10 +19,12 @@ import torch
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, JobError
 from schemas.worker_state import AdapterCounts
+from worker.adapters.contained import contained
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
+from worker.reasons import kept
 
 log = structlog.get_logger()
 
@@ -101,7 +103,9 @@ class AdapterRegistry:
             if adapter or known is None:
                 return adapter
             try:
-                adapter = self._alive.get((name, known.revision)) or self._read(name, known.folder)
+                with contained(name):
+                    adapter = self._alive.get((name, known.revision))
+                    adapter = adapter or self._read(name, known.folder)
             except BadInput as error:
                 raise self._unavailable(name, known, str(error), may_heal=True) from error
             if adapter.revision != known.revision:
@@ -149,6 +153,7 @@ class AdapterRegistry:
     def refuse(self, name: str, version: int, reason: str) -> None:
         """Note why the desired state of a version cannot be followed, so that a person can act on
         it. What is served under the name stays."""
+        reason = kept(reason)
         with self._lock:
             self._errors[name] = version, reason
         log.warning("adapter_refused", adapter=name, reason=reason)
@@ -309,6 +314,7 @@ class AdapterRegistry:
     def _unavailable(
         self, name: str, known: KnownAdapter, reason: str, *, may_heal: bool
     ) -> JobError:
+        reason = kept(reason)
         with self._lock:
             if self._known.get(name) is known:
                 self._unavailable_for[name] = reason

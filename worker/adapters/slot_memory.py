@@ -75,6 +75,18 @@ def spare_rows(
     }
 
 
+def bytes_of_slots(
+    model: ModelConfig, target_modules: Collection[str], capacity: int, dtype: torch.dtype
+) -> int:
+    """Memory that A and B of ``capacity`` ranks take."""
+    per_rank = 0
+    for group, rows in spare_rows(model, target_modules, 1).items():
+        in_features = model.linear_shape(model.parts_of(group)[0])[1]
+        per_rank += model.num_layers * (rows * in_features + model.out_features(group))
+    per_rank += sum(sum(model.linear_shape(end)) for end in END_MODULES if end in target_modules)
+    return capacity * per_rank * dtype.itemsize
+
+
 class SlotMemory:
     """A and B of all groups of modules that adapters may change, for ``capacity`` ranks.
 

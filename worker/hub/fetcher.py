@@ -14,7 +14,7 @@ import structlog
 from broker.connection import connect, may_pass
 from broker.job_queue import JobQueue
 from schemas.adapter import is_adapter_name
-from schemas.errors import BadInput
+from schemas.errors import BadInput, LorryError
 from schemas.hub import FetchProgress, FetchRecord, HubSource
 from worker.adapters.loader import AdapterChecker
 from worker.background import BackgroundLoop
@@ -22,6 +22,7 @@ from worker.hub.failures import HubUnavailable
 from worker.hub.fetch_job import FetchJob
 from worker.hub.fetch_queue import HEARTBEAT_SECONDS, FetchQueue
 from worker.hub.repository import HubRepository
+from worker.reasons import kept
 
 log = structlog.get_logger()
 
@@ -110,14 +111,15 @@ class Fetcher:
             log.info("fetch_called_off", adapter=name, source=record.source)
         except BadInput as error:
             job.retries_left = 0
-            self._give_up(name, id_, str(error))
-            raise
+            reason = kept(str(error))
+            self._give_up(name, id_, reason)
+            raise BadInput(reason) from None  # rq keeps it, with all that led to it.
         except Stopped:
             job.retries_left = (job.retries_left or 0) + 1  # This try does not count.
             job.note_retry(attempt, "its fetcher was stopped")
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            reason = kept(str(error)) or type(error).__name__
             is_expected = isinstance(error, HubUnavailable)
             log.warning(
                 "fetch_failed",
@@ -130,7 +132,7 @@ class Fetcher:
                 job.note_retry(attempt + 1, reason)
             else:
                 self._give_up(name, id_, f"{reason.rstrip('.')}; given up after {attempt} tries.")
-            raise
+            raise LorryError(reason) from None
 
     def _fetch_and_load(self, job: FetchJob, name: str, record: FetchRecord, attempt: int) -> None:
         source = HubSource.parse(record.source)
