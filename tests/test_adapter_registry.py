@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from schemas.errors import BadInput, JobError
+from worker.adapters.at_start import load_registry
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
-from worker.adapters.registry import AdapterRegistry, load_registry
+from worker.adapters.registry import AdapterRegistry
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 

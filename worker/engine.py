@@ -13,9 +13,9 @@ import structlog
 from kernels.largest_token import NO_TOKEN
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
+from worker.adapters.at_start import load_registry
 from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter
-from worker.adapters.registry import load_registry
 from worker.adapters.residency import AdapterResidency
 from worker.adapters.sources import find_adapters
 from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
