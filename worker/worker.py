@@ -16,6 +16,7 @@ from broker.job_queue import JobQueue
 from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
+from worker.aside import Aside
 from worker.background import BackgroundLoop, keep_trying
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
@@ -71,11 +72,15 @@ class Worker:
         )
         engine.adapters.in_use = self._leases.adapters
         self._publisher = Publisher(publish_queue, self.id, self._leases, engine.tokenizer)
+        self._aside = Aside(
+            engine.adapters.is_at_hand, engine.adapter_of, self._leases.may_claim.set
+        )
         self._claimer = Claimer(
             self._claim_queue,
             self.id,
             self._leases,
             self._publisher,
+            self._aside,
             engine.sequence_of,
             lambda: engine.resident,
             lease_seconds=config.lease_seconds,
@@ -223,12 +228,12 @@ class Worker:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_SECONDS
-        unbegun = [claim for claim, sequence in self._sequences.values() if not sequence.has_begun]
+        unbegun = [held for held in self._sequences.values() if not held[1].has_begun]
         if not unbegun:
             self._leases.limit(self._max_jobs)
-        elif now - unbegun[0].received > _START_SECONDS and len(unbegun) > self._num_ahead:
+        elif now - unbegun[0][1].made > _START_SECONDS and len(unbegun) > self._num_ahead:
             self._leases.limit(len(self._sequences) - len(unbegun) + self._num_ahead)
-            for claim in unbegun[self._num_ahead :]:
+            for claim, _ in unbegun[self._num_ahead :]:
                 self._drop(claim.lease)
                 self._publisher.publish(Unbegun(claim))
 
@@ -239,7 +244,7 @@ class Worker:
         _stop(self._claim_loop)
         self._take_in()
         waiting = [claim for claim, s in self._sequences.values() if not s.has_begun]
-        self._hand_back(waiting)
+        self._hand_back([*waiting, *self._aside.give_up()])
 
     def _claims(self) -> list[Claim]:
         return [claim for claim, _ in self._sequences.values()]

@@ -107,6 +107,11 @@ class AdapterRegistry:
                     self._keep(name, adapter)
             return adapter
 
+    def is_at_hand(self, name: str) -> bool:
+        """Whether ``get`` reads nothing to answer."""
+        with self._lock:
+            return name in self._loaded or name not in self._known
+
     def read(
         self, name: str, folder: Path, version: int, *, source: str | None = None
     ) -> ReadAdapter:

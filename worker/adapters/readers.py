@@ -1,0 +1,100 @@
+"""A few threads that read adapters while the engine runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+import torch
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+#: Adapters that are read at a time. While they are, page-locked memory is taken for them, which
+#: launches of the engine wait for: of four threads 2.5 times as long as of one (docs/gpu.md).
+READERS = 2
+
+#: Seconds after which a read is late: most likely its source does not answer. It computes nothing
+#: then, so that another one may begin beside it.
+LATE_SECONDS = 60.0
+
+#: Threads at most, with those that are late.
+_MOST = 8
+
+
+@dataclass(frozen=True)
+class _Read:
+    thread: threading.Thread
+    began: float
+
+
+class Readers(Generic[K, T]):
+    """Reads what is wanted, once however often that is.
+
+    Used by one thread alone, which takes what was read: no more than that is read ahead of it.
+    """
+
+    def __init__(self, on_read: Callable[[], None] = lambda: None) -> None:
+        """``on_read`` is called, by another thread, once there is something to take."""
+        self._on_read = on_read
+        self._wanted: dict[K, Callable[[], T]] = {}
+        self._under_way: dict[K, _Read] = {}
+        """From its begin until it is taken."""
+        self._outcomes: SimpleQueue[tuple[K, T | Exception]] = SimpleQueue()
+
+    @property
+    def keys(self) -> list[K]:
+        """What is wanted and was not taken; other threads may ask."""
+        return [*list(self._under_way), *list(self._wanted)]
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        return [read.thread for read in list(self._under_way.values())]
+
+    def want(self, key: K, read: Callable[[], T]) -> None:
+        """Let ``read`` be called by a thread, unless it is for this key already."""
+        if key not in self._under_way:
+            self._wanted.setdefault(key, read)
+        self._begin()
+
+    def take(self, *, wait: float = 0.0) -> tuple[K, T | Exception] | None:
+        """What was read, or why it could not be; if there is nothing, waits up to so many
+        seconds."""
+        self._begin()
+        try:
+            key, outcome = self._outcomes.get(block=wait > 0, timeout=wait)
+        except Empty:
+            return None
+        del self._under_way[key]
+        return key, outcome
+
+    def _begin(self) -> None:
+        # The thread at hand keeps the number of threads that it has: see `BackgroundLoop`.
+        torch.get_num_threads()
+        while self._wanted and self._has_room():
+            key = next(iter(self._wanted))
+            # A daemon: one whose source never answers does not keep the process from ending.
+            thread = threading.Thread(
+                target=self._run, args=(key, self._wanted[key]), name=f"read {key}", daemon=True
+            )
+            # In this order, so that who asks for the keys finds it in either.
+            self._under_way[key] = _Read(thread, time.monotonic())
+            del self._wanted[key]
+            thread.start()
+
+    def _has_room(self) -> bool:
+        late = time.monotonic() - LATE_SECONDS
+        num_on_time = sum(read.began > late for read in self._under_way.values())
+        return num_on_time < READERS and len(self._under_way) < _MOST
+
+    def _run(self, key: K, read: Callable[[], T]) -> None:
+        torch.set_num_threads(1)  # The engine's thread needs the cores.
+        try:
+            self._outcomes.put((key, read()))
+        except Exception as error:
+            self._outcomes.put((key, error))
+        self._on_read()
