@@ -236,7 +236,7 @@ def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -
         if record and not record.unloading:
             return _failure(worker, "it was loaded again meanwhile")
         return None if record or name in worker.adapters else _success(worker)
-    if worker.desired_version < change.version:
+    if not _has_followed(worker, change):
         return None
     if change.action == "unpin":
         is_pinned = name in worker.pinned
@@ -254,7 +254,14 @@ def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -
 
 
 def _have_followed(workers: Sequence[WorkerState], change: Change) -> bool:
-    return all(worker.desired_version >= change.version for worker in workers)
+    return all(_has_followed(worker, change) for worker in workers)
+
+
+def _has_followed(worker: WorkerState, change: Change) -> bool:
+    """Whether the worker has acted on the change, though it may have other adapters to read."""
+    has_all = worker.desired_version >= change.version
+    has_this = worker.seen_version >= change.version and change.name not in worker.reading
+    return has_all or has_this
 
 
 def _success(worker: WorkerState) -> Answer:

@@ -6,7 +6,9 @@ import gc
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier
 
@@ -59,6 +61,14 @@ def registry(folder: Path, names: str, **limits: object) -> AdapterRegistry:
 def load(known: AdapterRegistry, name: str, source: Path, version: int) -> None:
     """Read an adapter and serve it, as a worker does at its start."""
     known.serve(name, known.read(name, source, version))
+
+
+def pin(known: AdapterRegistry, names: Iterable[str]) -> None:
+    """Pin adapters, and read those of them that were evicted, as a worker does."""
+    known.pin(names)
+    for name in known.evicted_pins:
+        with suppress(JobError):
+            known.get(name)
 
 
 def loaded(known: AdapterRegistry) -> str:
@@ -174,6 +184,9 @@ def test_an_evicted_adapter_that_is_pinned_comes_back(folder: Path) -> None:
     known = registry(folder, "abc", max_loaded=2)
     assert loaded(known) == "bc"
     known.pin("a")
+    assert known.pinned == []
+    assert known.evicted_pins == ["a"]
+    known.get("a")
     assert [adapter.name for adapter in known.pinned] == ["a"]
     assert loaded(known) == "ac"
 
@@ -181,7 +194,7 @@ def test_an_evicted_adapter_that_is_pinned_comes_back(folder: Path) -> None:
 def test_an_evicted_adapter_that_is_pinned_and_has_gone_is_told(folder: Path) -> None:
     known = registry(folder, "ab", max_loaded=1)
     (folder / "a" / "weights").unlink()
-    known.pin("a")
+    pin(known, "a")
     assert known.errors == {"a": f"there is no folder {folder / 'a'}."}
 
 

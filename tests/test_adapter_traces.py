@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
-from tests.test_adapter_registry import load
+from tests.test_adapter_registry import load, pin
 from tests.test_adapter_slots import MAX_RANK, MODEL
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
@@ -99,11 +99,11 @@ class Worker:
     def pin(self, name: str) -> None:
         if len(self.pinned) < NUM_SLOTS - 1:
             self.pinned.add(name)
-            self.registry.pin(self.pinned)
+            pin(self.registry, self.pinned)
 
     def unpin(self, name: str) -> None:
         self.pinned.discard(name)
-        self.registry.pin(self.pinned)
+        pin(self.registry, self.pinned)
 
     def submit(self, name: str) -> None:
         """A job for one or two answers; it fails at once if its adapter is not served, or was

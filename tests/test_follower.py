@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from itertools import count
 from pathlib import Path
+from threading import Event
 
 import pytest
 from structlog.testing import capture_logs
 
+from benchmarks.waiting import wait_until
 from broker.claims import ClaimRequest
 from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
+from schemas.errors import BadInput
 from schemas.job import Job
 from tests.test_adapter_registry import TextLoader, load
 from worker.adapters.follower import DesiredStateFollower
@@ -146,7 +149,7 @@ def test_a_turn_looks_when_it_is_told_or_when_it_is_time_to(
     now = [100.0]
     monkeypatch.setattr("worker.adapters.follower.time.monotonic", lambda: now[0])
     follower = make_follower()
-    monkeypatch.setattr(follower, "follow", lambda: looks.append(now[0]))
+    monkeypatch.setattr(follower, "_look", lambda: looks.append(now[0]) or False)
     told = iter([False, False, True, False])
     monkeypatch.setattr(follower, "_is_told", lambda: next(told))
     for moment in (100.0, 101.0, 101.5, 104.0):
@@ -597,6 +600,129 @@ def test_a_damaged_record_stops_nothing_that_is_served(
     (told,) = start_with(make_follower, root / "sql")
     assert told["event"] == "desired_state_damaged"
     assert "The record of adapter 'chat' is damaged" in str(told["error"])
+
+
+# --- Adapters that take long to read ------------------------------------------------------------
+
+
+@pytest.fixture
+def answers() -> Iterator[Event]:
+    """Until it is set, a source that hangs gives no weights."""
+    event = Event()
+    yield event
+    event.set()
+
+
+def hang(follower: Follower, answers: Event, *folders: Path) -> None:
+    """Let these folders hang, for this worker alone."""
+
+    def wait(adapter: Adapter) -> None:
+        if Path(adapter.source) in folders:
+            answers.wait(60)
+
+    follower.registry.prepare = wait
+
+
+def turn_until(follower: Follower, is_so: Callable[[], object]) -> None:
+    """Look as the worker's thread does, without its pauses."""
+    follower._next_look = 0.0
+
+    def turn() -> bool:
+        follower._next_look = 0.0
+        follower.turn()
+        return bool(is_so())
+
+    wait_until(turn)
+
+
+def test_one_adapter_that_takes_long_delays_no_load_pin_unload_or_report_of_others(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    known = follower.registry
+    hang(follower, answers, root / "sql")
+    slow = queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    queue.set_adapter("chat", str(root / "chat"), pinned=False)
+    turn_until(follower, lambda: "chat" in known.revisions)
+    queue.set_adapter("new", str(root / "new"), pinned=False)
+    queue.pin_adapter("chat", True)
+    turn_until(follower, lambda: known.pinned_names == {"chat"} and "new" in known.revisions)
+    version = queue.unload_adapter("new", "drain")
+    turn_until(follower, lambda: set(known.revisions) == {"chat"})
+    assert version
+    assert follower.reading == ["sql"]
+    assert follower.version < slow <= version <= follower.seen_version
+    num_reports = follower.num_reports
+    assert num_reports >= 3
+    answers.set()
+    turn_until(follower, lambda: "sql" in known.revisions)
+    assert follower.reading == []
+    assert follower.version == follower.seen_version
+    assert follower.num_reports == num_reports + 1
+
+
+def test_a_load_does_not_wait_for_the_one_that_it_replaces_which_is_dropped(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    hang(follower, answers, root / "sql")
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    turn_until(follower, lambda: follower.reading)
+    queue.set_adapter("sql", str(root / "new"), pinned=False)
+    turn_until(follower, lambda: follower.registry.revisions == {"sql": "new weights"})
+    answers.set()
+    turn_until(follower, lambda: not follower.reading)
+    assert follower.registry.revisions == {"sql": "new weights"}
+    assert record(queue, "sql").revision == "new weights"
+
+
+def test_what_is_unloaded_while_it_is_read_is_not_served(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    hang(follower, answers, root / "sql")
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    turn_until(follower, lambda: follower.reading)
+    queue.unload_adapter("sql", "drain")
+    turn_until(follower, lambda: not queue.desired_state()[1])
+    answers.set()
+    turn_until(follower, lambda: not follower.reading)
+    assert follower.registry.revisions == {}
+
+
+def test_what_failed_here_while_another_worker_read_it_is_tried_once_more(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    slow, other = make_follower(), make_follower()
+    replaced_by_nothing(queue, root, slow, other)
+    write_later(root)
+
+    def fail_late(adapter: Adapter) -> None:
+        if not answers.is_set():
+            answers.wait(60)
+            raise BadInput("its files were changed while they were read; load it again.")
+
+    slow.registry.prepare = fail_late
+    queue.set_adapter("sql", str(root / "later"), pinned=False)
+    turn_until(slow, lambda: slow.reading)
+    other.follow()
+    turn_until(slow, lambda: slow.seen_version == queue.desired_version())
+    assert slow.registry.revisions == {"sql": "sql weights"}
+    answers.set()
+    turn_until(slow, lambda: not slow.reading)
+    assert slow.registry.revisions == {"sql": "later weights"}
+    assert slow.registry.errors == {}
+
+
+def test_a_worker_that_is_asked_to_end_while_it_starts_waits_for_no_source(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    hang(follower, answers, root / "sql")
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow(is_ended=lambda: True)
+    assert follower.reading == ["sql"]
+    assert follower.version == 0
 
 
 # --- Unload and pin -----------------------------------------------------------------------------

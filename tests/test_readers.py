@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from threading import Event, Lock
+from typing import TypeVar
 
 import pytest
 import torch
 
 from benchmarks.waiting import wait_until
 from worker.adapters.readers import READERS, Readers
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -21,10 +25,16 @@ def answer() -> Iterator[Event]:
     event.set()
 
 
-def take_all(readers: Readers[str, str]) -> dict[str, str | Exception]:
+def take(readers: Readers[K, T], *, wait: float = 30) -> tuple[K, T | Exception] | None:
+    read = readers.first(wait=wait)
+    readers.done()
+    return read
+
+
+def take_all(readers: Readers[K, T]) -> dict[K, T | Exception]:
     found = {}
     while readers.keys:
-        if read := readers.take(wait=30):
+        if read := take(readers):
             found[read[0]] = read[1]
     return found
 
@@ -48,7 +58,7 @@ def test_so_many_are_read_at_a_time_and_each_once() -> None:
     for name in "abcde":
         readers.want(name, read)
         readers.want(name, fail)
-    assert readers.keys == list("abcde")
+    assert sorted(readers.keys) == list("abcde")
     assert take_all(readers) == dict.fromkeys("abcde", "weights")
     assert most == READERS
 
@@ -59,8 +69,18 @@ def test_no_more_is_read_ahead_than_is_read_at_a_time() -> None:
         readers.want(name, lambda name=name: num_read.append(name) or name)  # type: ignore[misc]
     wait_until(lambda: not any(thread.is_alive() for thread in readers.threads))
     assert sorted(num_read) == ["a", "b"]
-    assert readers.take(wait=30)
+    assert take(readers)
     assert len(take_all(readers)) == 4
+
+
+def test_what_was_read_stays_wanted_until_it_is_done_with() -> None:
+    readers = Readers[str, str]()
+    readers.want("a", lambda: "weights")
+    for _ in range(2):
+        assert readers.first(wait=30) == ("a", "weights")
+        assert readers.keys == ["a"]
+    readers.done()
+    assert readers.keys == []
 
 
 def test_why_something_could_not_be_read_is_handed_over() -> None:
@@ -70,8 +90,8 @@ def test_why_something_could_not_be_read_is_handed_over() -> None:
         raise error
 
     readers.want("a", fail)
-    assert readers.take(wait=30) == ("a", error)
-    assert readers.take() is None
+    assert take(readers) == ("a", error)
+    assert take(readers, wait=0) is None
 
 
 def test_one_whose_source_hangs_keeps_its_thread_and_takes_that_of_no_other(
@@ -86,9 +106,9 @@ def test_one_whose_source_hangs_keeps_its_thread_and_takes_that_of_no_other(
     for name in ("hangs", "hangs too"):
         readers.want(name, hang)
     readers.want("a", lambda: "weights")
-    assert readers.take(wait=0.1) is None
+    assert take(readers, wait=0.1) is None
     monkeypatch.setattr("worker.adapters.readers.LATE_SECONDS", 0.05)
-    assert readers.take(wait=30) == ("a", "weights")
+    assert take(readers) == ("a", "weights")
     assert readers.keys == ["hangs", "hangs too"]
     answer.set()
     assert take_all(readers) == {"hangs": "late", "hangs too": "late"}
@@ -109,7 +129,7 @@ def test_they_compute_alone_and_leave_others_the_threads_they_had() -> None:
     torch.set_num_threads(2)
     try:
         readers.want("a", torch.get_num_threads)
-        assert readers.take(wait=30) == ("a", 1)
+        assert take(readers) == ("a", 1)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -63,8 +63,9 @@ class Aside:
 
     def take(self) -> tuple[list[Claim], Adapter | Exception | None] | None:
         """Jobs of one adapter that has been read, and that, or why it could not be."""
-        while read := self._readers.take():
+        while read := self._readers.first():
             name, outcome = read
+            self._readers.done()
             if group := self._groups.pop(name, None):
                 return group.claims, outcome
         return self._take_late()

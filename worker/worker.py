@@ -144,7 +144,7 @@ class Worker:
             self._set_max_attempts(self._config.max_attempts)
         self._queue.set_model(self._config.model_name)
         self._follower.announce()
-        self._follower.follow()
+        self._follower.follow(is_ended=lambda: self._stop_by is not None)
         self._keeper.report()
 
     def step(self) -> None:
@@ -298,6 +298,9 @@ class Worker:
 
     def _state(self) -> WorkerState:
         engine, counters = self._engine, self._engine.counters
+        # Before what is served, which may come meanwhile: who finds nothing to be read finds that.
+        desired, seen = self._follower.version, self._follower.seen_version
+        reading = self._follower.reading
         return WorkerState(
             id=self.id,
             model=self._config.model_name,
@@ -306,7 +309,9 @@ class Worker:
             adapters=engine.adapters.revisions,
             resident=engine.resident,
             pinned=sorted(engine.adapters.pinned_names),
-            desired_version=self._follower.version,
+            desired_version=desired,
+            seen_version=seen,
+            reading=reading,
             adapter_errors=engine.adapters.errors,
             adapter_counts=engine.adapters.counts,
             max_loras_per_batch=self._config.max_loras_per_batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
@@ -35,21 +36,24 @@ class _Read:
 class Readers(Generic[K, T]):
     """Reads what is wanted, once however often that is.
 
-    Used by one thread alone, which takes what was read: no more than that is read ahead of it.
+    Used by one thread alone, which acts on what was read: no more is read ahead of it than is read
+    at a time.
     """
 
     def __init__(self, on_read: Callable[[], None] = lambda: None) -> None:
-        """``on_read`` is called, by another thread, once there is something to take."""
+        """``on_read`` is called, by another thread, once something was read."""
         self._on_read = on_read
         self._wanted: dict[K, Callable[[], T]] = {}
         self._under_way: dict[K, _Read] = {}
-        """From its begin until it is taken."""
+        """From its begin until it is done with."""
         self._outcomes: SimpleQueue[tuple[K, T | Exception]] = SimpleQueue()
+        self._first: tuple[K, T | Exception] | None = None
 
     @property
     def keys(self) -> list[K]:
-        """What is wanted and was not taken; other threads may ask."""
-        return [*list(self._under_way), *list(self._wanted)]
+        """What is wanted and not done with; other threads may ask."""
+        # In this order, since what begins is under way before it leaves the others.
+        return list(dict.fromkeys([*list(self._wanted), *list(self._under_way)]))
 
     @property
     def threads(self) -> list[threading.Thread]:
@@ -61,16 +65,19 @@ class Readers(Generic[K, T]):
             self._wanted.setdefault(key, read)
         self._begin()
 
-    def take(self, *, wait: float = 0.0) -> tuple[K, T | Exception] | None:
-        """What was read, or why it could not be; if there is nothing, waits up to so many
-        seconds."""
+    def first(self, *, wait: float = 0.0) -> tuple[K, T | Exception] | None:
+        """What was read first, or why it could not be, until it is ``done``; if there is nothing,
+        waits up to so many seconds."""
         self._begin()
-        try:
-            key, outcome = self._outcomes.get(block=wait > 0, timeout=wait)
-        except Empty:
-            return None
-        del self._under_way[key]
-        return key, outcome
+        with suppress(Empty):
+            self._first = self._first or self._outcomes.get(block=wait > 0, timeout=wait)
+        return self._first
+
+    def done(self) -> None:
+        """Go on to what was read next."""
+        if self._first:
+            del self._under_way[self._first[0]]
+        self._first = None
 
     def _begin(self) -> None:
         # The thread at hand keeps the number of threads that it has: see `BackgroundLoop`.
@@ -81,7 +88,6 @@ class Readers(Generic[K, T]):
             thread = threading.Thread(
                 target=self._run, args=(key, self._wanted[key]), name=f"read {key}", daemon=True
             )
-            # In this order, so that who asks for the keys finds it in either.
             self._under_way[key] = _Read(thread, time.monotonic())
             del self._wanted[key]
             thread.start()

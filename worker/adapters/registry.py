@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -59,8 +58,9 @@ class AdapterRegistry:
         """What the slots need done to an adapter before it is placed."""
         self._max_loaded = max_loaded
         self._policy = policy
-        #: Held while the files of an adapter are read, so that no two threads read the same.
-        self._reading: dict[str, threading.Lock] = {}
+        #: By name and folder, as long as one is held or waited for: while files are read, so that
+        #: no two threads read the same. A replacement does not wait for what it replaces.
+        self._reading: WeakValueDictionary[tuple[str, Path], threading.Lock] = WeakValueDictionary()
         #: Held for a moment, while what follows is looked at or changed.
         self._lock = threading.RLock()
         self._known: dict[str, KnownAdapter] = {}
@@ -83,10 +83,10 @@ class AdapterRegistry:
 
         Raises JobError, of which ``errors`` tells too, if its source has gone or changed since.
         """
-        adapter = self._get_loaded(name)
-        if adapter or self.known(name) is None:
+        adapter, known = self._get_loaded(name), self.known(name)
+        if adapter or known is None:
             return adapter
-        with self._reading_lock(name):
+        with self._reading_lock(name, known.folder):
             # Another thread may have read it meanwhile.
             adapter, known = self._get_loaded(name), self.known(name)
             if adapter or known is None:
@@ -118,7 +118,7 @@ class AdapterRegistry:
         """Read an adapter, but no weights if they are those that are served; to be served by
         ``serve``. ``source`` is what the desired state calls the folder, if not by its path.
         Raises BadInput if it cannot be."""
-        with self._reading_lock(name):
+        with self._reading_lock(name, folder):
             known, source = self.known(name), source or str(folder)
             if known and known.revision == self.loader.revision(folder):
                 return ReadAdapter(KnownAdapter(source, folder, known.revision, version), None)
@@ -156,7 +156,6 @@ class AdapterRegistry:
                 del self._known[name]
                 self._loaded.pop(name, None)
                 self._unavailable_for.pop(name, None)
-                self._reading.pop(name, None)
                 self.generation += 1
                 log.info("adapter_unloaded", adapter=name)
 
@@ -169,16 +168,13 @@ class AdapterRegistry:
             self._counts = {name: count for name, count in self._counts.items() if name in names}
 
     def pin(self, names: Iterable[str]) -> None:
-        """These adapters, and no others, hold a slot whether jobs use them or not; those of them
-        that were evicted are read again."""
+        """These adapters, and no others, hold a slot whether jobs use them or not, once they are in
+        memory: ``get`` reads those that were evicted."""
         pinned = frozenset(names)
         with self._lock:
             if pinned != self._pinned_names:
                 self._pinned_names = pinned
                 self.generation += 1
-        for name in sorted(pinned):
-            with suppress(JobError):  # ``errors`` tells of it.
-                self.get(name)
 
     def seen_version(self, name: str) -> int:
         """Version of the desired state in which the name was loaded or refused; 0 if in none."""
@@ -246,6 +242,11 @@ class AdapterRegistry:
             return [a for name, a in self._loaded.items() if name in self._pinned_names]
 
     @property
+    def evicted_pins(self) -> list[str]:
+        """Names of those that are to hold a slot and are not in memory."""
+        return sorted(name for name in self.pinned_names if not self.is_at_hand(name))
+
+    @property
     def pinned_names(self) -> frozenset[str]:
         with self._lock:
             return self._pinned_names & self._known.keys()
@@ -257,9 +258,9 @@ class AdapterRegistry:
                 self._loaded[name] = self._loaded.pop(name)
             return adapter
 
-    def _reading_lock(self, name: str) -> threading.Lock:
+    def _reading_lock(self, name: str, folder: Path) -> threading.Lock:
         with self._lock:
-            return self._reading.setdefault(name, threading.Lock())
+            return self._reading.setdefault((name, folder), threading.Lock())
 
     def _read(self, name: str, folder: Path) -> Adapter:
         started = time.monotonic()
