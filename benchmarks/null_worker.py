@@ -144,6 +144,9 @@ class NullLoader(AdapterLoader):
             self._faults.meet(job, "load")
         return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
 
+    def check(self, folder: Path) -> None:  # type: ignore[override]
+        pass
+
     def revision(self, folder: Path) -> str:
         return folder.name
 

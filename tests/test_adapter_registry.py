@@ -19,7 +19,7 @@ from schemas.errors import BadInput, JobError
 from worker.adapters.at_start import load_registry
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
-from worker.adapters.registry import AdapterRegistry
+from worker.adapters.registry import AdapterRegistry, KnownAdapter
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 
@@ -35,6 +35,9 @@ class TextLoader(AdapterLoader):
     def load(self, name: str, folder: Path) -> Adapter:
         self.num_read[name] += 1
         return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
+
+    def check(self, folder: Path) -> None:  # type: ignore[override]
+        self.revision(folder)
 
     def revision(self, folder: Path) -> str:
         try:
@@ -314,6 +317,20 @@ def test_only_known_names_count_as_pinned(folder: Path) -> None:
     known.pin(name for name in "az")
     assert known.pinned_names == {"a"}
     assert [adapter.name for adapter in known.pinned] == ["a"]
+
+
+def test_a_replacement_of_which_no_weights_were_read_leaves_no_former_ones(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=2)
+    before, generation = known.get("a"), known.generation
+    (folder / "a" / "weights").write_text("second a")
+    known.serve("a", known.check(KnownAdapter("a", folder / "a", "second a", 7)))
+    assert loaded(known) == "b"
+    assert known.generation > generation
+    assert known.seen_version("a") == 7
+    after = known.get("a")
+    assert after is not before
+    assert after is not None
+    assert after.revision == "second a"
 
 
 # --- Several threads ----------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from benchmarks.waiting import wait_until
 from broker.claims import ClaimRequest
 from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
-from schemas.errors import BadInput
+from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from tests.test_adapter_registry import TextLoader, load
 from worker.adapters.follower import DesiredStateFollower
 from worker.adapters.peft_format import Adapter
+from worker.adapters.readers import READERS
 from worker.adapters.registry import AdapterRegistry
 
 
@@ -600,6 +601,94 @@ def test_a_damaged_record_stops_nothing_that_is_served(
     (told,) = start_with(make_follower, root / "sql")
     assert told["event"] == "desired_state_damaged"
     assert "The record of adapter 'chat' is damaged" in str(told["error"])
+
+
+# --- More adapters than memory holds ------------------------------------------------------------
+
+MANY = [f"adapter-{number}" for number in range(12)]
+
+
+def make_many(queue: JobQueue, root: Path, *, settled: bool = True) -> None:
+    for name in MANY:
+        (root / name).mkdir()
+        (root / name / "weights").write_text(f"{name} weights")
+        version = queue.set_adapter(name, str(root / name), pinned=False)
+        if settled:
+            queue.adopt_revision(name, version, f"{name} weights")
+
+
+def start(make_follower: MakeFollower, *, max_loaded: int | None) -> Follower:
+    follower = make_follower()
+    follower.registry._max_loaded = max_loaded
+    follower.follow()
+    return follower
+
+
+def num_read(follower: Follower) -> int:
+    assert isinstance(follower.registry.loader, TextLoader)
+    return sum(follower.registry.loader.num_read.values())
+
+
+def test_a_worker_that_starts_reads_no_more_than_memory_holds_and_knows_them_all(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    make_many(queue, root)
+    follower = start(make_follower, max_loaded=4)
+    known = follower.registry
+    assert 4 <= num_read(follower) <= 4 + READERS - 1  # Two at a time may see the last room.
+    assert known.revisions == {name: f"{name} weights" for name in MANY}
+    assert follower.version == queue.desired_version()
+    (first, *_) = [name for name in MANY if not known.is_at_hand(name)]
+    adapter = known.get(first)
+    assert adapter
+    assert adapter.revision == f"{first} weights"
+
+
+@pytest.mark.parametrize(("settled", "max_loaded"), [(False, 4), (True, None)])
+def test_what_nobody_has_read_before_or_memory_has_room_for_is_read(
+    queue: JobQueue,
+    make_follower: MakeFollower,
+    root: Path,
+    settled: bool,
+    max_loaded: int | None,
+) -> None:
+    make_many(queue, root, settled=settled)
+    assert num_read(start(make_follower, max_loaded=max_loaded)) == len(MANY)
+    assert {r.revision for r in queue.desired_state()[1].values()} == {f"{n} weights" for n in MANY}
+
+
+def test_a_pinned_adapter_is_read_though_memory_is_full(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    make_many(queue, root)
+    queue.pin_adapter(MANY[-1], True)
+    follower = start(make_follower, max_loaded=4)
+    assert [adapter.name for adapter in follower.registry.pinned] == [MANY[-1]]
+
+
+def test_what_is_not_read_yet_is_checked_as_far_as_it_can_be(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, tmp_path: Path
+) -> None:
+    make_many(queue, root)
+    for name, source in {"gone": root / "gone", "outside": tmp_path}.items():
+        version = queue.set_adapter(name, str(source), pinned=False)
+        queue.adopt_revision(name, version, "some weights")
+    follower = start(make_follower, max_loaded=1)
+    assert follower.registry.errors == {
+        "gone": f"there is no folder {root / 'gone'}.",
+        "outside": f"{tmp_path} is not below --lora-root {root}.",
+    }
+
+
+def test_other_weights_than_were_settled_fail_their_jobs_once_they_are_read(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    make_many(queue, root)
+    follower = start(make_follower, max_loaded=1)
+    (name, *_) = [name for name in MANY if not follower.registry.is_at_hand(name)]
+    (root / name / "weights").write_text("others")
+    with pytest.raises(JobError, match=rf"another revision now \(others\).*\({name} weights\)"):
+        follower.registry.get(name)
 
 
 # --- Adapters that take long to read ------------------------------------------------------------

@@ -18,7 +18,7 @@ from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, JobError, LorryError
 from schemas.hub import HUB_PREFIX, HubSource
 from worker.adapters.readers import Readers
-from worker.adapters.registry import AdapterRegistry, ReadAdapter
+from worker.adapters.registry import AdapterRegistry, KnownAdapter, ReadAdapter
 from worker.hub.repository import HubRepository
 
 log = structlog.get_logger()
@@ -212,8 +212,7 @@ class DesiredStateFollower:
         if known and (known.source, known.revision) == (record.source, record.revision):
             self._registry.accept(name, record.version)
             return
-        read = partial(self._read, name, record.source, record.version)
-        self._readers.want(_wanted(name, record), read)
+        self._readers.want(_wanted(name, record), partial(self._read_or_check, name, record))
 
     def _act_on(self, wanted: _Wanted, read: ReadAdapter | Exception | None) -> None:
         """Serve what was read, or tell why it cannot be, unless the name is not wanted any more or
@@ -263,6 +262,15 @@ class DesiredStateFollower:
             self._readers.want(replace(wanted, why_not=reason), read)
             return
         self._registry.refuse(name, record.version, reason)
+
+    def _read_or_check(self, name: str, record: AdapterRecord) -> ReadAdapter:
+        """Weights for which another adapter would be evicted are not read before a job wants them,
+        where it is settled which ones they are: a worker that starts would read all there are."""
+        source, revision, version = record.source, record.revision, record.version
+        if revision is None or record.pinned or self._registry.has_room_for(name):
+            return self._read(name, source, version)
+        known = KnownAdapter(source, self._allowed(source), revision, version)
+        return self._registry.check(known)
 
     def _read(self, name: str, source: str, version: int) -> ReadAdapter:
         return self._registry.read(name, self._allowed(source), version, source=source)

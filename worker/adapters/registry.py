@@ -39,7 +39,7 @@ class ReadAdapter:
 
     known: KnownAdapter
     adapter: Adapter | None
-    """None if its weights are those that were served when it was read."""
+    """None if its weights are those that were served when it was read, or were not read."""
 
 
 class AdapterRegistry:
@@ -125,14 +125,29 @@ class AdapterRegistry:
             adapter = self._read(name, folder)
             return ReadAdapter(KnownAdapter(source, folder, adapter.revision, version), adapter)
 
+    def check(self, known: KnownAdapter) -> ReadAdapter:
+        """Instead of ``read``, where others have settled the revision: served, it is like one that
+        was evicted. Raises BadInput if it cannot be, as far as can be told without its weights."""
+        self.loader.check(known.folder)
+        return ReadAdapter(known, None)
+
+    def has_room_for(self, name: str) -> bool:
+        """Whether an adapter can be loaded, or loaded anew, while all others stay in memory."""
+        with self._lock:
+            is_full = self._max_loaded is not None and len(self._loaded) >= self._max_loaded
+            return not is_full or name in self._loaded
+
     def serve(self, name: str, read: ReadAdapter) -> None:
         """Serve what was read, in place of what was served under the name."""
         with self._lock:
             self._errors.pop(name, None)
             self._unavailable_for.pop(name, None)
             self._known[name] = read.known
+            former = self._loaded.get(name)
+            if former and (read.adapter or former.revision != read.known.revision):
+                del self._loaded[name]
+                self.generation += 1
             if read.adapter:
-                self._loaded.pop(name, None)
                 self._keep(name, read.adapter)
 
     def accept(self, name: str, version: int) -> None:
