@@ -20,6 +20,7 @@ from worker.aside import Aside
 from worker.background import BackgroundLoop, keep_trying
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
+from worker.daemons import join_within
 from worker.device_memory import free_memory, is_out_of_memory
 from worker.engine import Engine
 from worker.keeper import ALIVE_SECONDS, Keeper
@@ -46,6 +47,12 @@ _LOOK_SECONDS = 1.0
 
 #: Seconds for the last results to reach Redis.
 _FLUSH_SECONDS = 10.0
+
+#: Seconds for a thread to end: a command to a server that is silent takes as long.
+_END_SECONDS = 10.0
+
+#: Seconds for threads that read to end: nobody wants any more what they read.
+_READ_SECONDS = 2.0
 
 
 class Worker:
@@ -201,6 +208,7 @@ class Worker:
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         _stop(self._publish_loop)
+        join_within(_READ_SECONDS, [*self._aside.threads, *self._follower.threads])
         try:
             self._claim_queue.leave(self.id)
         except redis.RedisError as error:
@@ -329,6 +337,4 @@ def _stop(*loops: BackgroundLoop) -> None:
     """Let threads end, and wait until they have: as long as the slowest of them takes, not all."""
     for loop in loops:
         loop.stop()
-    for loop in loops:
-        if loop.is_alive():
-            loop.join()
+    join_within(_END_SECONDS, loops)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from schemas.errors import BadInput
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
+from worker.adapters.readers import Readers
 from worker.adapters.registry import AdapterRegistry, ReadAdapter
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 
 #: Adapters that are read at a time.
 _READERS = min(8, os.cpu_count() or 1)
+
+#: Seconds for which reading is waited for before a signal is looked for.
+_WAIT = 1.0
 
 
 def load_registry(
@@ -43,29 +46,31 @@ def load_registry(
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.name}: {error}") from error
 
-    # Each thread computes alone: several that share the work of every operation would wait. What
-    # torch is told in one thread holds for all that begin later, too.
+    # What torch is told in a thread that reads, to compute alone, holds for all that begin later.
     num_threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(_READERS, "read", torch.set_num_threads, (1,)) as readers:
-            for lora, adapter in _in_order(readers, read, found):
-                registry.serve(lora.name, adapter)
+        for lora, adapter in _in_order(read, found):
+            registry.serve(lora.name, adapter)
     finally:
         torch.set_num_threads(num_threads)
     return registry
 
 
 def _in_order(
-    readers: ThreadPoolExecutor,
-    read: Callable[[FoundAdapter], ReadAdapter],
-    found: Sequence[FoundAdapter],
+    read: Callable[[FoundAdapter], ReadAdapter], found: Sequence[FoundAdapter]
 ) -> Iterator[tuple[FoundAdapter, ReadAdapter]]:
-    """As ``readers.map`` would, but no more than ``_READERS`` are in memory that were not taken."""
-    ahead = deque[tuple[FoundAdapter, Future[ReadAdapter]]]()
-    for lora in found:
-        ahead.append((lora, readers.submit(read, lora)))
-        if len(ahead) == _READERS:
-            first, future = ahead.popleft()
-            yield first, future.result()
-    for first, future in ahead:
-        yield first, future.result()
+    """No more than ``_READERS`` are in memory that were not taken."""
+    readers = Readers[str, ReadAdapter](at_a_time=_READERS)
+    outcomes: dict[str, ReadAdapter | Exception] = {}
+    for number, lora in enumerate(found):
+        for following in found[number : number + _READERS]:
+            if following.name not in outcomes:
+                readers.want(following.name, partial(read, following))
+        while lora.name not in outcomes:
+            if first := readers.first(wait=_WAIT):
+                outcomes.update([first])
+                readers.done()
+        outcome = outcomes.pop(lora.name)
+        if isinstance(outcome, Exception):
+            raise outcome
+        yield lora, outcome

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 import torch
 
+from worker.daemons import Daemon
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-#: Adapters that are read at a time. While they are, page-locked memory is taken for them, which
-#: launches of the engine wait for: of four threads 2.5 times as long as of one (docs/gpu.md).
+#: Adapters that are read at a time beside batches. Page-locked memory is taken for them meanwhile,
+#: which launches wait for: while four threads take it 2.5 times as long as for one (docs/gpu.md).
 READERS = 2
 
 #: Seconds after which a read is late: most likely its source does not answer. It computes nothing
@@ -40,9 +43,12 @@ class Readers(Generic[K, T]):
     at a time.
     """
 
-    def __init__(self, on_read: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, on_read: Callable[[], None] = lambda: None, *, at_a_time: int = READERS
+    ) -> None:
         """``on_read`` is called, by another thread, once something was read."""
         self._on_read = on_read
+        self._at_a_time = at_a_time
         self._wanted: dict[K, Callable[[], T]] = {}
         self._under_way: dict[K, _Read] = {}
         """From its begin until it is done with."""
@@ -84,10 +90,7 @@ class Readers(Generic[K, T]):
         torch.get_num_threads()
         while self._wanted and self._has_room():
             key = next(iter(self._wanted))
-            # A daemon: one whose source never answers does not keep the process from ending.
-            thread = threading.Thread(
-                target=self._run, args=(key, self._wanted[key]), name=f"read {key}", daemon=True
-            )
+            thread = Daemon(f"read {key}", partial(self._run, key, self._wanted[key]))
             self._under_way[key] = _Read(thread, time.monotonic())
             del self._wanted[key]
             thread.start()
@@ -95,7 +98,7 @@ class Readers(Generic[K, T]):
     def _has_room(self) -> bool:
         late = time.monotonic() - LATE_SECONDS
         num_on_time = sum(read.began > late for read in self._under_way.values())
-        return num_on_time < READERS and len(self._under_way) < _MOST
+        return num_on_time < self._at_a_time and len(self._under_way) < _MOST
 
     def _run(self, key: K, read: Callable[[], T]) -> None:
         torch.set_num_threads(1)  # The engine's thread needs the cores.
