@@ -11,13 +11,14 @@ from threading import Event
 import pytest
 
 from benchmarks.waiting import wait_until
-from broker.claims import ClaimRequest
+from broker.claims import Claim, ClaimRequest, Lease
 from broker.job_queue import JobQueue
 from producer.client import Client
 from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
+from worker.aside import Aside
 from worker.config import WorkerConfig
 from worker.engine import Engine
 from worker.lora_path import LoraPath
@@ -290,3 +291,20 @@ def test_jobs_of_an_adapter_whose_source_hangs_are_tried_again_and_claimed_no_mo
     history = queue.client.hget(queue.keys.job("job"), "history")
     assert "it was not read within" in history
     assert attempts(queue, "job") == ["2"]
+
+
+def test_jobs_go_on_once_their_adapter_was_loaded_from_elsewhere_though_its_source_hangs() -> None:
+    loaded, may_go_on = set[str](), Event()
+    aside = Aside(loaded.__contains__, lambda job: may_go_on.wait(60) and None, lambda: None)
+    job = Job(id="job", lora="sql", prompt_token_ids=[1])
+    claim = Claim(Lease("job", 1), "sql", job.to_wire(), 1, "sub", 0, 0, 0)
+    assert aside.keeps(claim, job)
+    assert aside.take() is None
+    assert aside.being_read == ["sql"]
+    loaded.add("sql")
+    assert aside.take() == ([claim], None)
+    assert aside.being_read == []
+    assert not aside.keeps(claim, job)
+    may_go_on.set()
+    wait_until(lambda: not any(thread.is_alive() for thread in aside.threads))
+    assert aside.take() is None

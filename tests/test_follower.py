@@ -638,7 +638,7 @@ def test_a_worker_that_starts_reads_no_more_than_memory_holds_and_knows_them_all
     assert 4 <= num_read(follower) <= 4 + READERS - 1  # Two at a time may see the last room.
     assert known.revisions == {name: f"{name} weights" for name in MANY}
     assert follower.version == queue.desired_version()
-    (first, *_) = [name for name in MANY if not known.is_at_hand(name)]
+    (first, *_) = [name for name in MANY if not known.is_loaded(name)]
     adapter = known.get(first)
     assert adapter
     assert adapter.revision == f"{first} weights"
@@ -685,7 +685,7 @@ def test_other_weights_than_were_settled_fail_their_jobs_once_they_are_read(
 ) -> None:
     make_many(queue, root)
     follower = start(make_follower, max_loaded=1)
-    (name, *_) = [name for name in MANY if not follower.registry.is_at_hand(name)]
+    (name, *_) = [name for name in MANY if not follower.registry.is_loaded(name)]
     (root / name / "weights").write_text("others")
     with pytest.raises(JobError, match=rf"another revision now \(others\).*\({name} weights\)"):
         follower.registry.get(name)

@@ -32,13 +32,13 @@ class Aside:
 
     def __init__(
         self,
-        is_at_hand: Callable[[str], bool],
+        is_loaded: Callable[[str], bool],
         adapter_of: Callable[[Job], Adapter | None],
         on_read: Callable[[], None],
     ) -> None:
-        """``is_at_hand`` tells whether an adapter can be had without reading, ``adapter_of`` reads
+        """``is_loaded`` tells whether an adapter can be had without reading, ``adapter_of`` reads
         that of a job or raises JobError; ``on_read`` is called once there is something to take."""
-        self._is_at_hand = is_at_hand
+        self._is_loaded = is_loaded
         self._adapter_of = adapter_of
         self._readers: Readers[str, Adapter | None] = Readers(on_read)
         self._groups: dict[str, _Group] = {}
@@ -46,7 +46,8 @@ class Aside:
     @property
     def being_read(self) -> list[str]:
         """Adapters of which no more jobs should come for now."""
-        return self._readers.keys
+        # One may have been loaded from elsewhere, while its former source hangs.
+        return [name for name in self._readers.keys if not self._is_loaded(name)]
 
     @property
     def threads(self) -> list[Thread]:
@@ -55,19 +56,23 @@ class Aside:
     def keeps(self, claim: Claim, job: Job) -> bool:
         """Whether a job waits here, since its adapter has to be read."""
         name = job.lora
-        if name is None or (name not in self._groups and self._is_at_hand(name)):
+        if name is None or (name not in self._groups and self._is_loaded(name)):
             return False
         self._groups.setdefault(name, _Group(time.monotonic())).claims.append(claim)
         self._readers.want(name, partial(self._adapter_of, job))
         return True
 
     def take(self) -> tuple[list[Claim], Adapter | Exception | None] | None:
-        """Jobs of one adapter that has been read, and that, or why it could not be."""
+        """Jobs of one adapter that has been read, and that, or why it could not be; None where it
+        can be had in another way."""
         while read := self._readers.first():
             name, outcome = read
             self._readers.done()
             if group := self._groups.pop(name, None):
                 return group.claims, outcome
+        for name in self._groups:
+            if self._is_loaded(name):
+                return self._groups.pop(name).claims, None
         return self._take_late()
 
     def _take_late(self) -> tuple[list[Claim], JobError] | None:

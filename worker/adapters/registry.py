@@ -107,10 +107,10 @@ class AdapterRegistry:
                     self._keep(name, adapter)
             return adapter
 
-    def is_at_hand(self, name: str) -> bool:
-        """Whether ``get`` reads nothing to answer."""
+    def is_loaded(self, name: str) -> bool:
+        """Whether the adapter is in host memory, so that ``get`` reads nothing."""
         with self._lock:
-            return name in self._loaded or name not in self._known
+            return name in self._loaded
 
     def read(
         self, name: str, folder: Path, version: int, *, source: str | None = None
@@ -259,7 +259,7 @@ class AdapterRegistry:
     @property
     def evicted_pins(self) -> list[str]:
         """Names of those that are to hold a slot and are not in memory."""
-        return sorted(name for name in self.pinned_names if not self.is_at_hand(name))
+        return sorted(name for name in self.pinned_names if not self.is_loaded(name))
 
     @property
     def pinned_names(self) -> frozenset[str]:
