@@ -152,6 +152,24 @@ def test_more_jobs_than_may_run_wait_for_an_adapter_and_others_still_find_room(
     assert held == [8], "no more of an adapter that is read are claimed than may be held"
 
 
+def test_jobs_that_waited_for_their_adapter_are_not_taken_for_such_that_find_no_memory(
+    client: Client,
+    make_worker: Callable[..., Worker],
+    while_read: WhileRead,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.worker._START_SECONDS", 2.0)
+    monkeypatch.setattr("worker.worker._LOOK_SECONDS", 0.0)
+    released = list[object]()
+    monkeypatch.setattr(JobQueue, "release", lambda queue, worker, leases: released.append(leases))
+    worker = make_worker(max_running_requests=4)
+    submission = client.submit([job(f"job-{number}", "evicted") for number in range(8)])
+    while_read(lambda: time.sleep(2.5))
+    assert worker.run() == 0
+    assert client.status(submission).counts["done"] == 8
+    assert released == []
+
+
 def test_an_adapter_that_cannot_be_read_delays_each_job_that_waits_for_it(
     client: Client,
     queue: JobQueue,
