@@ -144,6 +144,9 @@ class NullLoader(AdapterLoader):
             self._faults.meet(job, "load")
         return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
 
+    def check(self, folder: Path) -> None:  # type: ignore[override]
+        pass
+
     def revision(self, folder: Path) -> str:
         return folder.name
 
@@ -167,14 +170,17 @@ class NullEngine(Engine):
             PagePool(1), max_running=settings.max_running, max_prefill_tokens=1, max_adapters=8
         )
 
-    def sequence_of(self, job: Job) -> Sequence:
+    def sequence_of(self, job: Job, adapter: Adapter | None = None) -> Sequence:
         self._faults.meet(job, "read")
-        self._loader.wanted_by.job = job
-        adapter = None if job.lora is None else self.adapters.get(job.lora)
-        self._loader.wanted_by.job = None
-        if job.lora is not None and adapter is None:
-            raise JobError("unknown_adapter", f"no adapter is called '{job.lora}'")
+        adapter = adapter or self.adapter_of(job)
         return Sequence(job, prompt_ids=[0], max_new_tokens=1, adapter=adapter)
+
+    def adapter_of(self, job: Job) -> Adapter | None:
+        self._loader.wanted_by.job = job
+        try:
+            return super().adapter_of(job)
+        finally:
+            self._loader.wanted_by.job = None
 
     def schedule(self) -> NullBatch | None:  # type: ignore[override]
         sequences = list(self.scheduler.waiting)

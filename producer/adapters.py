@@ -172,7 +172,7 @@ def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -
     if change.action == "load" and record and record.version > change.version:
         # What the worker says is of that load, whatever became of this one.
         return _failure(worker, "it was loaded again meanwhile")
-    if worker.desired_version < change.version:
+    if not _has_followed(worker, change):
         return None
     if change.action != "load" and (name in worker.pinned) == change.pinned:
         return _success(worker)  # Also where a load of it has failed, and the old one is pinned.
@@ -191,7 +191,14 @@ def _answer(change: Change, record: AdapterRecord | None, worker: WorkerState) -
 
 
 def _have_followed(workers: Sequence[WorkerState], change: Change) -> bool:
-    return all(worker.desired_version >= change.version for worker in workers)
+    return all(_has_followed(worker, change) for worker in workers)
+
+
+def _has_followed(worker: WorkerState, change: Change) -> bool:
+    """Whether the worker has acted on the change, though it may have other adapters to read."""
+    has_all = worker.desired_version >= change.version
+    has_this = worker.seen_version >= change.version and change.name not in worker.reading
+    return has_all or has_this
 
 
 def _success(worker: WorkerState) -> Answer:

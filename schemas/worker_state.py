@@ -46,6 +46,10 @@ class WorkerState(BaseModel):
     """Adapters that keep their slot; not one that is to, but whose weights could not be read."""
     desired_version: int = 0
     """The version of the desired state that this worker has acted on."""
+    seen_version: int = 0
+    """The version that it has acted on but for ``reading``; 0 of a worker that does not tell."""
+    reading: list[str] = []
+    """Adapters that it has still to read for that."""
     adapter_errors: dict[str, str] = {}
     """Name -> why this worker cannot serve it, of adapters of the desired state."""
     adapter_counts: dict[str, AdapterCounts] = {}

@@ -6,7 +6,9 @@ import gc
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier
 
@@ -15,9 +17,10 @@ import torch
 from structlog.testing import capture_logs
 
 from schemas.errors import BadInput, JobError
+from worker.adapters.at_start import load_registry
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
-from worker.adapters.registry import AdapterRegistry, load_registry
+from worker.adapters.registry import AdapterRegistry, KnownAdapter
 from worker.adapters.sources import FoundAdapter
 from worker.config import WorkerConfig
 
@@ -33,6 +36,9 @@ class TextLoader(AdapterLoader):
     def load(self, name: str, folder: Path) -> Adapter:
         self.num_read[name] += 1
         return Adapter(name, str(folder), self.revision(folder), rank=1, factors={})
+
+    def check(self, folder: Path) -> None:  # type: ignore[override]
+        self.revision(folder)
 
     def revision(self, folder: Path) -> str:
         try:
@@ -59,6 +65,14 @@ def registry(folder: Path, names: str, **limits: object) -> AdapterRegistry:
 def load(known: AdapterRegistry, name: str, source: Path, version: int) -> None:
     """Read an adapter and serve it, as a worker does at its start."""
     known.serve(name, known.read(name, source, version))
+
+
+def pin(known: AdapterRegistry, names: Iterable[str]) -> None:
+    """Pin adapters, and read those of them that were evicted, as a worker does."""
+    known.pin(names)
+    for name in known.evicted_pins:
+        with suppress(JobError):
+            known.get(name)
 
 
 def loaded(known: AdapterRegistry) -> str:
@@ -229,6 +243,9 @@ def test_an_evicted_adapter_that_is_pinned_comes_back(folder: Path) -> None:
     known = registry(folder, "abc", max_loaded=2)
     assert loaded(known) == "bc"
     known.pin("a")
+    assert known.pinned == []
+    assert known.evicted_pins == ["a"]
+    known.get("a")
     assert [adapter.name for adapter in known.pinned] == ["a"]
     assert loaded(known) == "ac"
 
@@ -236,7 +253,7 @@ def test_an_evicted_adapter_that_is_pinned_comes_back(folder: Path) -> None:
 def test_an_evicted_adapter_that_is_pinned_and_has_gone_is_told(folder: Path) -> None:
     known = registry(folder, "ab", max_loaded=1)
     (folder / "a" / "weights").unlink()
-    known.pin("a")
+    pin(known, "a")
     assert known.errors == {"a": f"there is no folder {folder / 'a'}."}
     assert known.pinned == []
 
@@ -357,6 +374,20 @@ def test_only_known_names_count_as_pinned(folder: Path) -> None:
     known.pin(name for name in "az")
     assert known.pinned_names == {"a"}
     assert [adapter.name for adapter in known.pinned] == ["a"]
+
+
+def test_a_replacement_of_which_no_weights_were_read_leaves_no_former_ones(folder: Path) -> None:
+    known = registry(folder, "ab", max_loaded=2)
+    before, generation = known.get("a"), known.generation
+    (folder / "a" / "weights").write_text("second a")
+    known.serve("a", known.check(KnownAdapter("a", folder / "a", "second a", 7)))
+    assert loaded(known) == "b"
+    assert known.generation > generation
+    assert known.seen_version("a") == 7
+    after = known.get("a")
+    assert after is not before
+    assert after is not None
+    assert after.revision == "second a"
 
 
 # --- Several threads ----------------------------------------------------------------------------

@@ -21,10 +21,11 @@ from schemas.errors import BadInput
 from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
 from worker.adapters import peft_tensors
+from worker.adapters.at_start import load_registry
 from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter, LoraFactors
 from worker.adapters.peft_targets import Place
-from worker.adapters.registry import AdapterRegistry, load_registry
+from worker.adapters.registry import AdapterRegistry
 from worker.adapters.slot_memory import bytes_of_slots, spare_rows
 from worker.adapters.slots import AdapterSlots, rank_capacity
 from worker.adapters.sources import find_adapters

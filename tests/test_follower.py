@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from itertools import count
 from pathlib import Path
+from threading import Event
 
 import pytest
 from structlog.testing import capture_logs
 
+from benchmarks.waiting import wait_until
 from broker.claims import ClaimRequest
 from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
+from schemas.errors import BadInput, JobError
 from schemas.job import Job
 from tests.test_adapter_registry import TextLoader, load
 from worker.adapters.follower import DesiredStateFollower
 from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from worker.adapters.peft_format import Adapter
+from worker.adapters.readers import READERS
 from worker.adapters.registry import AdapterRegistry
 
 
@@ -147,7 +151,7 @@ def test_a_turn_looks_when_it_is_told_or_when_it_is_time_to(
     now = [100.0]
     monkeypatch.setattr("worker.adapters.follower.time.monotonic", lambda: now[0])
     follower = make_follower()
-    monkeypatch.setattr(follower, "follow", lambda: looks.append(now[0]))
+    monkeypatch.setattr(follower, "_look", lambda: looks.append(now[0]) or False)
     told = iter([False, False, True, False])
     monkeypatch.setattr(follower, "_is_told", lambda: next(told))
     for moment in (100.0, 101.0, 101.5, 104.0):
@@ -661,6 +665,217 @@ def test_a_damaged_record_stops_nothing_that_is_served(
     (told,) = start_with(make_follower, root / "sql")
     assert told["event"] == "desired_state_damaged"
     assert "The record of adapter 'chat' is damaged" in str(told["error"])
+
+
+# --- More adapters than memory holds ------------------------------------------------------------
+
+MANY = [f"adapter-{number}" for number in range(12)]
+
+
+def make_many(queue: JobQueue, root: Path, *, settled: bool = True) -> None:
+    for name in MANY:
+        (root / name).mkdir()
+        (root / name / "weights").write_text(f"{name} weights")
+        version = queue.set_adapter(name, str(root / name), pinned=False)
+        if settled:
+            queue.adopt_revision(name, version, f"{name} weights")
+
+
+def start(make_follower: MakeFollower, *, max_loaded: int | None) -> Follower:
+    follower = make_follower()
+    follower.registry._max_loaded = max_loaded
+    follower.follow()
+    return follower
+
+
+def num_read(follower: Follower) -> int:
+    assert isinstance(follower.registry.loader, TextLoader)
+    return sum(follower.registry.loader.num_read.values())
+
+
+def test_a_worker_that_starts_reads_no_more_than_memory_holds_and_knows_them_all(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    make_many(queue, root)
+    follower = start(make_follower, max_loaded=4)
+    known = follower.registry
+    assert 4 <= num_read(follower) <= 4 + READERS - 1  # Two at a time may see the last room.
+    assert known.revisions == {name: f"{name} weights" for name in MANY}
+    assert follower.version == queue.desired_version()
+    (first, *_) = [name for name in MANY if not known.is_loaded(name)]
+    adapter = known.get(first)
+    assert adapter
+    assert adapter.revision == f"{first} weights"
+
+
+@pytest.mark.parametrize(("settled", "max_loaded"), [(False, 4), (True, None)])
+def test_what_nobody_has_read_before_or_memory_has_room_for_is_read(
+    queue: JobQueue,
+    make_follower: MakeFollower,
+    root: Path,
+    settled: bool,
+    max_loaded: int | None,
+) -> None:
+    make_many(queue, root, settled=settled)
+    assert num_read(start(make_follower, max_loaded=max_loaded)) == len(MANY)
+    assert {r.revision for r in queue.desired_state()[1].values()} == {f"{n} weights" for n in MANY}
+
+
+def test_a_pinned_adapter_is_read_though_memory_is_full(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    make_many(queue, root)
+    queue.pin_adapter(MANY[-1], True)
+    follower = start(make_follower, max_loaded=4)
+    assert [adapter.name for adapter in follower.registry.pinned] == [MANY[-1]]
+
+
+def test_what_is_not_read_yet_is_checked_as_far_as_it_can_be(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, tmp_path: Path
+) -> None:
+    make_many(queue, root)
+    for name, source in {"gone": root / "gone", "outside": tmp_path}.items():
+        version = queue.set_adapter(name, str(source), pinned=False)
+        queue.adopt_revision(name, version, "some weights")
+    follower = start(make_follower, max_loaded=1)
+    assert follower.registry.errors == {
+        "gone": f"there is no folder {root / 'gone'}.",
+        "outside": f"{tmp_path} is not below --lora-root {root}.",
+    }
+
+
+def test_other_weights_than_were_settled_fail_their_jobs_once_they_are_read(
+    queue: JobQueue, make_follower: MakeFollower, root: Path
+) -> None:
+    make_many(queue, root)
+    follower = start(make_follower, max_loaded=1)
+    (name, *_) = [name for name in MANY if not follower.registry.is_loaded(name)]
+    (root / name / "weights").write_text("others")
+    with pytest.raises(JobError, match=rf"another revision now \(others\).*\({name} weights\)"):
+        follower.registry.get(name)
+
+
+# --- Adapters that take long to read ------------------------------------------------------------
+
+
+@pytest.fixture
+def answers() -> Iterator[Event]:
+    """Until it is set, a source that hangs gives no weights."""
+    event = Event()
+    yield event
+    event.set()
+
+
+def hang(follower: Follower, answers: Event, *folders: Path) -> None:
+    """Let these folders hang, for this worker alone."""
+
+    def wait(adapter: Adapter) -> None:
+        if Path(adapter.source) in folders:
+            answers.wait(60)
+
+    follower.registry.prepare = wait
+
+
+def turn_until(follower: Follower, is_so: Callable[[], object]) -> None:
+    """Look as the worker's thread does, without its pauses."""
+    follower._next_look = 0.0
+
+    def turn() -> bool:
+        follower._next_look = 0.0
+        follower.turn()
+        return bool(is_so())
+
+    wait_until(turn)
+
+
+def test_one_adapter_that_takes_long_delays_no_load_pin_unload_or_report_of_others(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    known = follower.registry
+    hang(follower, answers, root / "sql")
+    slow = queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    queue.set_adapter("chat", str(root / "chat"), pinned=False)
+    turn_until(follower, lambda: "chat" in known.revisions)
+    queue.set_adapter("new", str(root / "new"), pinned=False)
+    queue.pin_adapter("chat", True)
+    turn_until(follower, lambda: known.pinned_names == {"chat"} and "new" in known.revisions)
+    version = queue.unload_adapter("new", "drain")
+    turn_until(follower, lambda: set(known.revisions) == {"chat"})
+    assert version
+    assert follower.reading == ["sql"]
+    assert follower.version < slow <= version <= follower.seen_version
+    num_reports = follower.num_reports
+    assert num_reports >= 3
+    answers.set()
+    turn_until(follower, lambda: "sql" in known.revisions)
+    assert follower.reading == []
+    assert follower.version == follower.seen_version
+    assert follower.num_reports == num_reports + 1
+
+
+def test_a_load_does_not_wait_for_the_one_that_it_replaces_which_is_dropped(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    hang(follower, answers, root / "sql")
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    turn_until(follower, lambda: follower.reading)
+    queue.set_adapter("sql", str(root / "new"), pinned=False)
+    turn_until(follower, lambda: follower.registry.revisions == {"sql": "new weights"})
+    answers.set()
+    turn_until(follower, lambda: not follower.reading)
+    assert follower.registry.revisions == {"sql": "new weights"}
+    assert record(queue, "sql").revision == "new weights"
+
+
+def test_what_is_unloaded_while_it_is_read_is_not_served(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    hang(follower, answers, root / "sql")
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    turn_until(follower, lambda: follower.reading)
+    queue.unload_adapter("sql", "drain")
+    turn_until(follower, lambda: not queue.desired_state()[1])
+    answers.set()
+    turn_until(follower, lambda: not follower.reading)
+    assert follower.registry.revisions == {}
+
+
+def test_what_failed_here_while_another_worker_read_it_is_tried_once_more(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    slow, other = make_follower(), make_follower()
+    replaced_by_nothing(queue, root, slow, other)
+    write_later(root)
+
+    def fail_late(adapter: Adapter) -> None:
+        if not answers.is_set():
+            answers.wait(60)
+            raise BadInput("its files were changed while they were read; load it again.")
+
+    slow.registry.prepare = fail_late
+    queue.set_adapter("sql", str(root / "later"), pinned=False)
+    turn_until(slow, lambda: slow.reading)
+    other.follow()
+    turn_until(slow, lambda: slow.seen_version == queue.desired_version())
+    assert slow.registry.revisions == {"sql": "sql weights"}
+    answers.set()
+    turn_until(slow, lambda: not slow.reading)
+    assert slow.registry.revisions == {"sql": "later weights"}
+    assert slow.registry.errors == {}
+
+
+def test_a_worker_that_is_asked_to_end_while_it_starts_waits_for_no_source(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    hang(follower, answers, root / "sql")
+    queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    follower.follow(is_ended=lambda: True)
+    assert follower.reading == ["sql"]
+    assert follower.version == 0
 
 
 # --- Unload and pin -----------------------------------------------------------------------------

@@ -53,3 +53,23 @@ def test_a_job_that_goes_and_a_bound_that_grows_make_room_for_a_claim() -> None:
     held.may_claim.clear()
     held.limit(4)
     assert held.may_claim.is_set()
+
+
+def test_what_is_held_of_an_adapter_that_is_read_takes_no_room_from_others() -> None:
+    held = Leases(max_jobs=4, max_adapters=2)
+    held.add([Claim(Lease(f"a{i}", 1), "a", "{}", 1, "sub", 0, 0, 0) for i in range(3)])
+    held.add([Claim(Lease("b0", 1), "b", "{}", 1, "sub", 0, 0, 0)])
+    assert held.request(()).num_jobs == 0
+    request = held.request((), being_read=["a", "gone"])
+    assert request.num_jobs == 3
+    assert request.free_slots == 0
+    assert request.in_use == ["a", "b", "gone"]
+    assert request.draining == ["a", "gone"]
+
+
+def test_no_more_than_twice_as_many_jobs_are_held_while_adapters_are_read() -> None:
+    held = Leases(max_jobs=4, max_adapters=2)
+    for name in "ab":
+        held.add([Claim(Lease(f"{name}{i}", 1), name, "{}", 1, "", 0, 0, 0) for i in range(4)])
+    assert held.request((), being_read=["a"]).num_jobs == 0
+    assert held.request((), being_read=["a", "b"]).num_jobs == 0

@@ -310,6 +310,20 @@ def test_an_answer_to_an_earlier_command_is_none_to_this_one(
     assert "no answer in 0.2 s" in outcome.stdout
 
 
+def test_a_worker_that_still_reads_another_adapter_answers_for_this_one(
+    producer: Producer, queue: JobQueue
+) -> None:
+    queue.announce({"sql": AdapterRecord(source="/adapters/sql", revision="r")})
+    queue.set_adapter("slow", "/adapters/slow", pinned=False)
+    state = {"adapters": {"sql": "r", "slow": "before"}, "pinned": ["sql"], "desired_version": 1}
+    beat(queue, **state, seen_version=4, reading=["slow"])
+    outcome = producer("lora", "pin", "sql", "--timeout", "0.2")
+    assert outcome.exit_code == 0, outcome.stdout
+    outcome = producer("lora", "load", "slow", "/adapters/slow", "--timeout", "0.2")
+    assert outcome.exit_code == 1
+    assert "no answer in 0.2 s" in outcome.stdout
+
+
 def test_without_waiting_nobody_is_asked(producer: Producer, queue: JobQueue) -> None:
     beat(queue)
     outcome = producer("lora", "load", "sql", "/adapters/sql", "--no-wait", "--json")

@@ -26,6 +26,7 @@ from schemas import WIRE_VERSION
 from schemas.job import Job
 from tests.test_job_queue import keys_left
 from tests.tiny_models import make_adapter, make_llama
+from worker.adapters.peft_format import Adapter
 from worker.batch import Batch
 from worker.config import WorkerConfig
 from worker.engine import Engine
@@ -269,10 +270,10 @@ def test_a_job_that_crashes_the_thread_that_prepares_it_ends_dead(
 ) -> None:
     prepare = Engine.sequence_of
 
-    def prepare_unless_poisoned(engine: Engine, job: Job) -> Sequence:
+    def prepare_unless_poisoned(engine: Engine, job: Job, adapter: Adapter | None) -> Sequence:
         if job.id == "poison":
             raise RuntimeError("poison")
-        return prepare(engine, job)
+        return prepare(engine, job, adapter)
 
     monkeypatch.setattr(Engine, "sequence_of", prepare_unless_poisoned)
     client.submit([job("first"), job("poison"), job("last")])

@@ -15,6 +15,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from broker.connection import is_refusal, may_pass, server_errors
 from broker.server import Server
 from broker.server_settings import warnings
+from worker.daemons import Daemon
 
 log = structlog.get_logger()
 
@@ -63,7 +64,7 @@ def wait_for_server(server: Server) -> None:
         log.warning("server_settings", problem=sentence)
 
 
-class BackgroundLoop(threading.Thread):
+class BackgroundLoop(Daemon):
     """Calls ``turn`` again and again, ``interval`` seconds after its end, until it is stopped.
 
     While Redis is away, full or read-only it keeps trying; what the engine has goes on. Any other
@@ -79,7 +80,7 @@ class BackgroundLoop(threading.Thread):
         *,
         interval: float = 0.0,
     ) -> None:
-        super().__init__(name=name, daemon=True)
+        super().__init__(name)
         self._turn = turn
         self._on_failure = on_failure
         self._interval = interval

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import structlog
@@ -16,6 +17,8 @@ from schemas import WIRE_VERSION
 from schemas.errors import JobError
 from schemas.faults import first_fault
 from schemas.job import Job
+from worker.adapters.peft_format import Adapter
+from worker.aside import Aside
 from worker.leases import Leases
 from worker.publisher import Failed, Publisher, Retry, Unbegun
 from worker.sequence import Sequence
@@ -42,18 +45,20 @@ class Claimer:
         worker_id: str,
         leases: Leases,
         publisher: Publisher,
-        sequence_of: Callable[[Job], Sequence],
+        aside: Aside,
+        sequence_of: Callable[[Job, Adapter | None], Sequence],
         resident: Callable[[], Collection[str]],
         *,
         lease_seconds: float,
         patience: float,
     ) -> None:
-        """``sequence_of`` prepares a job to run or raises JobError; ``resident`` names the
-        adapters whose weights stand in a slot."""
+        """``sequence_of`` prepares a job to run, with its adapter if that was read before, or
+        raises JobError; ``resident`` names the adapters whose weights stand in a slot."""
         self._queue = queue
         self._worker_id = worker_id
         self._leases = leases
         self._publisher = publisher
+        self._aside = aside
         self._sequence_of = sequence_of
         self._resident = resident
         self._lease_seconds = lease_seconds
@@ -69,8 +74,10 @@ class Claimer:
         none that kept others waiting for their slot."""
 
     def turn(self) -> None:
-        """Claim once; if there was nothing to claim or no room for it, wait until there may be."""
+        """Claim once; if there was nothing to claim or no room for it, wait until there may be, or
+        an adapter has been read."""
         self._leases.may_claim.clear()
+        self._take_read()
         if not self._claim():
             self._leases.may_claim.wait(_PAUSE)
 
@@ -89,7 +96,8 @@ class Claimer:
         holds_nothing = not len(self._leases)
         if self._is_trial:
             return holds_nothing and self._try_suspect()
-        request = self._leases.request(self._resident())
+        being_read = self._aside.being_read
+        request = self._leases.request(self._resident(), being_read)
         if not request.num_jobs:
             return False
         claims = self._queue.claim(
@@ -99,7 +107,8 @@ class Claimer:
             log.warning("other_wire_version", set_aside=claims.num_set_aside, reads=_READS)
         brought_nothing = not claims.jobs and not claims.num_passed_over
         is_idle = holds_nothing and brought_nothing
-        self.found_nothing = is_idle and claims.suspect_waits is None and not claims.num_delayed
+        may_come = claims.suspect_waits is not None or claims.num_delayed or being_read
+        self.found_nothing = is_idle and not may_come
         if drained := self._leases.drain_for(claims.starving):
             log.info("adapter_drains", adapter=drained, makes_room_for=claims.starving)
         self._take(claims.jobs)
@@ -130,13 +139,24 @@ class Claimer:
         return True
 
     def _take(self, claims: Collection[Claim]) -> None:
-        """Make sequences of jobs that were claimed. If that breaks, which ends this worker, the
-        lease of the job to blame is left to expire, and those behind it go back at once."""
+        """Make sequences of jobs that were claimed, but for those whose adapter has to be read."""
         self._leases.add(claims)
+        self._make_sequences(claims, self._prepare)
+
+    def _take_read(self) -> None:
+        """Make sequences of those whose adapter has been read."""
+        while waited := self._aside.take():
+            claims, read = waited
+            held = [claim for claim in claims if self._leases.holds(claim.lease)]
+            self._make_sequences(held, partial(self._prepare, read=read))
+
+    def _make_sequences(self, claims: Iterable[Claim], prepare: Callable[[Claim], None]) -> None:
+        """If that breaks, which ends this worker, the lease of the job to blame is left to expire,
+        and those behind it go back at once. What waits aside goes back with the worker's end."""
         left = deque(claims)
         try:
             while left:
-                self._prepare(left[0])
+                prepare(left[0])
                 left.popleft()
         except Exception:
             self._leases.remove([left.popleft().lease])
@@ -144,11 +164,15 @@ class Claimer:
                 self._publisher.publish(Unbegun(claim))
             raise
 
-    def _prepare(self, claim: Claim) -> None:
+    def _prepare(self, claim: Claim, read: Adapter | Exception | None = None) -> None:
+        """``read`` is the job's adapter, or why it could not be read, once it has waited for it."""
         job = None
         try:
             job = _job_of(claim)
-            self._ready.put((claim, self._sequence_of(job)))
+            if isinstance(read, Exception):
+                raise read
+            if read or not self._aside.keeps(claim, job):
+                self._ready.put((claim, self._sequence_of(job, read)))
         except JobError as error:
             if error.may_heal:
                 self._publisher.publish(Retry(claim, error))

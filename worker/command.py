@@ -54,18 +54,23 @@ def add_server_flags(flags: argparse._ActionsContainer) -> None:
 def run_command(command: str, run: Callable[[], int]) -> NoReturn:
     """End the process with the status that ``run`` returns, or with that of a LorryError, which is
     told on stderr."""
+    from worker.daemons import end_process
+
     # While it starts up, SIGTERM ends it as Ctrl-C does: in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         tidy_up_first()
-        sys.exit(run())
+        status = run()
     except LorryError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        status = error.exit_code
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        status = INTERRUPTED
+    except SystemExit as end:
+        status = int(end.code or 0)
     finally:
         end_at_once()
+    end_process(status)
 
 
 def on_signal(stop: Callable[[], None]) -> None:

@@ -13,9 +13,9 @@ import structlog
 from kernels.largest_token import NO_TOKEN
 from schemas.errors import BadInput, JobError
 from schemas.job import Job
+from worker.adapters.at_start import load_registry
 from worker.adapters.loader import AdapterLoader, find_limits
 from worker.adapters.peft_format import Adapter
-from worker.adapters.registry import load_registry
 from worker.adapters.residency import AdapterResidency
 from worker.adapters.sources import find_adapters
 from worker.assembly import build_runner, bytes_to_run, load_weights_and_slots
@@ -134,12 +134,12 @@ class Engine:
                 remedy="--max-total-tokens, or --mem-fraction-static",
             )
 
-    def sequence_of(self, job: Job) -> Sequence:
+    def sequence_of(self, job: Job, adapter: Adapter | None = None) -> Sequence:
         """Prepare a job to run; raises JobError if it cannot. Safe to call from another thread.
 
-        Returns the first of its sequences.
+        Returns the first of its sequences. ``adapter``: that of the job, if it was read before.
         """
-        adapter = self._adapter_of(job)
+        adapter = adapter or self.adapter_of(job)
         prompt_ids = self.tokenizer.encode(job)
         room = self.context_length - len(prompt_ids)
         if room < 1:
@@ -176,6 +176,20 @@ class Engine:
                 # Logits of a prompt come from computing it: nothing of it may be skipped.
                 sequence.prefix_keys = [] if sequence.num_unscored else keys
         return first
+
+    def adapter_of(self, job: Job) -> Adapter | None:
+        """The adapter that a job names, read if it was evicted; raises JobError if it cannot be
+        had. Safe to call from other threads."""
+        if job.lora is None:
+            return None
+        adapter = self.adapters.get(job.lora)
+        if adapter is None:
+            known = ", ".join(sorted(self.adapters.revisions)) or "none"
+            raise JobError(
+                "unknown_adapter",
+                f"no adapter is called '{job.lora}'; this worker serves: {known}",
+            )
+        return adapter
 
     def add(self, sequence: Sequence) -> None:
         """Let a job's sequences wait for their turn; they are named by its first one here."""
@@ -287,18 +301,6 @@ class Engine:
     def resident(self) -> list[str]:
         """Names of the adapters whose weights stand in a slot."""
         return self.slots.resident if self.slots else []
-
-    def _adapter_of(self, job: Job) -> Adapter | None:
-        if job.lora is None:
-            return None
-        adapter = self.adapters.get(job.lora)
-        if adapter is None:
-            known = ", ".join(sorted(self.adapters.revisions)) or "none"
-            raise JobError(
-                "unknown_adapter",
-                f"no adapter is called '{job.lora}'; this worker serves: {known}",
-            )
-        return adapter
 
     def _stop_search(self, job: Job) -> StopSearch | None:
         return self.tokenizer.stop_search(job.stop, job.min_tokens) if job.stop else None

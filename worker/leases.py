@@ -95,17 +95,23 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
-    def request(self, resident: Collection[str]) -> ClaimRequest:
-        """What can be claimed now beside what is held."""
+    def request(self, resident: Collection[str], being_read: Collection[str] = ()) -> ClaimRequest:
+        """What can be claimed now beside what is held.
+
+        Of adapters that are being read nothing is, and what is held of them takes no room from
+        others, as long as that is not more than may be held.
+        """
         # Asked for without the lock: who knows what is pinned may be asking what is held here.
         pinned = set(self._pinned())
         with self._lock:
             in_use = self._jobs_by_adapter.keys() | pinned
+            num_aside = sum(self._jobs_by_adapter[name] for name in being_read)
+            taken = len(self._held) - min(num_aside, self._max_jobs)
             return ClaimRequest(
-                num_jobs=max(0, self._max_jobs - len(self._held)),
+                num_jobs=max(0, self._max_jobs - taken),
                 free_slots=max(0, self._max_adapters - len(in_use)),
-                in_use=sorted(in_use),
-                draining=[self._draining] if self._draining else [],
+                in_use=sorted(in_use.union(being_read)),
+                draining=[*([self._draining] if self._draining else []), *being_read],
                 resident=[name for name in resident if name not in in_use],
             )
 

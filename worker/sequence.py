@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -84,8 +85,10 @@ class Sequence:
     """One for each of ``prompt_ids`` but the first, likewise; as far as they are known."""
     num_scored: int = 0
     """Rows of the prompt whose logits launched batches make for that."""
+    made: float = field(default_factory=time.monotonic)
+    """When it was ready to run; this and the next three are moments of the monotonic clock."""
     started: float | None = None
-    """When its first batch began; this and the next two are moments of the monotonic clock."""
+    """When its first batch began."""
     first_token: float | None = None
     finished: float | None = None
 

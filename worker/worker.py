@@ -16,9 +16,11 @@ from broker.job_queue import JobQueue
 from schemas.errors import JobError
 from schemas.worker_state import WorkerState
 from worker.adapters.follower import DesiredStateFollower
+from worker.aside import Aside
 from worker.background import BackgroundLoop, keep_trying
 from worker.claimer import Claimer
 from worker.config import WorkerConfig
+from worker.daemons import join_within
 from worker.device_memory import free_memory, is_out_of_memory
 from worker.engine import Engine
 from worker.keeper import ALIVE_SECONDS, Keeper
@@ -46,6 +48,12 @@ _LOOK_SECONDS = 1.0
 #: Seconds for the last results to reach Redis.
 _FLUSH_SECONDS = 10.0
 
+#: Seconds for a thread to end: a command to a server that is silent takes as long.
+_END_SECONDS = 10.0
+
+#: Seconds for threads that read to end: nobody wants any more what they read.
+_READ_SECONDS = 2.0
+
 
 class Worker:
     """Claims, runs and publishes until it is asked to end."""
@@ -71,11 +79,15 @@ class Worker:
         )
         engine.adapters.in_use = self._leases.adapters
         self._publisher = Publisher(publish_queue, self.id, self._leases, engine.tokenizer)
+        self._aside = Aside(
+            engine.adapters.is_loaded, engine.adapter_of, self._leases.may_claim.set
+        )
         self._claimer = Claimer(
             self._claim_queue,
             self.id,
             self._leases,
             self._publisher,
+            self._aside,
             engine.sequence_of,
             lambda: engine.resident,
             lease_seconds=config.lease_seconds,
@@ -139,7 +151,7 @@ class Worker:
             self._set_max_attempts(self._config.max_attempts)
         self._queue.set_model(self._config.model_name)
         self._follower.announce()
-        self._follower.follow()
+        self._follower.follow(is_ended=lambda: self._stop_by is not None)
         self._keeper.report()
 
     def step(self) -> None:
@@ -196,6 +208,7 @@ class Worker:
         while len(self._leases) and self._publish_loop.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         _stop(self._publish_loop)
+        join_within(_READ_SECONDS, [*self._aside.threads, *self._follower.threads])
         try:
             self._claim_queue.leave(self.id)
         except redis.RedisError as error:
@@ -223,12 +236,12 @@ class Worker:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_SECONDS
-        unbegun = [claim for claim, sequence in self._sequences.values() if not sequence.has_begun]
+        unbegun = [held for held in self._sequences.values() if not held[1].has_begun]
         if not unbegun:
             self._leases.limit(self._max_jobs)
-        elif now - unbegun[0].received > _START_SECONDS and len(unbegun) > self._num_ahead:
+        elif now - unbegun[0][1].made > _START_SECONDS and len(unbegun) > self._num_ahead:
             self._leases.limit(len(self._sequences) - len(unbegun) + self._num_ahead)
-            for claim in unbegun[self._num_ahead :]:
+            for claim, _ in unbegun[self._num_ahead :]:
                 self._drop(claim.lease)
                 self._publisher.publish(Unbegun(claim))
 
@@ -239,7 +252,7 @@ class Worker:
         _stop(self._claim_loop)
         self._take_in()
         waiting = [claim for claim, s in self._sequences.values() if not s.has_begun]
-        self._hand_back(waiting)
+        self._hand_back([*waiting, *self._aside.give_up()])
 
     def _claims(self) -> list[Claim]:
         return [claim for claim, _ in self._sequences.values()]
@@ -293,6 +306,9 @@ class Worker:
 
     def _state(self) -> WorkerState:
         engine, counters = self._engine, self._engine.counters
+        # Before what is served, which may come meanwhile: who finds nothing to be read finds that.
+        desired, seen = self._follower.version, self._follower.seen_version
+        reading = self._follower.reading
         return WorkerState(
             id=self.id,
             model=self._config.model_name,
@@ -302,7 +318,9 @@ class Worker:
             in_memory=engine.adapters.in_memory,
             resident=engine.resident,
             pinned=sorted(adapter.name for adapter in engine.adapters.pinned),
-            desired_version=self._follower.version,
+            desired_version=desired,
+            seen_version=seen,
+            reading=reading,
             adapter_errors=engine.adapters.errors,
             adapter_counts=engine.adapters.counts,
             max_loras_per_batch=self._config.max_loras_per_batch,
@@ -320,6 +338,4 @@ def _stop(*loops: BackgroundLoop) -> None:
     """Let threads end, and wait until they have: as long as the slowest of them takes, not all."""
     for loop in loops:
         loop.stop()
-    for loop in loops:
-        if loop.is_alive():
-            loop.join()
+    join_within(_END_SECONDS, loops)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import structlog
 
 from broker.job_queue import JobQueue
 from schemas.adapter import AdapterRecord
-from schemas.errors import BadInput, LorryError
+from schemas.errors import BadInput, JobError, LorryError
 from schemas.hub import HUB_PREFIX, HubSource
 from worker.adapters.contained import contained
 from worker.adapters.peft_config import CONFIG_FILE, WEIGHTS_FILE
-from worker.adapters.registry import AdapterRegistry, ReadAdapter
+from worker.adapters.readers import Readers
+from worker.adapters.registry import AdapterRegistry, KnownAdapter, ReadAdapter
 from worker.hub.repository import HubRepository
 from worker.reasons import kept
 
@@ -27,9 +32,27 @@ _INTERVAL = 2.0
 #: Seconds that one turn waits for a message: a worker that ends waits for the turn to be over.
 _LOOK_SECONDS = 0.5
 
+#: And one turn for an adapter that is being read, before it looks for a message.
+_READ_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be read for a record of the desired state, as that was."""
+
+    name: str
+    version: int
+    source: str
+    revision: str | None
+    why_not: str | None = None
+    """Why that cannot be served, so that what it was to replace is read."""
+
+    def __str__(self) -> str:
+        return self.name
+
 
 class DesiredStateFollower:
-    """Reads adapters that are wanted, forgets those that are not, and reports."""
+    """Has adapters read that are wanted, forgets those that are not, and reports."""
 
     def __init__(
         self,
@@ -58,8 +81,14 @@ class DesiredStateFollower:
         self._report = report
         self._nudges = queue.client.pubsub(ignore_subscribe_messages=True)
         self._next_look = time.monotonic()
+        #: What is read is None for an adapter that was evicted: the registry has it.
+        self._readers: Readers[_Wanted, ReadAdapter | None] = Readers()
+        self._records: Mapping[str, AdapterRecord] = {}
+        """The desired state, as it was seen last."""
+        self.seen_version = 0
+        """Its version."""
         self.version = 0
-        """Of the desired state that was followed last."""
+        """Of the desired state of which all has been read last."""
         self._some_unload = False
         """Whether adapters were in it that go as soon as their jobs have ended."""
 
@@ -90,43 +119,82 @@ class DesiredStateFollower:
                     "lora_path_not_pinned", adapter=name, remedy=f"producer lora pin {name}"
                 )
 
-    def turn(self) -> None:
-        """Wait a little for a change, and look if there was one or it is time to."""
-        if self._is_told() or time.monotonic() >= self._next_look:
-            self.follow()
-            self._next_look = time.monotonic() + _INTERVAL
+    @property
+    def reading(self) -> list[str]:
+        """Names of the adapters that are still to be read of what was seen."""
+        return sorted({wanted.name for wanted in self._readers.keys})
 
-    def follow(self) -> None:
-        """Look at the desired state, and act on what has changed since the last look."""
+    @property
+    def threads(self) -> list[Thread]:
+        return self._readers.threads
+
+    def turn(self) -> None:
+        """Wait a little for a change, or for an adapter that is being read, and act on it."""
+        has_changed = self._take_in()
+        if self._is_told() or time.monotonic() >= self._next_look:
+            has_changed |= self._look()
+            self._next_look = time.monotonic() + _INTERVAL
+        if has_changed:
+            self._report()
+
+    def follow(self, *, is_ended: Callable[[], bool] = lambda: False) -> None:
+        """Look at the desired state, and act on all that has changed since the last look; that
+        takes as long as reading does, unless ``is_ended`` tells that there is no need any more."""
+        has_changed = self._look()
+        while self._readers.keys and not is_ended():
+            has_changed |= self._take_in()
+        if has_changed:
+            self._report()
+
+    def _look(self) -> bool:
+        """Do what takes no reading, and let threads read the rest; whether anything has changed."""
         try:
             if self._is_up_to_date():
-                return
+                return False
             version, records = self._desired_state()
         except LorryError as error:
             log.error("desired_state_damaged", error=str(error))
-            return
+            return False
         self._some_unload = any(record.unloading for record in records.values())
-        if version == self.version:
-            return
+        if version == self.seen_version:
+            return False
+        self._records = records
+        being_read = {replace(wanted, why_not=None) for wanted in self._readers.keys}
         for name, record in records.items():
-            if self._is_behind(name, record):
+            if self._is_behind(name, record) and _wanted(name, record) not in being_read:
                 self._load(name, record)
         self._registry.keep_only(records)
         self._pin(records)
-        self.version = version
-        self._report()
+        self.seen_version = version
+        self._note_version()
+        return True
+
+    def _take_in(self) -> bool:
+        """Act on what was read; if there is nothing, wait a little for it. Whether there was."""
+        num_read, wait = 0, _READ_SECONDS if self._readers.keys else 0.0
+        while read := self._readers.first(wait=wait):
+            self._act_on(*read)
+            self._readers.done()
+            num_read, wait = num_read + 1, 0.0
+        self._note_version()
+        return num_read > 0
+
+    def _note_version(self) -> None:
+        if not self._readers.keys:
+            self.version = self.seen_version
 
     def _is_up_to_date(self) -> bool:
         """Whether there is nothing to read: of 10,000 adapters that takes Python a quarter of a
         second. A version of 0 is that of a queue that has lost its desired state, or never had
         one."""
-        is_followed = self.version > 0 and self._queue.desired_version() == self.version
+        seen = self.seen_version
+        is_followed = seen > 0 and self._queue.desired_version() == seen
         return is_followed and not self._some_unload
 
     def _desired_state(self) -> tuple[int, dict[str, AdapterRecord]]:
         version, records = self._queue.desired_state()
-        if version < max(1, self.version):
-            log.warning("desired_state_lost", version=version, followed=self.version)
+        if version < max(1, self.seen_version):
+            log.warning("desired_state_lost", version=version, followed=self.seen_version)
             self._queue.announce(self._registry.records)
             return self._queue.desired_state()
         unloading = [name for name, record in records.items() if record.unloading]
@@ -149,41 +217,66 @@ class DesiredStateFollower:
                 self._queue.adopt_revision(name, record.version, known.revision)
             self._registry.accept(name, record.version)
             return
-        try:
-            read = self._read(name, record.source, record.version)
-            # Settled before anything is served, so that no two workers serve different weights.
-            recorded = self._queue.adopt_revision(name, record.version, read.known.revision)
-            if recorded is None:
-                return  # It has gone or was loaded again: the next look finds that.
-            if recorded != read.known.revision:
-                raise BadInput(
-                    f"{record.source} holds revision {read.known.revision} here, and {recorded}"
-                    " where it was read first: the files differ between workers, or have changed."
-                    " Load it again."
-                )
-        except BadInput as error:
-            self._keep_previous(name, record)
-            self._registry.refuse(name, record.version, str(error))
-            return
-        self._registry.serve(name, read)
+        self._readers.want(_wanted(name, record), partial(self._read_or_check, name, record))
 
-    def _keep_previous(self, name: str, record: AdapterRecord) -> None:
+    def _act_on(self, wanted: _Wanted, read: ReadAdapter | Exception | None) -> None:
+        """Serve what was read, or tell why it cannot be, unless the name is not wanted any more or
+        was loaded again meanwhile."""
+        name, record = wanted.name, self._records.get(wanted.name)
+        if not record or (record.version, record.source) != (wanted.version, wanted.source):
+            return
+        has_failed = wanted.why_not or isinstance(read, BadInput)
+        if has_failed and record.revision != wanted.revision:
+            return  # Another worker has read it meanwhile, so this one tries once more already.
+        if isinstance(read, BadInput):
+            self._refuse(wanted, record, str(read))
+        elif isinstance(read, Exception):
+            raise read
+        elif read and wanted.why_not:
+            if record.previous and record.previous.revision == read.known.revision:
+                self._registry.serve(name, read)
+            self._registry.refuse(name, record.version, wanted.why_not)
+        elif read:
+            self._serve(wanted, record, read)
+
+    def _serve(self, wanted: _Wanted, record: AdapterRecord, read: ReadAdapter) -> None:
+        name, revision = wanted.name, read.known.revision
+        # Settled before anything is served, so that no two workers serve different weights.
+        recorded = self._queue.adopt_revision(name, wanted.version, revision)
+        if recorded == revision:
+            self._registry.serve(name, read)
+        elif recorded:  # Else it has gone or was loaded again: the next look finds that.
+            reason = (
+                f"{record.source} holds revision {revision} here, and {recorded} where it was read"
+                " first: the files differ between workers, or have changed. Load it again."
+            )
+            self._refuse(wanted, record, reason)
+
+    def _refuse(self, wanted: _Wanted, record: AdapterRecord, reason: str) -> None:
         """Serve what a load that failed here was to replace, as the other workers do, or nothing
         once one of them has read the new source."""
-        known, previous = self._registry.known(name), record.previous
-        if previous and known and known.revision == previous.revision:
+        name, previous = wanted.name, record.previous
+        if wanted.why_not:
+            log.warning("previous_adapter_unavailable", adapter=name, reason=kept(reason))
+            reason = wanted.why_not
+        elif not previous:
+            self._registry.forget(name)
+        elif (known := self._registry.known(name)) is None or known.revision != previous.revision:
+            self._registry.forget(name)
+            read = partial(self._read, name, previous.source, record.version)
+            self._readers.want(replace(wanted, why_not=reason), read)
             return
-        self._registry.forget(name)
-        if not previous:
-            return
-        try:
-            read = self._read(name, previous.source, record.version)
-        except BadInput as error:
-            reason = kept(str(error))
-            log.warning("previous_adapter_unavailable", adapter=name, reason=reason)
-            return
-        if read.known.revision == previous.revision:
-            self._registry.serve(name, read)
+        self._registry.refuse(name, record.version, reason)
+
+    def _read_or_check(self, name: str, record: AdapterRecord) -> ReadAdapter:
+        """Weights for which another adapter would be evicted are not read before a job wants them,
+        where it is settled which ones they are: a worker that starts would read all there are."""
+        source, revision, version = record.source, record.revision, record.version
+        if revision is None or record.pinned or self._registry.has_room_for(name):
+            return self._read(name, source, version)
+        with contained(name):
+            known = KnownAdapter(source, self._allowed(source), revision, version)
+            return self._registry.check(known)
 
     def _read(self, name: str, source: str, version: int) -> ReadAdapter:
         with contained(name):
@@ -245,8 +338,19 @@ class DesiredStateFollower:
         for name in pinned[self._max_pinned :]:
             log.warning("adapter_not_pinned", adapter=name, max_pinned=self._max_pinned)
         self._registry.pin(pinned[: self._max_pinned])
+        for name in self._registry.evicted_pins:
+            self._readers.want(_wanted(name, records[name]), partial(self._read_again, name))
+
+    def _read_again(self, name: str) -> None:
+        with suppress(JobError):  # The registry's ``errors`` tell of it.
+            self._registry.get(name)
 
     def _is_told(self) -> bool:
         if not self._nudges.subscribed:
             self._nudges.subscribe(self._queue.keys.control)
-        return self._nudges.get_message(timeout=_LOOK_SECONDS) is not None
+        wait = 0.0 if self._readers.keys else _LOOK_SECONDS
+        return self._nudges.get_message(timeout=wait) is not None
+
+
+def _wanted(name: str, record: AdapterRecord) -> _Wanted:
+    return _Wanted(name, record.version, record.source, record.revision)

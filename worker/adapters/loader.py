@@ -115,10 +115,16 @@ class AdapterLoader:
     _told: set[tuple[str, str]] = field(default_factory=set, init=False)
     """Names of adapters and repositories of which the log tells that they are of another base."""
 
-    def load(self, name: str, folder: Path) -> Adapter:
-        """Raises BadInput for an adapter that cannot be served."""
+    def check(self, folder: Path) -> AdapterOutline:
+        """All that can be told without reading weights; raises BadInput for an adapter that cannot
+        be served."""
         outline = _outline(folder, self.model)
         self.limits.check(outline)
+        return outline
+
+    def load(self, name: str, folder: Path) -> Adapter:
+        """Raises BadInput for an adapter that cannot be served."""
+        outline = self.check(folder)
         try:
             with _beside_batches(self.base.device):
                 adapter = load_adapter(name, folder, outline, self.model, self.base)

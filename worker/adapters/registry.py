@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import structlog
-import torch
 
 from schemas.adapter import AdapterRecord
 from schemas.errors import BadInput, JobError
@@ -22,14 +17,9 @@ from schemas.worker_state import AdapterCounts
 from worker.adapters.contained import contained
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
-from worker.adapters.sources import FoundAdapter
-from worker.config import WorkerConfig
 from worker.reasons import kept
 
 log = structlog.get_logger()
-
-#: Threads that read the adapters of the command line, before there are batches to disturb.
-_READERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class ReadAdapter:
 
     known: KnownAdapter
     adapter: Adapter | None
-    """None if its weights are those that were served when it was read."""
+    """None if its weights are those that were served when it was read, or were not read."""
 
 
 class AdapterRegistry:
@@ -70,8 +60,9 @@ class AdapterRegistry:
         """What the slots need done to an adapter before it is placed."""
         self._max_loaded = max_loaded
         self._policy = policy
-        #: Held while the files of an adapter are read, so that no two threads read the same.
-        self._reading: dict[str, threading.Lock] = {}
+        #: By name and folder, as long as one is held or waited for: while files are read, so that
+        #: no two threads read the same. A replacement does not wait for what it replaces.
+        self._reading: WeakValueDictionary[tuple[str, Path], threading.Lock] = WeakValueDictionary()
         #: Held for a moment, while what follows is looked at or changed.
         self._lock = threading.RLock()
         self._known: dict[str, KnownAdapter] = {}
@@ -94,10 +85,10 @@ class AdapterRegistry:
 
         Raises JobError, of which ``errors`` tells too, if its source has gone or changed since.
         """
-        adapter = self._get_loaded(name)
-        if adapter or self.known(name) is None:
+        adapter, known = self._get_loaded(name), self.known(name)
+        if adapter or known is None:
             return adapter
-        with self._reading_lock(name):
+        with self._reading_lock(name, known.folder):
             # Another thread may have read it meanwhile.
             adapter, known = self._get_loaded(name), self.known(name)
             if adapter or known is None:
@@ -120,18 +111,35 @@ class AdapterRegistry:
                     self._keep(name, adapter)
             return adapter
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether the adapter is in host memory, so that ``get`` reads nothing."""
+        with self._lock:
+            return name in self._loaded
+
     def read(
         self, name: str, folder: Path, version: int, *, source: str | None = None
     ) -> ReadAdapter:
         """Read an adapter, but no weights if they are those that are served; to be served by
         ``serve``. ``source`` is what the desired state calls the folder, if not by its path.
         Raises BadInput if it cannot be."""
-        with self._reading_lock(name):
+        with self._reading_lock(name, folder):
             known, source = self.known(name), source or str(folder)
             if known and known.revision == self.loader.revision(folder):
                 return ReadAdapter(KnownAdapter(source, folder, known.revision, version), None)
             adapter = self._read(name, folder)
             return ReadAdapter(KnownAdapter(source, folder, adapter.revision, version), adapter)
+
+    def check(self, known: KnownAdapter) -> ReadAdapter:
+        """Instead of ``read``, where others have settled the revision: served, it is like one that
+        was evicted. Raises BadInput if it cannot be, as far as can be told without its weights."""
+        self.loader.check(known.folder)
+        return ReadAdapter(known, None)
+
+    def has_room_for(self, name: str) -> bool:
+        """Whether an adapter can be loaded, or loaded anew, while all others stay in memory."""
+        with self._lock:
+            is_full = self._max_loaded is not None and len(self._loaded) >= self._max_loaded
+            return not is_full or name in self._loaded
 
     def serve(self, name: str, read: ReadAdapter) -> None:
         """Serve what was read, in place of what was served under the name."""
@@ -139,8 +147,11 @@ class AdapterRegistry:
             self._errors.pop(name, None)
             self._unavailable_for.pop(name, None)
             self._known[name] = read.known
+            former = self._loaded.get(name)
+            if former and (read.adapter or former.revision != read.known.revision):
+                del self._loaded[name]
+                self.generation += 1
             if read.adapter:
-                self._loaded.pop(name, None)
                 self._keep(name, read.adapter)
 
     def accept(self, name: str, version: int) -> None:
@@ -165,7 +176,6 @@ class AdapterRegistry:
                 del self._known[name]
                 self._loaded.pop(name, None)
                 self._unavailable_for.pop(name, None)
-                self._reading.pop(name, None)
                 self.generation += 1
                 log.info("adapter_unloaded", adapter=name)
 
@@ -178,16 +188,13 @@ class AdapterRegistry:
             self._counts = {name: count for name, count in self._counts.items() if name in names}
 
     def pin(self, names: Iterable[str]) -> None:
-        """These adapters, and no others, hold a slot whether jobs use them or not; those of them
-        that were evicted are read again."""
+        """These adapters, and no others, hold a slot whether jobs use them or not, once they are in
+        memory: ``get`` reads those that were evicted."""
         pinned = frozenset(names)
         with self._lock:
             if pinned != self._pinned_names:
                 self._pinned_names = pinned
                 self.generation += 1
-        for name in sorted(pinned):
-            with suppress(JobError):  # ``errors`` tells of it.
-                self.get(name)
 
     def seen_version(self, name: str) -> int:
         """Version of the desired state in which the name was loaded or refused; 0 if in none."""
@@ -277,6 +284,11 @@ class AdapterRegistry:
             return [a for name, a in self._loaded.items() if name in self._pinned_names]
 
     @property
+    def evicted_pins(self) -> list[str]:
+        """Names of those that are to hold a slot and are not in memory."""
+        return sorted(name for name in self.pinned_names if not self.is_loaded(name))
+
+    @property
     def pinned_names(self) -> frozenset[str]:
         with self._lock:
             return self._pinned_names & self._known.keys()
@@ -288,9 +300,9 @@ class AdapterRegistry:
                 self._loaded[name] = self._loaded.pop(name)
             return adapter
 
-    def _reading_lock(self, name: str) -> threading.Lock:
+    def _reading_lock(self, name: str, folder: Path) -> threading.Lock:
         with self._lock:
-            return self._reading.setdefault(name, threading.Lock())
+            return self._reading.setdefault((name, folder), threading.Lock())
 
     def _read(self, name: str, folder: Path) -> Adapter:
         started = time.monotonic()
@@ -342,54 +354,3 @@ class AdapterRegistry:
 
     def _counts_of(self, name: str) -> AdapterCounts:
         return self._counts.get(name) or AdapterCounts()
-
-
-def load_registry(
-    config: WorkerConfig,
-    found: Sequence[FoundAdapter],
-    loader: AdapterLoader,
-    prepare: Callable[[Adapter], None] | None = None,
-) -> AdapterRegistry:
-    """Load the adapters of ``--lora-paths``; raises BadInput for the first that cannot be served.
-
-    ``prepare``: see ``AdapterRegistry``.
-    """
-    registry = AdapterRegistry(
-        loader, max_loaded=config.max_loaded_loras, policy=config.lora_eviction_policy
-    )
-    if prepare:
-        registry.prepare = prepare
-    registry.pin(lora.name for lora in found if lora.pinned)
-
-    def read(lora: FoundAdapter) -> ReadAdapter:
-        try:
-            return registry.read(lora.name, lora.folder, version=0, source=lora.source)
-        except BadInput as error:
-            raise BadInput(f"--lora-paths {lora.name}: {error}") from error
-
-    # Each thread computes alone: several that share the work of every operation would wait. What
-    # torch is told in one thread holds for all that begin later, too.
-    num_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(_READERS, "read", torch.set_num_threads, (1,)) as readers:
-            for lora, adapter in _in_order(readers, read, found):
-                registry.serve(lora.name, adapter)
-    finally:
-        torch.set_num_threads(num_threads)
-    return registry
-
-
-def _in_order(
-    readers: ThreadPoolExecutor,
-    read: Callable[[FoundAdapter], ReadAdapter],
-    found: Sequence[FoundAdapter],
-) -> Iterator[tuple[FoundAdapter, ReadAdapter]]:
-    """As ``readers.map`` would, but no more than ``_READERS`` are in memory that were not taken."""
-    ahead = deque[tuple[FoundAdapter, Future[ReadAdapter]]]()
-    for lora in found:
-        ahead.append((lora, readers.submit(read, lora)))
-        if len(ahead) == _READERS:
-            first, future = ahead.popleft()
-            yield first, future.result()
-    for first, future in ahead:
-        yield first, future.result()
