@@ -113,22 +113,59 @@ def test_those_in_memory_are_named_where_some_are_not(folder: Path) -> None:
 
 
 def test_what_leaves_a_slot_for_good_was_not_evicted(folder: Path) -> None:
-    known = registry(folder, "abcd", max_loaded=4)
-    replaced, unloaded, again, evicted = (known.get(name) for name in "abcd")
+    known = registry(folder, "abc", max_loaded=3)
+    replaced, unloaded, evicted = (known.get(name) for name in "abc")
     assert replaced
     assert unloaded
-    assert again
     assert evicted
-    for adapter in (replaced, unloaded, again, evicted):
+    for adapter in (replaced, unloaded, evicted):
         known.count_in_slot(adapter, loads=1)
     (folder / "a" / "weights").write_text("second a")
     load(known, "a", folder / "a", 5)
-    known.keep_only("ad")
-    load(known, "c", folder / "c", 6)
-    for adapter in (replaced, unloaded, again, evicted):
+    known.keep_only("ac")
+    for adapter in (replaced, unloaded, evicted):
         known.count_in_slot(adapter, evictions=1)
     slots = {name: (c.slot_loads, c.slot_evictions) for name, c in known.counts.items()}
-    assert slots == {"a": (1, 0), "c": (0, 0), "d": (1, 1)}
+    assert slots == {"a": (1, 0), "c": (1, 1)}
+
+
+def test_names_of_the_same_files_share_an_adapter_until_one_is_replaced(folder: Path) -> None:
+    known = registry(folder, "ab")
+    prepared: list[Adapter] = []
+    known.prepare = prepared.append
+    load(known, "twin", folder / "a", 3)
+    shared = known.get("a")
+    assert shared
+    assert known.get("twin") is shared
+    assert prepared == []  # Its weights are laid out already.
+    assert sorted(known.names_of([shared])) == ["a", "twin"]
+    known.count_in_slot(shared, loads=1)
+    assert [known.counts[name].slot_loads for name in ("a", "b", "twin")] == [1, 0, 1]
+    (folder / "a" / "weights").write_text("second a")
+    load(known, "twin", folder / "a", 4)
+    assert known.get("a") is shared
+    assert known.get("twin") is not shared
+    assert known.names_of([shared]) == ["a"]
+    known.forget("twin")
+    load(known, "a", folder / "a", 5)
+    assert known.names_of([shared]) == []
+
+
+def test_files_that_two_threads_read_at_once_under_two_names_are_kept_once(folder: Path) -> None:
+    known = registry(folder, "")
+    reads = [known.read(name, folder / "a", 1) for name in ("a", "twin")]
+    for name, read in zip(("a", "twin"), reads, strict=True):
+        known.serve(name, read)
+    assert reads[0].adapter is not reads[1].adapter
+    assert known.get("a") is known.get("twin") is reads[0].adapter
+
+
+def test_what_is_loaded_again_while_a_job_holds_it_is_the_same(folder: Path) -> None:
+    known = registry(folder, "a")
+    held = known.get("a")
+    known.forget("a")
+    load(known, "a", folder / "a", 2)
+    assert known.get("a") is held
 
 
 def test_adapters_in_use_and_pinned_ones_stay(folder: Path) -> None:

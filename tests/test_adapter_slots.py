@@ -108,6 +108,10 @@ def make_slots(
     )
 
 
+def names(slots: AdapterSlots) -> list[str]:
+    return [adapter.name for adapter in slots.resident]
+
+
 def assert_slot_computes(slots: AdapterSlots, adapter: Adapter) -> None:
     """Every layer's and group's product equals the formula in float64; 0 for a module that the
     adapter leaves alone."""
@@ -142,7 +146,7 @@ def test_small_adapters_share_the_room_of_a_large_one() -> None:
     ranks = {"a": 3, "b": 1, "c": 2}
     for name, rank in ranks.items():
         slots.place(random_adapter(name, rank=rank), ())
-    assert slots.resident == ["a", "b", "c"]
+    assert names(slots) == ["a", "b", "c"]
 
 
 def test_a_large_adapter_takes_the_place_of_small_ones_that_are_not_in_use() -> None:
@@ -152,7 +156,7 @@ def test_a_large_adapter_takes_the_place_of_small_ones_that_are_not_in_use() -> 
         slots.place(adapter, ())
     large = random_adapter("large", seed=1)
     assert slots.place(large, in_use={used, large}) == MAX_RANK
-    assert slots.resident == ["a", "b", "large"]
+    assert names(slots) == ["a", "b", "large"]
 
 
 def test_empty_places_are_taken_before_any_adapter_loses_its_own() -> None:
@@ -185,14 +189,14 @@ def test_whatever_is_in_use_an_adapter_finds_a_place_of_its_own(
     slots = make_slots(3, modules=())
     adapters = [Adapter(f"{n}", "", "", 1 + 7 * n % MAX_RANK, {}) for n in range(10)]
     for number, others in uses:
-        in_use = {adapters[n] for n in others if f"{n}" in slots.resident} | {adapters[number]}
-        before = {a: slots.first_rank(a) for a in in_use if a.name in slots.resident}
+        in_use = {adapters[n] for n in others if f"{n}" in names(slots)} | {adapters[number]}
+        before = {a: slots.first_rank(a) for a in in_use if a in slots.resident}
         slots.place(adapters[number], in_use)
         assert {a: slots.first_rank(a) for a in before} == before
         ranks = [
             rank
             for a in adapters
-            if a.name in slots.resident
+            if a in slots.resident
             for rank in range(slots.first_rank(a), slots.first_rank(a) + a.rank)
         ]
         assert len(ranks) == len(set(ranks))
@@ -203,16 +207,16 @@ def test_the_least_recently_used_adapter_is_evicted() -> None:
     slots, (a, b, c) = make_slots(2), map(random_adapter, "abc")
     for adapter in (a, b, a, c):
         slots.place(adapter, ())
-    assert sorted(slots.resident) == ["a", "c"]
+    assert sorted(names(slots)) == ["a", "c"]
 
 
 def test_by_fifo_the_first_one_that_came_is_evicted() -> None:
     slots, (a, b, c, d) = make_slots(2, policy="fifo"), map(random_adapter, "abcd")
     for adapter in (a, b, a, c):
         slots.place(adapter, ())
-    assert sorted(slots.resident) == ["b", "c"]
+    assert sorted(names(slots)) == ["b", "c"]
     slots.place(d, in_use={b})
-    assert sorted(slots.resident) == ["b", "d"]
+    assert sorted(names(slots)) == ["b", "d"]
 
 
 def test_an_adapter_in_use_is_not_evicted() -> None:
@@ -220,7 +224,7 @@ def test_an_adapter_in_use_is_not_evicted() -> None:
     for adapter in (a, b):
         slots.place(adapter, ())
     slots.place(c, in_use={a, c})
-    assert sorted(slots.resident) == ["a", "c"]
+    assert sorted(names(slots)) == ["a", "c"]
 
 
 def test_a_pinned_adapter_is_not_evicted() -> None:
@@ -230,7 +234,7 @@ def test_a_pinned_adapter_is_not_evicted() -> None:
     slots.place(pinned, ())
     for name in "abcab":
         slots.place(random_adapter(name), ())
-    assert sorted(slots.resident) == ["b", "pinned"]
+    assert sorted(names(slots)) == ["b", "pinned"]
 
 
 def test_no_slot_is_given_while_all_are_in_use() -> None:

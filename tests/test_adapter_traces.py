@@ -24,7 +24,10 @@ from worker.scheduler import Scheduler
 from worker.sequence import Phase, Sequence
 
 NUM_SLOTS = 2
-NAMES = "abcde"
+NAMES = "abcdef"
+
+#: Two names are read from one folder, and share an adapter while they are of one revision.
+FOLDERS = {**dict(zip(NAMES, NAMES, strict=True)), "f": "a"}
 
 #: Steps after which every sequence must have ended that came before them.
 STEPS_TO_END = 400
@@ -68,7 +71,7 @@ class Worker:
             PagePool(12), max_running=6, max_prefill_tokens=24, max_adapters=NUM_SLOTS
         )
         self.residency = AdapterResidency(self.registry, self.slots, self.scheduler)
-        self.registry.in_use = lambda: {s.adapter.name for s in self.sequences if s.adapter}
+        self.registry.in_use = lambda: {s.job.lora or "" for s in self.sequences}
         self.sequences: list[Sequence] = []
         """The first of each job."""
         self.num_jobs = 0
@@ -76,7 +79,7 @@ class Worker:
         self.pinned: set[str] = set()
 
     def load(self, name: str) -> None:
-        load(self.registry, name, Path("/memory") / name, next(self.versions))
+        load(self.registry, name, Path("/memory") / FOLDERS[name], next(self.versions))
 
     def replace(self, name: str) -> None:
         self.change(name)
@@ -84,7 +87,7 @@ class Worker:
 
     def change(self, name: str) -> None:
         """Other weights come where the adapter is read from, which nobody loads."""
-        self.memory.trained[name] += 1
+        self.memory.trained[FOLDERS[name]] += 1
 
     def fail(self, name: str) -> None:
         """A replacement that cannot be read: what is served stays."""
@@ -115,7 +118,7 @@ class Worker:
             reason = error.message
         if known is None or adapter is None:
             assert known is None or f"({known.revision}); load it again" in reason
-            assert known is None or known.revision != self.memory.revision(Path(name))
+            assert known is None or known.revision != self.memory.revision(Path(FOLDERS[name]))
             return
         assert adapter.revision == known.revision
         self.num_jobs += 1
@@ -172,8 +175,10 @@ class Worker:
         """Who is pinned has a slot, or gets the next that is free."""
         pinned = self.registry.pinned
         served = self.pinned & self.registry.revisions.keys()
-        assert served - {adapter.name for adapter in pinned} <= self.registry.errors.keys()
+        assert served & set(self.registry.evicted_pins) <= self.registry.errors.keys()
         assert all(map(self.has_slot, self.slots.pinned))
+        loaded = self.registry.loaded
+        assert len({adapter.revision for adapter in loaded}) == len(loaded)
         if not all(self.has_slot(adapter) for adapter in pinned):
             # Sequences hold the slots that are left, and had them when it was pinned.
             assert len(self.scheduler.adapters_in_use.union(pinned)) > NUM_SLOTS
@@ -238,7 +243,7 @@ def test_whatever_happens_to_adapters_no_batch_mixes_them_and_every_job_ends(
     # Nothing is held that is not served any more.
     assert set(worker.slots._first_ranks) <= worker.registry.loaded
     assert worker.pinned & worker.registry.revisions.keys() <= (
-        set(worker.slots.resident) | worker.registry.errors.keys()
+        set(worker.registry.names_of(worker.slots.resident)) | worker.registry.errors.keys()
     )
     worker.registry.keep_only(())
     worker.step()

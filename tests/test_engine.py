@@ -256,6 +256,28 @@ def test_jobs_and_tokens_of_an_adapter_are_counted(
     assert (counts.requests, counts.output_tokens, counts.loads) == (2, 20, 1)
 
 
+def test_two_names_of_one_revision_share_a_slot_and_count_apart(
+    model_folder: Path, adapters: dict[str, Path], oracle: Oracle
+) -> None:
+    twins = {"one": adapters["one"], "twin": adapters["one"]}
+    engine = make_engine(model_folder, twins, max_loras_per_batch=1)
+    lengths = {"one": 5, "twin": 7}
+    jobs = {
+        name: Job(id=name, lora=name, prompt_token_ids=[5, 6, 7], max_tokens=length)
+        for name, length in lengths.items()
+    }
+    tokens = run(engine, list(jobs.values()))
+    same = {name: job.model_copy(update={"lora": "one"}) for name, job in jobs.items()}
+    assert tokens == expected(oracle, list(same.values()))
+    assert engine.counters.max_adapters_in_batch == 1
+    assert sorted(engine.resident) == ["one", "twin"]
+    counts = {
+        name: (c.requests, c.output_tokens, c.slot_loads)
+        for name, c in engine.adapters.counts.items()
+    }
+    assert counts == {"one": (1, 5, 1), "twin": (1, 7, 1)}
+
+
 def test_preempted_sequences_come_to_the_same_tokens(
     model_folder: Path, adapters: dict[str, Path], oracle: Oracle
 ) -> None:

@@ -278,9 +278,9 @@ class Engine:
         if any(answer.phase is not Phase.FINISHED for answer in first.answers):
             return []
         first.finished = now
-        if first.adapter and not first.error:
+        if first.job.lora and not first.error:
             num_tokens = sum(len(answer.output_ids) for answer in first.answers)
-            self.adapters.count(first.adapter.name, output_tokens=num_tokens)
+            self.adapters.count(first.job.lora, output_tokens=num_tokens)
         return [first]
 
     def drop(self, sequence: Sequence) -> None:
@@ -300,7 +300,7 @@ class Engine:
     @property
     def resident(self) -> list[str]:
         """Names of the adapters whose weights stand in a slot."""
-        return self.slots.resident if self.slots else []
+        return self.adapters.names_of(frozenset(self.slots.resident)) if self.slots else []
 
     def _stop_search(self, job: Job) -> StopSearch | None:
         return self.tokenizer.stop_search(job.stop, job.min_tokens) if job.stop else None

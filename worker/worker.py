@@ -317,7 +317,7 @@ class Worker:
             adapters=engine.adapters.revisions,
             in_memory=engine.adapters.in_memory,
             resident=engine.resident,
-            pinned=sorted(adapter.name for adapter in engine.adapters.pinned),
+            pinned=sorted(engine.adapters.pinned_names.difference(engine.adapters.evicted_pins)),
             desired_version=desired,
             seen_version=seen,
             reading=reading,

@@ -44,6 +44,7 @@ class Adapter:
     """A validated adapter in host memory. Equal only to itself: a name may be loaded anew."""
 
     name: str
+    """Under which it was read first: names of one revision share it."""
     source: str
     revision: str
     rank: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,8 +69,11 @@ class AdapterRegistry:
         self._known: dict[str, KnownAdapter] = {}
         #: In the order of eviction.
         self._loaded: dict[str, Adapter] = {}
-        #: What was evicted and is still held by a sequence is not read a second time.
-        self._alive: WeakValueDictionary[tuple[str, str], Adapter] = WeakValueDictionary()
+        #: By revision: names of the same files share one adapter, and what was evicted or unloaded
+        #: and is still held by a sequence is not laid out a second time.
+        self._alive: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
+        self._names: defaultdict[str, set[str]] = defaultdict(set)
+        """By revision, those of ``_known``."""
         self._pinned_names: frozenset[str] = frozenset()
         self._errors: dict[str, tuple[int, str]] = {}
         #: Why what was evicted could not be read again.
@@ -95,7 +99,7 @@ class AdapterRegistry:
                 return adapter
             try:
                 with contained(name):
-                    adapter = self._alive.get((name, known.revision))
+                    adapter = self._alive.get(known.revision)
                     adapter = adapter or self._read(name, known.folder)
             except BadInput as error:
                 raise self._unavailable(name, known, str(error), may_heal=True) from error
@@ -108,7 +112,7 @@ class AdapterRegistry:
             with self._lock:
                 # Else it was unloaded while it was read; the job at hand still runs with it.
                 if self._known.get(name) is known:
-                    self._keep(name, adapter)
+                    adapter = self._keep(name, adapter)
             return adapter
 
     def is_loaded(self, name: str) -> bool:
@@ -146,7 +150,7 @@ class AdapterRegistry:
         with self._lock:
             self._errors.pop(name, None)
             self._unavailable_for.pop(name, None)
-            self._known[name] = read.known
+            self._know(name, read.known)
             former = self._loaded.get(name)
             if former and (read.adapter or former.revision != read.known.revision):
                 del self._loaded[name]
@@ -173,7 +177,7 @@ class AdapterRegistry:
         """Serve nothing under a name; jobs that run finish on the weights they began with."""
         with self._lock:
             if name in self._known:
-                del self._known[name]
+                self._know(name, None)
                 self._loaded.pop(name, None)
                 self._unavailable_for.pop(name, None)
                 self.generation += 1
@@ -222,18 +226,13 @@ class AdapterRegistry:
     def count_in_slot(self, adapter: Adapter, *, loads: int = 0, evictions: int = 0) -> None:
         """Count that an adapter came into a slot or left one, unless it has been unloaded or
         replaced meanwhile: then nothing took its place."""
-        name = adapter.name
+        more = {"slot_loads": loads, "slot_evictions": evictions}
         with self._lock:
-            known = self._known.get(name)
-            if not known or known.revision != adapter.revision:
-                return
-            if self._loaded.get(name, adapter) is not adapter:
-                return  # Unloaded, and loaded again.
-            counts = self._counts_of(name)
-            more = {"slot_loads": loads, "slot_evictions": evictions}
-            self._counts[name] = counts.model_copy(
-                update={field: getattr(counts, field) + n for field, n in more.items() if n}
-            )
+            for name in self._names.get(adapter.revision, ()):
+                counts = self._counts_of(name)
+                self._counts[name] = counts.model_copy(
+                    update={field: getattr(counts, field) + n for field, n in more.items() if n}
+                )
 
     @property
     def revisions(self) -> dict[str, str]:
@@ -283,6 +282,11 @@ class AdapterRegistry:
         with self._lock:
             return [a for name, a in self._loaded.items() if name in self._pinned_names]
 
+    def names_of(self, adapters: Collection[Adapter]) -> list[str]:
+        """The names under which they are in host memory."""
+        with self._lock:
+            return [name for name, adapter in self._loaded.items() if adapter in adapters]
+
     @property
     def evicted_pins(self) -> list[str]:
         """Names of those that are to hold a slot and are not in memory."""
@@ -307,7 +311,10 @@ class AdapterRegistry:
     def _read(self, name: str, folder: Path) -> Adapter:
         started = time.monotonic()
         adapter = self.loader.load(name, folder)
-        self.prepare(adapter)
+        if shared := self._alive.get(adapter.revision):
+            adapter = shared
+        else:
+            self.prepare(adapter)
         seconds = time.monotonic() - started
         with self._lock:
             counts = self._counts_of(name)
@@ -333,12 +340,24 @@ class AdapterRegistry:
         log.warning("adapter_unavailable", adapter=name, reason=reason)
         return JobError("adapter_unavailable", f"adapter '{name}': {reason}", may_heal=may_heal)
 
-    def _keep(self, name: str, adapter: Adapter) -> None:
+    def _know(self, name: str, known: KnownAdapter | None) -> None:
+        if former := self._known.pop(name, None):
+            names = self._names[former.revision]
+            names.discard(name)
+            if not names:
+                del self._names[former.revision]
+        if known:
+            self._known[name] = known
+            self._names[known.revision].add(name)
+
+    def _keep(self, name: str, adapter: Adapter) -> Adapter:
+        """The adapter, or that of the same files which another thread has read meanwhile."""
+        adapter = self._alive.setdefault(adapter.revision, adapter)
         self._unavailable_for.pop(name, None)
         self._loaded[name] = adapter
-        self._alive[name, adapter.revision] = adapter
         self.generation += 1
         self._evict(spare=name)
+        return adapter
 
     def _evict(self, *, spare: str) -> None:
         """Make room for one adapter; while all others are in use, there is one too many."""

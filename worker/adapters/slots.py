@@ -84,10 +84,10 @@ class AdapterSlots:
         self._last_reads = LastReads[torch.cuda.Event](self.capacity, _LEAST_RANKS)
 
     @property
-    def resident(self) -> list[str]:
-        """Names of the adapters that stand in a slot."""
+    def resident(self) -> list[Adapter]:
+        """Those that stand in a slot."""
         # Other threads ask, while the engine's may be placing one: a copy is made in one step.
-        return [adapter.name for adapter in list(self._first_ranks)]
+        return list(self._first_ranks)
 
     def first_rank(self, adapter: Adapter) -> int:
         """Where a resident adapter's ranks begin."""
