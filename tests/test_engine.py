@@ -104,7 +104,7 @@ def test_slots_that_no_memory_holds_are_refused_with_their_bytes_and_the_flags(
         )
     assert re.fullmatch(
         f"--max-lora-rank {max_rank} and --max-loras-per-batch {max_adapters}: slots for them take"
-        r" \d+ bytes, and there is not so much memory beside the base model. Lower one of them.",
+        r" [\d,.]+ GB, and there is not so much memory beside the base model. Lower one of them.",
         str(error.value),
     )
 
