@@ -23,7 +23,7 @@ class AdapterCounts(BaseModel):
     slot_loads: int = 0
     """How often its weights were sent to a slot."""
     slot_evictions: int = 0
-    """How often they left one to make room for another adapter's."""
+    """How often they left one, but for an unload or a replacement."""
 
 
 class WorkerState(BaseModel):

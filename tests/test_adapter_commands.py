@@ -150,6 +150,9 @@ def test_a_load_keeps_a_pin_and_makes_none(queue: JobQueue, source: str) -> None
     queue.pin_adapter("sql", True)
     assert load("sql")
     assert not load("json")
+    queue.unload_adapter("sql", "drain")
+    assert not load("sql")  # Whether it is gone already or still has jobs.
+    queue.pin_adapter("sql", True)
     queue.pin_adapter("sql", False)
     assert not load("sql")
 

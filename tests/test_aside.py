@@ -14,11 +14,14 @@ from benchmarks.waiting import wait_until
 from broker.claims import Claim, ClaimRequest, Lease
 from broker.job_queue import JobQueue
 from producer.client import Client
+from schemas.errors import JobError
 from schemas.job import Job
 from tests.tiny_models import make_adapter, make_llama
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
-from worker.aside import Aside
+from worker.adapters.readers import READERS
+from worker.adapters.registry import KnownAdapter
+from worker.aside import Aside, NotBegun
 from worker.config import WorkerConfig
 from worker.engine import Engine
 from worker.lora_path import LoraPath
@@ -311,11 +314,18 @@ def test_jobs_of_an_adapter_whose_source_hangs_are_tried_again_and_claimed_no_mo
     assert attempts(queue, "job") == ["2"]
 
 
+def claim_of(number: int, lora: str = "sql") -> Claim:
+    job = Job(id=f"job{number}", lora=lora, prompt_token_ids=[1])
+    return Claim(Lease(job.id, 1), lora, job.to_wire(), 1, "sub", 0, 0, 0)
+
+
 def test_jobs_go_on_once_their_adapter_was_loaded_from_elsewhere_though_its_source_hangs() -> None:
     loaded, may_go_on = set[str](), Event()
-    aside = Aside(loaded.__contains__, lambda job: may_go_on.wait(60) and None, lambda: None)
-    job = Job(id="job", lora="sql", prompt_token_ids=[1])
-    claim = Claim(Lease("job", 1), "sql", job.to_wire(), 1, "sub", 0, 0, 0)
+    aside = Aside(
+        {}.get, loaded.__contains__, lambda job: may_go_on.wait(60) and None, lambda: None
+    )
+    claim = claim_of(0)
+    job = Job.from_wire(claim.payload)
     assert aside.keeps(claim, job)
     assert aside.take() is None
     assert aside.being_read == ["sql"]
@@ -326,3 +336,49 @@ def test_jobs_go_on_once_their_adapter_was_loaded_from_elsewhere_though_its_sour
     may_go_on.set()
     wait_until(lambda: not any(thread.is_alive() for thread in aside.threads))
     assert aside.take() is None
+
+
+def test_jobs_of_a_replaced_source_that_hangs_get_what_has_replaced_it(tmp_path: Path) -> None:
+    known = {"sql": KnownAdapter("old", tmp_path / "old", "1", 1)}
+    may_go_on = Event()
+    old, new = (Adapter("sql", "", revision, 1, {}) for revision in "12")
+
+    def read(job: Job) -> Adapter:
+        if known["sql"].revision == "1":
+            may_go_on.wait(60)
+            return old
+        return new
+
+    aside = Aside(known.get, lambda name: False, read, lambda: None)
+    claims = [claim_of(number) for number in range(2)]
+    assert aside.keeps(claims[0], Job.from_wire(claims[0].payload))
+    assert aside.take() is None
+    known["sql"] = KnownAdapter("new", tmp_path / "new", "2", 2)
+    assert aside.being_read == []
+    assert aside.keeps(claims[1], Job.from_wire(claims[1].payload))
+    taken: list[object] = []
+    wait_until(lambda: bool(taken.append(aside.take()) or taken[-1]))
+    assert taken[-1] == (claims, new)
+    assert aside.being_read == []
+    may_go_on.set()
+    wait_until(lambda: not any(thread.is_alive() for thread in aside.threads))
+    assert aside.take() is None
+
+
+def test_jobs_whose_turn_to_be_read_does_not_come_go_back_without_blame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_go_on, names = Event(), [f"a{number}" for number in range(READERS + 1)]
+    aside = Aside({}.get, lambda name: False, lambda job: may_go_on.wait(60) and None, lambda: None)
+    claims = [claim_of(0, name) for name in names]
+    for claim in claims:
+        assert aside.keeps(claim, Job.from_wire(claim.payload))
+    # No read is late, so none begins beside them.
+    monkeypatch.setattr("worker.aside.LATE_SECONDS", 0)
+    taken = [aside.take() for _ in names]
+    assert [(t[0], type(t[1])) for t in taken if t] == [
+        *(([claim], JobError) for claim in claims[:READERS]),
+        ([claims[READERS]], NotBegun),
+    ]
+    assert sorted(aside.being_read) == sorted(names[:READERS])
+    may_go_on.set()

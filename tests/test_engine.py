@@ -104,7 +104,8 @@ def test_slots_that_no_memory_holds_are_refused_with_their_bytes_and_the_flags(
         )
     assert re.fullmatch(
         f"--max-lora-rank {max_rank} and --max-loras-per-batch {max_adapters}: slots for them take"
-        r" [\d,.]+ GB, and there is not so much memory beside the base model. Lower one of them.",
+        r" [\d,.]+ GB, which do not fit in memory together with the base model. Lower one of them,"
+        " or serve a smaller model.",
         str(error.value),
     )
 
@@ -124,7 +125,7 @@ def test_memory_that_the_allocator_does_not_have_for_slots_is_told_likewise(
 
     monkeypatch.setattr("worker.assembly.AdapterSlots", fail)
     flags = {"enable_lora": True, "lora_target_modules": ("all",), "max_lora_rank": 8}
-    with pytest.raises(raised, match=r"slots for them take \d+ bytes|a fault of ours"):
+    with pytest.raises(raised, match=r"slots for them take [\d,.]+ GB|a fault of ours"):
         make_engine(model_folder, {}, **flags)
 
 

@@ -829,6 +829,48 @@ def test_a_load_does_not_wait_for_the_one_that_it_replaces_which_is_dropped(
     assert record(queue, "sql").revision == "new weights"
 
 
+def test_however_often_what_hangs_is_loaded_others_are_read(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
+) -> None:
+    follower = make_follower()
+    known = follower.registry
+    hang(follower, answers, root / "sql")
+    for _ in range(2 * READERS):
+        queue.set_adapter("sql", str(root / "sql"), pinned=False)
+        turn_until(follower, lambda: follower.seen_version == queue.desired_version())
+    queue.set_adapter("chat", str(root / "chat"), pinned=False)
+    turn_until(follower, lambda: "chat" in known.revisions)
+    assert len(follower.threads) == 1
+    answers.set()
+    turn_until(follower, lambda: not follower.reading)
+    assert set(known.revisions) == {"sql", "chat"}
+    assert known.seen_version("sql") == record(queue, "sql").version
+
+
+def test_what_is_pinned_while_it_is_only_checked_is_read(
+    queue: JobQueue, make_follower: MakeFollower, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = make_follower()
+    known = follower.registry
+    known._max_loaded = 1
+    follower.load("chat", root / "chat")
+    version = queue.set_adapter("sql", str(root / "sql"), pinned=False)
+    queue.adopt_revision("sql", version, "sql weights")
+    may_end, check = Event(), known.loader.check
+
+    def check_late(folder: Path) -> None:
+        may_end.wait(60)
+        check(folder)
+
+    monkeypatch.setitem(known.loader.__dict__, "check", check_late)
+    turn_until(follower, lambda: follower.reading)
+    queue.pin_adapter("sql", True)
+    turn_until(follower, lambda: follower.seen_version == queue.desired_version())
+    may_end.set()
+    turn_until(follower, lambda: not follower.reading)
+    assert [adapter.name for adapter in known.pinned] == ["sql"]
+
+
 def test_what_is_unloaded_while_it_is_read_is_not_served(
     queue: JobQueue, make_follower: MakeFollower, root: Path, answers: Event
 ) -> None:

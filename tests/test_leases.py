@@ -67,6 +67,13 @@ def test_what_is_held_of_an_adapter_that_is_read_takes_no_room_from_others() -> 
     assert request.draining == ["a", "gone"]
 
 
+def test_jobs_of_adapters_that_are_read_take_no_room_while_fewer_are_held() -> None:
+    held = Leases(max_jobs=4, max_adapters=2)
+    held.add([Claim(Lease(f"a{i}", 1), "a", "{}", 1, "", 0, 0, 0) for i in range(4)])
+    held.limit(1)
+    assert held.request((), being_read=["a"]).num_jobs == 1
+
+
 def test_no_more_than_twice_as_many_jobs_are_held_while_adapters_are_read() -> None:
     held = Leases(max_jobs=4, max_adapters=2)
     for name in "ab":

@@ -133,3 +133,16 @@ def test_they_compute_alone_and_leave_others_the_threads_they_had() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_of_one_place_one_is_read_at_a_time_and_what_is_outdated_not_at_all(answer: Event) -> None:
+    readers = Readers[str, bool](place_of=lambda key: key[0])
+    for key in ("a1", "a2", "a3", "b1"):
+        readers.want(key, answer.is_set if key == "b1" else lambda: answer.wait(60))
+    assert take(readers) == ("b1", False)
+    assert readers.keys == ["a2", "a3", "a1"]
+    assert [readers.began(key) is None for key in ("a1", "a2")] == [False, True]
+    readers.drop(lambda key: key in ("a1", "a2"))
+    assert readers.keys == ["a3", "a1"]  # What is under way is not dropped.
+    answer.set()
+    assert take_all(readers) == {"a1": True, "a3": True}

@@ -90,8 +90,8 @@ def load_weights_and_slots(
     needed = bytes_of_slots(model, limits.target_modules, capacity, dtype)
     no_room = BadInput(
         f"--max-lora-rank {limits.max_rank} and --max-loras-per-batch {config.max_loras_per_batch}:"
-        f" slots for them take {needed / 1e9:,.1f} GB, and there is not so much memory beside the"
-        " base model. Lower one of them."
+        f" slots for them take {needed / 1e9:,.1f} GB, which do not fit in memory together with the"
+        " base model. Lower one of them, or serve a smaller model."
     )
     # Asked first: numbers that are far too large are beyond what torch can be asked for, and a
     # system that promises more than it has would kill the worker while it makes them zero.

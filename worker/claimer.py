@@ -18,7 +18,7 @@ from schemas.errors import JobError
 from schemas.faults import first_fault
 from schemas.job import Job
 from worker.adapters.peft_format import Adapter
-from worker.aside import Aside
+from worker.aside import Aside, NotBegun
 from worker.leases import Leases
 from worker.publisher import Failed, Publisher, Retry, Unbegun
 from worker.sequence import Sequence
@@ -148,6 +148,10 @@ class Claimer:
         while waited := self._aside.take():
             claims, read = waited
             held = [claim for claim in claims if self._leases.holds(claim.lease)]
+            if isinstance(read, NotBegun):
+                for claim in held:
+                    self._publisher.publish(Unbegun(claim))
+                continue
             self._make_sequences(held, partial(self._prepare, read=read))
 
     def _make_sequences(self, claims: Iterable[Claim], prepare: Callable[[Claim], None]) -> None:

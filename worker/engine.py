@@ -300,7 +300,7 @@ class Engine:
     @property
     def resident(self) -> list[str]:
         """Names of the adapters whose weights stand in a slot."""
-        return self.adapters.names_of(frozenset(self.slots.resident)) if self.slots else []
+        return self.adapters.names_of(self.slots.resident) if self.slots else []
 
     def _stop_search(self, job: Job) -> StopSearch | None:
         return self.tokenizer.stop_search(job.stop, job.min_tokens) if job.stop else None

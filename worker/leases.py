@@ -21,7 +21,7 @@ class Leases:
         pinned: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         """``pinned`` names the adapters that hold a slot even when no job uses them."""
-        self._max_jobs = max_jobs
+        self._max_jobs = self._most_aside = max_jobs
         self._max_adapters = max_adapters
         self._pinned = pinned
         self._lock = threading.Lock()
@@ -106,7 +106,7 @@ class Leases:
         with self._lock:
             in_use = self._jobs_by_adapter.keys() | pinned
             num_aside = sum(self._jobs_by_adapter[name] for name in being_read)
-            taken = len(self._held) - min(num_aside, self._max_jobs)
+            taken = len(self._held) - min(num_aside, self._most_aside)
             return ClaimRequest(
                 num_jobs=max(0, self._max_jobs - taken),
                 free_slots=max(0, self._max_adapters - len(in_use)),

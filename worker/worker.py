@@ -80,7 +80,10 @@ class Worker:
         engine.adapters.in_use = self._leases.adapters
         self._publisher = Publisher(publish_queue, self.id, self._leases, engine.tokenizer)
         self._aside = Aside(
-            engine.adapters.is_loaded, engine.adapter_of, self._leases.may_claim.set
+            engine.adapters.known,
+            engine.adapters.is_loaded,
+            engine.adapter_of,
+            self._leases.may_claim.set,
         )
         self._claimer = Claimer(
             self._claim_queue,

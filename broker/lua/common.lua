@@ -547,10 +547,10 @@ local function is_over(fetch)
   return type(fetch.error) == 'string' or type(fetch.version) == 'number'
 end
 
--- Whether an adapter keeps a slot, or shall once it is fetched.
+-- Whether an adapter keeps a slot, or shall once it is fetched. One that is being unloaded does not.
 local function is_pinned(name)
   local record, fetch = read_record(name), read_fetch(name)
-  return record and record.pinned == true
+  return record and record.pinned == true and type(record.unloading) ~= 'string'
     or fetch and not is_over(fetch) and fetch.pinned == true or false
 end
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from schemas.errors import BadInput
+from worker.adapters.contained import contained
 from worker.adapters.loader import AdapterLoader
 from worker.adapters.peft_format import Adapter
 from worker.adapters.readers import Readers
@@ -42,7 +43,8 @@ def load_registry(
 
     def read(lora: FoundAdapter) -> ReadAdapter:
         try:
-            return registry.read(lora.name, lora.folder, version=0, source=lora.source)
+            with contained(lora.name):
+                return registry.read(lora.name, lora.folder, version=0, source=lora.source)
         except BadInput as error:
             raise BadInput(f"--lora-paths {lora.name}: {error}") from error
 

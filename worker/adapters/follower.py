@@ -46,6 +46,8 @@ class _Wanted:
     revision: str | None
     why_not: str | None = None
     """Why that cannot be served, so that what it was to replace is read."""
+    is_evicted: bool = False
+    """Whether it is served, and its weights are read as it is pinned."""
 
     def __str__(self) -> str:
         return self.name
@@ -82,7 +84,9 @@ class DesiredStateFollower:
         self._nudges = queue.client.pubsub(ignore_subscribe_messages=True)
         self._next_look = time.monotonic()
         #: What is read is None for an adapter that was evicted: the registry has it.
-        self._readers: Readers[_Wanted, ReadAdapter | None] = Readers()
+        self._readers: Readers[_Wanted, ReadAdapter | None] = Readers(
+            place_of=lambda wanted: (wanted.name, wanted.source)
+        )
         self._records: Mapping[str, AdapterRecord] = {}
         """The desired state, as it was seen last."""
         self.seen_version = 0
@@ -159,6 +163,7 @@ class DesiredStateFollower:
         if version == self.seen_version:
             return False
         self._records = records
+        self._readers.drop(lambda wanted: self._record_of(wanted) is None)
         being_read = {replace(wanted, why_not=None) for wanted in self._readers.keys}
         for name, record in records.items():
             if self._is_behind(name, record) and _wanted(name, record) not in being_read:
@@ -174,6 +179,8 @@ class DesiredStateFollower:
         num_read, wait = 0, _READ_SECONDS if self._readers.keys else 0.0
         while read := self._readers.first(wait=wait):
             self._act_on(*read)
+            if isinstance(read[1], ReadAdapter):
+                self._read_pinned([read[0].name])
             self._readers.done()
             num_read, wait = num_read + 1, 0.0
         self._note_version()
@@ -222,8 +229,8 @@ class DesiredStateFollower:
     def _act_on(self, wanted: _Wanted, read: ReadAdapter | Exception | None) -> None:
         """Serve what was read, or tell why it cannot be, unless the name is not wanted any more or
         was loaded again meanwhile."""
-        name, record = wanted.name, self._records.get(wanted.name)
-        if not record or (record.version, record.source) != (wanted.version, wanted.source):
+        name, record = wanted.name, self._record_of(wanted)
+        if record is None:
             return
         has_failed = wanted.why_not or isinstance(read, BadInput)
         if has_failed and record.revision != wanted.revision:
@@ -238,6 +245,12 @@ class DesiredStateFollower:
             self._registry.refuse(name, record.version, wanted.why_not)
         elif read:
             self._serve(wanted, record, read)
+
+    def _record_of(self, wanted: _Wanted) -> AdapterRecord | None:
+        """What the desired state says, if it is what it said when this was wanted."""
+        record = self._records.get(wanted.name)
+        is_same = record and (record.version, record.source) == (wanted.version, wanted.source)
+        return record if is_same else None
 
     def _serve(self, wanted: _Wanted, record: AdapterRecord, read: ReadAdapter) -> None:
         name, revision = wanted.name, read.known.revision
@@ -338,8 +351,14 @@ class DesiredStateFollower:
         for name in pinned[self._max_pinned :]:
             log.warning("adapter_not_pinned", adapter=name, max_pinned=self._max_pinned)
         self._registry.pin(pinned[: self._max_pinned])
+        self._read_pinned(records)
+
+    def _read_pinned(self, names: Collection[str]) -> None:
+        """Have those read that are pinned and not in memory."""
         for name in self._registry.evicted_pins:
-            self._readers.want(_wanted(name, records[name]), partial(self._read_again, name))
+            if name in names and (record := self._records.get(name)):
+                wanted = replace(_wanted(name, record), is_evicted=True)
+                self._readers.want(wanted, partial(self._read_again, name))
 
     def _read_again(self, name: str) -> None:
         with suppress(JobError):  # The registry's ``errors`` tell of it.

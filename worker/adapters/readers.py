@@ -44,10 +44,16 @@ class Readers(Generic[K, T]):
     """
 
     def __init__(
-        self, on_read: Callable[[], None] = lambda: None, *, at_a_time: int = READERS
+        self,
+        on_read: Callable[[], None] = lambda: None,
+        *,
+        place_of: Callable[[K], Hashable] = lambda key: key,
+        at_a_time: int = READERS,
     ) -> None:
-        """``on_read`` is called, by another thread, once something was read."""
+        """``on_read`` is called, by another thread, once something was read. From one place, as
+        ``place_of`` tells, no two are read at a time: where one hangs, others would."""
         self._on_read = on_read
+        self._place_of = place_of
         self._at_a_time = at_a_time
         self._wanted: dict[K, Callable[[], T]] = {}
         self._under_way: dict[K, _Read] = {}
@@ -71,6 +77,15 @@ class Readers(Generic[K, T]):
             self._wanted.setdefault(key, read)
         self._begin()
 
+    def drop(self, is_outdated: Callable[[K], bool]) -> None:
+        """Want no more what is not under way yet."""
+        self._wanted = {key: read for key, read in self._wanted.items() if not is_outdated(key)}
+
+    def began(self, key: K) -> float | None:
+        """When a read began, on the monotonic clock; None if it has not."""
+        read = self._under_way.get(key)
+        return read.began if read else None
+
     def first(self, *, wait: float = 0.0) -> tuple[K, T | Exception] | None:
         """What was read first, or why it could not be, until it is ``done``; if there is nothing,
         waits up to so many seconds."""
@@ -88,12 +103,15 @@ class Readers(Generic[K, T]):
     def _begin(self) -> None:
         # The thread at hand keeps the number of threads that it has: see `BackgroundLoop`.
         torch.get_num_threads()
-        while self._wanted and self._has_room():
-            key = next(iter(self._wanted))
+        while self._has_room() and (key := self._next()) is not None:
             thread = Daemon(f"read {key}", partial(self._run, key, self._wanted[key]))
             self._under_way[key] = _Read(thread, time.monotonic())
             del self._wanted[key]
             thread.start()
+
+    def _next(self) -> K | None:
+        busy = {self._place_of(key) for key in self._under_way}
+        return next((key for key in self._wanted if self._place_of(key) not in busy), None)
 
     def _has_room(self) -> bool:
         late = time.monotonic() - LATE_SECONDS

@@ -282,10 +282,15 @@ class AdapterRegistry:
         with self._lock:
             return [a for name, a in self._loaded.items() if name in self._pinned_names]
 
-    def names_of(self, adapters: Collection[Adapter]) -> list[str]:
+    def names_of(self, adapters: Iterable[Adapter]) -> list[str]:
         """The names under which they are in host memory."""
         with self._lock:
-            return [name for name, adapter in self._loaded.items() if adapter in adapters]
+            return [
+                name
+                for adapter in adapters
+                for name in self._names.get(adapter.revision, ())
+                if self._loaded.get(name) is adapter
+            ]
 
     @property
     def evicted_pins(self) -> list[str]:
