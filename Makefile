@@ -26,7 +26,7 @@ demo: install ## Run real prompts through a real model and three adapters
 	$(BIN)/python -m examples.demo
 
 test: check ## Check the code and run the tests, but for the slow ones
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 test-slow: install ## Run the tests that take minutes: faults of a real engine, a soak, failovers, a hub, large files
 	$(BIN)/pytest -n 2 --dist worksteal -m slow

@@ -50,8 +50,9 @@ def start(
     """A worker that has evicted the first of its adapters once it is ready."""
     make_llama(tmp_path / "model")
     names = ("evicted", "kept")
-    for name in names:
-        make_adapter(tmp_path / "model", tmp_path / name, rank=4, seed=0)
+    # Of different weights, as names of the same share an adapter.
+    for seed, name in enumerate(names):
+        make_adapter(tmp_path / "model", tmp_path / name, rank=4, seed=seed)
     script = SCRIPT.format(number=number, action=action)
     place = ("--model-path", str(tmp_path / "model"), "--device", "cpu", "--redis-url", redis_url)
     loras = ("--lora-paths", *(f"{name}={tmp_path / name}" for name in names))
