@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.waiting import wait_until
 from broker.embedded import EmbeddedServer
 from broker.fetches import FetchStatus
 from producer.adapters import Change
@@ -179,7 +180,9 @@ def test_jobs_are_answered_by_an_adapter_that_was_loaded_by_its_name_on_the_hub(
     for name, twin in (("chat", "chat"), ("old", "sql"), ("sql", "sql-v2")):
         assert answer(client, name)[0] == oracle.generate(PROMPT, twin, NUM_TOKENS)
     assert answer(client, "sql")[1] == second_revision
-    assert sum(adapter.evictions for adapter in client.adapters()) > 0
+    # What is only checked when it is loaded evicts another when it is read, and the next heartbeat
+    # tells of that.
+    wait_until(lambda: sum(adapter.evictions for adapter in client.adapters()) > 0)
 
 
 def test_a_worker_with_a_fetcher_is_enough_for_one_machine(
