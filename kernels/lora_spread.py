@@ -56,7 +56,7 @@ def lora_spread_triton(
     first_rank: int,
     rank: int,
 ) -> None:
-    """One launch for any number of factors: views of 256 of them alone took the host 0.9 ms, while
+    """One launch for any number of factors: views of 256 of them took the host 0.9 ms more, and
     the bus takes 1.6 ms for an adapter of rank 16 of an 8B model (docs/gpu.md)."""
     largest = rank * max(factor.shape[1] for factor in factors)
     _spread[(triton.cdiv(largest, _BLOCK), len(factors))](

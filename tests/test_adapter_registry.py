@@ -505,3 +505,15 @@ def test_adapters_of_the_command_line_are_pinned_as_it_says(folder: Path) -> Non
     assert [adapter.name for adapter in known.pinned] == ["a"]
     assert set(known.revisions) == set("abc")
     assert loaded(known) == "ac"
+
+
+def test_a_fault_that_nobody_foresaw_in_an_adapter_of_the_command_line_is_told_as_such(
+    folder: Path,
+) -> None:
+    class Faulty(TextLoader):
+        def load(self, name: str, folder: Path) -> Adapter:
+            raise ZeroDivisionError
+
+    found = [FoundAdapter("a", "a", folder / "a", pinned=False)]
+    with pytest.raises(BadInput, match=r"--lora-paths a: reading it failed \(ZeroDivisionError\)"):
+        load_registry(WorkerConfig(model_path=folder), found, Faulty())

@@ -26,8 +26,8 @@ _BLOCK = 1 << 16
 #: whoever launches a batch waits for it. The size that torch rounds up to.
 _PIECE_BYTES = 8 << 20
 
-#: So many bytes come over the bus before they are spread over the slots. Fewer take the host longer
-#: than the bus: 84 MB, rank 16 of an 8B model, by pieces 0.8 ms, by these 0.4.
+#: So many bytes come over the bus before they are spread over the slots. Fewer cost the host
+#: more: 84 MB, rank 16 of an 8B model, by pieces 0.8 ms, by these 0.4.
 _LEG_BYTES = 4 * _PIECE_BYTES
 
 
